@@ -1,0 +1,120 @@
+"""The two ops as values: their attributes and operands, independent of any graph library. docs/ops.md is the prose.
+
+Operand names are the op's inputs in order; a missing optional operand is an empty name in the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attnrewrite.localattention.geometry import NeighborhoodGeometry, Sizes, WindowGeometry
+
+DOMAIN = "attnrewrite"
+DOMAIN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FlashWindowAttention:
+    """Attributes of `attnrewrite::FlashWindowAttention`; feature maps are channels-last `[B, *feature_size, nH*d]`.
+
+    scale multiplies the logits q.k; mask_value, where given, is added to every logit whose query and key lie in
+    different regions of the shifted map (`WindowGeometry.crosses_regions`): Swin's shift mask, carried as geometry.
+    softmax_dtype: ONNX TensorProto data type the logits are cast to for bias, mask and softmax; 0 = that of the inputs.
+    """
+
+    geometry: WindowGeometry
+    num_heads: int
+    scale: float
+    mask_value: float | None = None
+    softmax_dtype: int = 0
+
+    op_type = "FlashWindowAttention"
+    operands = ("query", "key", "value", "bias", "mask", "key_padding", "value_padding")
+
+    def attributes(self) -> dict[str, Any]:
+        """The node's ONNX attributes."""
+        geometry = self.geometry
+        attributes: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "scale": float(self.scale),
+            "feature_size": list(geometry.feature_size),
+            "window_size": list(geometry.window_size),
+            "shift_size": list(geometry.shift_size),
+            "shift_padded": int(geometry.shift_padded),
+            "softmax_dtype": self.softmax_dtype,
+        }
+        if self.mask_value is not None:
+            attributes["mask_value"] = float(self.mask_value)
+        return attributes
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> FlashWindowAttention:
+        geometry = WindowGeometry(
+            sizes(attributes["feature_size"]),
+            sizes(attributes["window_size"]),
+            sizes(attributes["shift_size"]),
+            bool(attributes.get("shift_padded", 0)),
+        )
+        return cls(
+            geometry,
+            int(attributes["num_heads"]),
+            float(attributes["scale"]),
+            float(attributes["mask_value"]) if "mask_value" in attributes else None,
+            int(attributes.get("softmax_dtype", 0)),
+        )
+
+
+@dataclass(frozen=True)
+class SlideAttention:
+    """Attributes of `attnrewrite::SlideAttention`; feature maps are channels-first `[B, nH*d, *feature_size]`.
+
+    Slot j of K = prod(kernel_size), row-major, is the neighbour at `NeighborhoodGeometry.axis_offsets`; a neighbour
+    outside the map is a zero vector that takes part in the softmax (border "zero").
+    """
+
+    geometry: NeighborhoodGeometry
+    num_heads: int
+    scale: float
+    border: str = "zero"
+    softmax_dtype: int = 0
+
+    op_type = "SlideAttention"
+    operands = ("query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias")
+
+    def attributes(self) -> dict[str, Any]:
+        """The node's ONNX attributes."""
+        return {
+            "num_heads": self.num_heads,
+            "scale": float(self.scale),
+            "feature_size": list(self.geometry.feature_size),
+            "kernel_size": list(self.geometry.kernel_size),
+            "dilation": list(self.geometry.dilation),
+            "border": self.border,
+            "softmax_dtype": self.softmax_dtype,
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> SlideAttention:
+        geometry = NeighborhoodGeometry(
+            sizes(attributes["feature_size"]), sizes(attributes["kernel_size"]), sizes(attributes["dilation"])
+        )
+        border = attributes["border"]
+        return cls(
+            geometry,
+            int(attributes["num_heads"]),
+            float(attributes["scale"]),
+            border.decode() if isinstance(border, bytes) else str(border),
+            int(attributes.get("softmax_dtype", 0)),
+        )
+
+
+Spec = FlashWindowAttention | SlideAttention
+SPECS: dict[str, type[FlashWindowAttention] | type[SlideAttention]] = {
+    spec.op_type: spec for spec in (FlashWindowAttention, SlideAttention)
+}
+
+
+def sizes(values: Any) -> Sizes:
+    return tuple(int(v) for v in values)

@@ -1,0 +1,142 @@
+"""Closed forms of local attention geometries, one axis at a time.
+
+A geometry is a product of axes: the pixels of a window are the product of the rows and the columns it covers, and the
+neighbours of a pixel the product of its neighbouring rows and columns. So each geometry is a table per spatial axis,
+and the N-dimensional geometry is their product. 1-D, 2-D and 3-D feature maps need no code of their own.
+
+Letters: H/W feature-map height/width, N tokens per window, nW windows, K keys per query. An index of PADDING means
+"not a pixel of the feature map".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+PADDING = -1
+
+Sizes = tuple[int, ...]
+
+
+def ceil_to_multiple(extent: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `extent`."""
+    return -(-extent // step) * step
+
+
+def product_of_axes(tables: list[np.ndarray], sizes: Sizes) -> np.ndarray:
+    """Flat pixel indices of the product of per-axis tables.
+
+    tables: one int64 [groups_i, members_i] array per spatial axis, with PADDING where no pixel is read.
+    Returns int64 [prod(groups), prod(members)], both row-major; PADDING as soon as one axis has it.
+    """
+    flat = np.zeros((1, 1), np.int64)
+    for table, extent in zip(tables, sizes, strict=True):
+        outer = flat[:, None, :, None] * extent + table[None, :, None, :]
+        padded = (flat[:, None, :, None] == PADDING) | (table[None, :, None, :] == PADDING)
+        outer = np.where(padded, PADDING, outer)
+        flat = outer.reshape(flat.shape[0] * table.shape[0], flat.shape[1] * table.shape[1])
+    return flat
+
+
+@dataclass(frozen=True)
+class WindowGeometry:
+    """Non-overlapping windows over a feature map, cyclically shifted, padded at the end to a multiple of the window.
+
+    feature_size, window_size, shift_size: one entry per spatial axis, in pixels; 0 <= shift < window.
+    shift_padded: the cyclic shift runs over the padded map (torchvision, transformers: pad, then roll) or over the map
+    itself (timm: roll, then pad). Without padding both are the same geometry, and False is the canonical value.
+    """
+
+    feature_size: Sizes
+    window_size: Sizes
+    shift_size: Sizes
+    shift_padded: bool = False
+
+    @property
+    def padded_size(self) -> Sizes:
+        return tuple(ceil_to_multiple(e, w) for e, w in zip(self.feature_size, self.window_size, strict=True))
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padded_size != self.feature_size
+
+    @property
+    def grid(self) -> Sizes:
+        """Windows along each axis."""
+        return tuple(p // w for p, w in zip(self.padded_size, self.window_size, strict=True))
+
+    @property
+    def num_windows(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def tokens_per_window(self) -> int:
+        return math.prod(self.window_size)
+
+    def axis_table(self, axis: int) -> np.ndarray:
+        """int64 [windows, window_size] of one axis: the pixel that each token of each window reads, or PADDING."""
+        extent, window, shift = self.feature_size[axis], self.window_size[axis], self.shift_size[axis]
+        padded = self.padded_size[axis]
+        position = np.arange(padded)
+        if self.shift_padded:
+            pixel = (position + shift) % padded
+            pixel = np.where(pixel < extent, pixel, PADDING)
+        else:
+            pixel = np.where(position < extent, (position + shift) % extent, PADDING)
+        return pixel.reshape(-1, window)
+
+    def pixels(self) -> np.ndarray:
+        """int64 [nW, N]: the flat pixel that each token of each window reads, or PADDING; all row-major."""
+        return product_of_axes([self.axis_table(a) for a in range(len(self.feature_size))], self.feature_size)
+
+    def regions(self) -> np.ndarray:
+        """int64 [nW, N]: the region label Swin gives each token; tokens of one window attend within their region.
+
+        Along a shifted axis of padded extent P the last `shift` positions came around from the other side, so a window
+        holds at most two regions per axis: before and from position P - shift.
+        Source: img_mask of the reference implementation, https://github.com/microsoft/Swin-Transformer.
+        """
+        labels = np.zeros((1, 1), np.int64)
+        for padded, window, shift in zip(self.padded_size, self.window_size, self.shift_size, strict=True):
+            wrapped = (np.arange(padded) >= padded - shift).astype(np.int64).reshape(-1, window)
+            outer = labels[:, None, :, None] * 2 + wrapped[None, :, None, :]
+            labels = outer.reshape(labels.shape[0] * wrapped.shape[0], labels.shape[1] * window)
+        return labels
+
+    def crosses_regions(self) -> np.ndarray:
+        """bool [nW, N, N]: query and key are of different regions (where Swin's shift mask adds its penalty)."""
+        labels = self.regions()
+        return labels[:, :, None] != labels[:, None, :]
+
+
+@dataclass(frozen=True)
+class NeighborhoodGeometry:
+    """Every pixel attends the kernel_size neighbourhood around it; outside the map lies PADDING.
+
+    feature_size, kernel_size (odd), dilation: one entry per spatial axis, in pixels.
+    """
+
+    feature_size: Sizes
+    kernel_size: Sizes
+    dilation: Sizes
+
+    @property
+    def keys_per_query(self) -> int:
+        return math.prod(self.kernel_size)
+
+    def axis_offsets(self, axis: int) -> np.ndarray:
+        """int64 [kernel_size]: key position minus query position along one axis, ascending."""
+        kernel = self.kernel_size[axis]
+        return (np.arange(kernel) - kernel // 2) * self.dilation[axis]
+
+    def axis_table(self, axis: int) -> np.ndarray:
+        """int64 [extent, kernel_size] of one axis: the pixel each key slot of each query reads, or PADDING."""
+        extent = self.feature_size[axis]
+        pixel = np.arange(extent)[:, None] + self.axis_offsets(axis)[None, :]
+        return np.where((pixel >= 0) & (pixel < extent), pixel, PADDING)
+
+    def pixels(self) -> np.ndarray:
+        """int64 [pixels, K]: the flat pixel that each key slot of each query reads, or PADDING; all row-major."""
+        return product_of_axes([self.axis_table(a) for a in range(len(self.feature_size))], self.feature_size)
