@@ -1,0 +1,27 @@
+"""What can go wrong, one class per audience. Every message is one clear sentence."""
+
+from __future__ import annotations
+
+
+class AttnRewriteError(Exception):
+    """Base of the errors attnrewrite raises on purpose."""
+
+
+class UserError(AttnRewriteError):
+    """Bad usage or bad input: names the file or option and what is wrong with it (exit code 2)."""
+
+
+class VerificationError(AttnRewriteError):
+    """A rewritten model does not compute what the original computes (exit code 1)."""
+
+
+class CompilerError(AttnRewriteError):
+    """TVM, a linker or a GPU compiler failed (exit code 3); the rewritten model is still valid."""
+
+
+class UnsupportedOp(AttnRewriteError):
+    """No rule for an op: names the op and the file to add one to."""
+
+
+class PassError(AttnRewriteError):
+    """Our own bug: a pass left the graph invalid; names the pass and those that ran before it."""

@@ -1,0 +1,65 @@
+"""What is said about one softmax of the model: the row of every report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Kind = Literal["window", "grid", "neighborhood", "halo", "stripe", "outlook", "global", "channel", "other"]
+Verdict = Literal["rewrite", "leave"]
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A legal model part that is not rewritten: why, and at which node the proof stopped."""
+
+    reason: str
+    node: str
+    kind: Kind = "other"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One softmax. Sizes have one entry per spatial axis, in pixels; None where the geometry was not read."""
+
+    id: str
+    node: str
+    kind: Kind
+    verdict: Verdict
+    reason: str
+    reason_node: str | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    feature_size: tuple[int, ...] | None = None
+    window_size: tuple[int, ...] | None = None
+    shift_size: tuple[int, ...] | None = None
+    kernel_size: tuple[int, ...] | None = None
+    border: str | None = None
+    dilation: tuple[int, ...] | None = None
+    bias: Literal["none", "constant", "tensor"] | None = None
+    mask: Literal["none", "shift", "constant", "tensor"] | None = None
+    pass_name: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The site as the JSON report writes it: `pass` for pass_name, unread fields left out."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        if "pass_name" in fields:
+            fields["pass"] = fields.pop("pass_name")
+        return fields
+
+
+@dataclass(frozen=True)
+class Reparam:
+    """One group of re-parameterised branches summed into a single node."""
+
+    branches: int
+    into: str
+    verdict: Verdict
+    node: str
+    reason: str
+    parameters_before: int | None = None
+    parameters_after: int | None = None
+    max_weight_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if v is not None}
