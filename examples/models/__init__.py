@@ -1,0 +1,1 @@
+"""Vision models with local attention, written from their papers: Swin, unfold attention and Slide-Transformer."""

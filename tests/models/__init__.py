@@ -1,0 +1,1 @@
+"""Models the tests rewrite: exported PyTorch models (build) and attention spelled by hand in ONNX (spellings)."""
