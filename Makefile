@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT := out
+# Two workers: what a small CI machine has. Override with `make test JOBS=8`.
+JOBS ?= 2
+THREADS ?= 2
+MODEL := $(OUT)/swin_tiny_patch4_window7_224.onnx
+
+.PHONY: setup demo test test-slow bench lint format clean
+
+setup: $(STAMP)
+
+# torch comes first and alone, so that nothing else chooses its build; torchvision and timm then take it as it is.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "torchvision==0.28.0" "timm==1.0.31"
+	touch $(STAMP)
+
+demo: setup $(MODEL)
+	$(BIN)/attnrewrite optimize $(MODEL) --target cpu --threads $(THREADS) -o $(OUT)/swin-cpu
+	$(BIN)/attnrewrite bench $(OUT)/swin-cpu --threads $(THREADS)
+
+$(MODEL): $(STAMP)
+	mkdir -p $(OUT)
+	$(BIN)/python examples/export_swin.py --output $(MODEL)
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
+
+bench: setup $(MODEL)
+	$(BIN)/attnrewrite bench $(MODEL) --threads $(THREADS)
+
+# The type checker reads the source tree, where `passes` stands at the top: give it the installed layout.
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/attnrewrite
+	ln -s $(CURDIR)/attnrewrite/* build/types/attnrewrite/
+	ln -s $(CURDIR)/passes build/types/attnrewrite/passes
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p attnrewrite
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist $(OUT) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
