@@ -1,0 +1,117 @@
+"""Symbolic extents: integers, or affine expressions of named dimensions such as `64*batch`.
+
+An extent is a plain `int` whenever it is one; `Dim` stands for the rest. Arithmetic that leaves the affine expressions
+(a product of two symbols, a division that is not exact) raises `NonAffine`, so an extent is exact or unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class NonAffine(ArithmeticError):
+    """The result is not an affine expression of the symbols."""
+
+
+@dataclass(frozen=True)
+class Dim:
+    """sum(coefficient * symbol) + constant, with at least one symbol; symbols are non-negative integers."""
+
+    terms: tuple[tuple[str, int], ...]
+    constant: int = 0
+
+    def __str__(self) -> str:
+        parts = [symbol if c == 1 else f"{c}*{symbol}" for symbol, c in self.terms]
+        return "+".join(parts + ([str(self.constant)] if self.constant else []))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __add__(self, other: Extent) -> Extent:
+        terms, constant = _parts(other)
+        summed = dict(self.terms)
+        for symbol, c in terms.items():
+            summed[symbol] = summed.get(symbol, 0) + c
+        return _make(summed, self.constant + constant)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Extent:
+        return self * -1
+
+    def __sub__(self, other: Extent) -> Extent:
+        return self + other * -1
+
+    def __rsub__(self, other: Extent) -> Extent:
+        return -self + other
+
+    def __mul__(self, other: Extent) -> Extent:
+        if isinstance(other, Dim):
+            raise NonAffine(f"{self} * {other}")
+        return _make({s: c * int(other) for s, c in self.terms}, self.constant * int(other))
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Extent) -> Extent:
+        if isinstance(other, Dim):
+            ratio = proportion(self, other)
+            if ratio is None:
+                raise NonAffine(f"{self} // {other}")
+            return ratio
+        divisor = int(other)
+        if divisor == 0 or any(c % divisor for _, c in self.terms):
+            raise NonAffine(f"{self} // {other}")
+        return _make({s: c // divisor for s, c in self.terms}, self.constant // divisor)
+
+    def __rfloordiv__(self, other: Extent) -> Extent:
+        raise NonAffine(f"{other} // {self}")
+
+    def __truediv__(self, other: Extent) -> Extent:
+        if (self % other) != 0:
+            raise NonAffine(f"{self} / {other}")
+        return self // other
+
+    def __mod__(self, other: Extent) -> Extent:
+        if isinstance(other, Dim):
+            if proportion(self, other) is None:
+                raise NonAffine(f"{self} % {other}")
+            return 0
+        if any(c % int(other) for _, c in self.terms):
+            raise NonAffine(f"{self} % {other}")
+        return self.constant % int(other)
+
+
+Extent = int | Dim
+Shape = tuple[Extent, ...]
+
+
+def proportion(numerator: Dim, denominator: Dim) -> int | None:
+    """The integer r with numerator == r * denominator for every value of the symbols, or None."""
+    symbol, coefficient = denominator.terms[0]
+    ratio, rest = divmod(dict(numerator.terms).get(symbol, 0), coefficient)
+    return ratio if rest == 0 and denominator * ratio == numerator else None
+
+
+def symbols(extent: Extent | None) -> tuple[str, ...]:
+    return tuple(s for s, _ in extent.terms) if isinstance(extent, Dim) else ()
+
+
+def product(extents: Shape) -> Extent:
+    """The number of elements of a shape; NonAffine where two symbols meet."""
+    result: Extent = 1
+    for extent in extents:
+        result = result * extent
+    return result
+
+
+def is_static(shape: Shape | None) -> bool:
+    return shape is not None and all(isinstance(e, int) for e in shape)
+
+
+def _parts(value: Extent) -> tuple[dict[str, int], int]:
+    return (dict(value.terms), value.constant) if isinstance(value, Dim) else ({}, int(value))
+
+
+def _make(terms: dict[str, int], constant: int) -> Extent:
+    kept = tuple(sorted((s, c) for s, c in terms.items() if c))
+    return Dim(kept, constant) if kept else constant

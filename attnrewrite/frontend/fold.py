@@ -1,0 +1,167 @@
+"""Shapes, constants and shape arithmetic, in one forward walk; and the removal of operators that do nothing.
+
+A TorchScript export is mostly shape arithmetic. Here every result that is a constant, or an exact expression of the
+model's symbolic extents, is computed once; what remains is the model's actual work.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnrewrite.dims import Dim, Extent, NonAffine, Shape, is_static
+from attnrewrite.frontend.evaluate import NOT_FOLDED, NUMPY_OPS, evaluate
+from attnrewrite.frontend.shapes import Contents, infer
+from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
+
+# A folded result may be this much larger than what it was computed from; a broadcast mask must not fill the file.
+GROWTH_LIMIT_BYTES = 1 << 24
+# Contents of computed (not initialiser) tensors are followed while they are this small: shapes and axes are.
+SYMBOLIC_LIMIT = 4096
+
+
+def fold(graph: Graph) -> None:
+    """Infer shapes, fold constants and normalise shape operands, in place."""
+    contents: dict[Value, np.ndarray] = {}
+
+    def content(value: Value | None) -> np.ndarray | None:
+        if value is None:
+            return None
+        return value.constant if value.is_constant else contents.get(value)
+
+    outputs = set(graph.outputs)
+    replaced: dict[Value, Value] = {}
+    kept: list[Node] = []
+    for node in graph.nodes:
+        node.inputs = [replaced.get(v, v) if v is not None else None for v in node.inputs]
+        if outputs.isdisjoint(node.outputs) and _fold_node(node, content, contents, graph.opset):
+            if all(o.is_constant for o in node.outputs):
+                continue
+        else:
+            for output, (shape, dtype) in zip(node.outputs, infer(node, content, graph.opset), strict=True):
+                output.shape = shape if shape is not None else output.shape
+                output.dtype = dtype if dtype is not None else output.dtype
+        same = _does_nothing(node, content)
+        if same is not None and node.output not in outputs:
+            replaced[node.output] = same
+            if same in contents:
+                contents[node.output] = contents[same]
+        else:
+            _normalise(graph, node)
+        kept.append(node)
+    graph.nodes = kept  # nodes that do nothing stay where a subgraph reads their result: it knows it by name
+    graph.remove_dead()
+
+
+def _fold_node(node: Node, content: Contents, contents: dict[Value, np.ndarray], opset: int) -> bool:
+    """Compute the node's results if its inputs are known; says whether it did."""
+    if node.captures or node.domain != STANDARD_DOMAIN or node.op in NOT_FOLDED or not node.outputs:
+        return False
+    if node.op in ("Shape", "Size"):
+        shape = node.required(0).shape
+        if shape is None:
+            return False
+        return _store(node, [_shape_content(node, shape)], contents)
+    if node.op == "Constant":
+        return False  # the frontend reads these as constants
+    if not all(v is None or v.is_constant or v in contents for v in node.inputs):
+        return False
+    if not any(v is not None for v in node.inputs):
+        return False
+    symbolic = any(v in contents for v in node.inputs if v is not None)
+    if symbolic and (node.op not in NUMPY_OPS or _size(node) > SYMBOLIC_LIMIT):
+        return False
+    try:
+        results = evaluate(node, [content(v) for v in node.inputs], opset)
+    except (NonAffine, ValueError, TypeError):
+        return False
+    read = sum(v.nbytes for v in node.inputs if v is not None and v.is_constant)
+    if sum(r.nbytes for r in results) > read + GROWTH_LIMIT_BYTES:
+        return False
+    return _store(node, results, contents)
+
+
+def _size(node: Node) -> int:
+    return max((int(np.prod(v.shape)) for v in node.inputs if v is not None and is_static(v.shape)), default=0)  # type: ignore[arg-type]
+
+
+def _shape_content(node: Node, shape: Shape) -> np.ndarray:
+    extents: list[Extent] = list(shape)[node.attributes.get("start", 0) : node.attributes.get("end")]
+    if node.op == "Size":
+        total: Extent = 1
+        for extent in extents:
+            total = total * extent
+        return _array(total)
+    result = np.empty(len(extents), object)
+    result[:] = extents
+    return _array(result)
+
+
+def _array(value: object) -> np.ndarray:
+    array = np.asarray(value, dtype=object)
+    return array if any(isinstance(x, Dim) for x in array.reshape(-1)) else array.astype(np.int64)
+
+
+def _store(node: Node, results: list[np.ndarray], contents: dict[Value, np.ndarray]) -> bool:
+    for output, result in zip(node.outputs, results, strict=True):
+        output.shape = tuple(result.shape)
+        if result.dtype == object:
+            contents[output] = result
+            output.dtype = output.dtype or np.dtype(np.int64)
+        else:
+            if output.dtype is not None and result.dtype != output.dtype and np.issubdtype(result.dtype, np.integer):
+                result = result.astype(output.dtype)
+            output.dtype = result.dtype
+            output.set_constant(np.ascontiguousarray(result) if result.ndim else result)
+    return True
+
+
+def _does_nothing(node: Node, content: Contents) -> Value | None:
+    """The input that the node passes on unchanged, or None."""
+    if node.domain != STANDARD_DOMAIN or not node.outputs or node.input(0) is None:
+        return None
+    data, out = node.required(0), node.outputs[0]
+    same_shape = data.shape is not None and data.shape == out.shape
+    match node.op:
+        case "Identity":
+            return data
+        case "Dropout":
+            training = content(node.input(2))
+            unused_mask = len(node.outputs) == 1
+            return data if unused_mask and (node.input(2) is None or (training is not None and not training.any())) else None
+        case "Cast":
+            return data if data.dtype is not None and data.dtype == out.dtype else None
+        case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Expand":
+            return data if same_shape else None
+        case "Pad" | "Slice":
+            steps = content(node.input(4)) if node.op == "Slice" else None
+            forward = steps is None or bool((np.asarray(steps) > 0).all())
+            return data if same_shape and forward and _moves_nothing(node, content) else None
+        case "Transpose":
+            permutation = node.attributes.get("perm")
+            return data if permutation is not None and list(permutation) == sorted(permutation) else None
+        case "Concat" | "Sum" | "Max" | "Min":
+            return data if len(node.inputs) == 1 else None
+    return None
+
+
+def _moves_nothing(node: Node, content: Contents) -> bool:
+    """A Pad of equal shape may still shift (pad 1 here, crop 1 there); a Slice of equal shape with step > 0 cannot."""
+    if node.op == "Slice":
+        return True
+    pads = content(node.input(1))
+    return pads is not None and not np.asarray(pads).any()
+
+
+def _normalise(graph: Graph, node: Node) -> None:
+    """Reshape to a known shape: write the target as a constant, with -1 for the one symbolic extent."""
+    if node.op != "Reshape" or node.domain != STANDARD_DOMAIN:
+        return
+    shape = node.output.shape
+    if shape is None or sum(isinstance(e, Dim) for e in shape) > 1 or 0 in shape:
+        return
+    target = np.array([e if isinstance(e, int) else -1 for e in shape], np.int64)
+    present = node.constant(1)
+    if present is not None and np.array_equal(present, target):
+        return
+    node.inputs[1] = Value(graph.fresh_name(f"{node.output.name}_shape"), target.shape, target.dtype, target)
+    node.attributes.pop("allowzero", None)

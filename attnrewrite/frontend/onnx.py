@@ -1,0 +1,367 @@
+"""ONNX files in and out, on onnx-graphsurgeon.
+
+`read` gives the graph view with constants and shapes folded; `write` puts a graph back into a file. Weights are neither
+loaded nor copied before somebody reads them: a tensor the passes never touch goes from file to file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.errors import UserError
+from attnrewrite.frontend.fold import fold
+from attnrewrite.frontend.opset import opset_of, raise_opset
+from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
+
+gs.logger.G_LOGGER.severity = logging.ERROR
+
+# One protobuf message cannot exceed 2 GiB; from here on weights go beside the model.
+EXTERNAL_DATA_LIMIT_BYTES = 1_800_000_000
+CACHED_BYTES = 1 << 20
+
+
+@dataclass
+class Source:
+    """What a model says besides its graph, for the writer."""
+
+    imports: list[onnx.OperatorSetIdProto]
+    ir_version: int
+    producer_name: str
+    metadata: dict[str, str]
+    doc: str
+    folder: Path
+
+
+def read(model: str | Path | onnx.ModelProto, input_shapes: Mapping[str, Sequence[int | str]] | None = None) -> Graph:
+    """Load a model into the graph view, raised to opset 13 at least, with constants and shapes folded.
+
+    input_shapes: extents to give to symbolic axes, by input name; a string keeps or renames a symbol.
+    Raises UserError naming the file and what is wrong with it.
+    """
+    path = None if isinstance(model, onnx.ModelProto) else Path(model)
+    proto = model if isinstance(model, onnx.ModelProto) else _load(Path(model))
+    folder = path.parent if path is not None else Path()
+    if path is not None:
+        _check_external_data(proto, path)
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    try:
+        proto = raise_opset(proto)
+        graph = _to_graph(gs.import_onnx(proto), proto, folder)
+    except UserError:
+        raise
+    except Exception as error:  # graphsurgeon asserts and raises bare exceptions on malformed graphs
+        raise UserError(f"{path or 'the model'} is not a valid ONNX model: {error}") from error
+    _specialise(graph, input_shapes or {}, path)
+    fold(graph)
+    return graph
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, not an ONNX file")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise UserError(f"{path} is not an ONNX file, or it is truncated") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not proto.HasField("graph") or not proto.graph.output or not proto.opset_import:
+        raise UserError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
+    return proto
+
+
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    for tensor in _all_initializers(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        info = onnx.external_data_helper.ExternalDataInfo(tensor)
+        data = path.parent / info.location
+        if not data.is_file():
+            raise UserError(f"{path} keeps {tensor.name} in {info.location}, which is missing")
+        needed = (info.offset or 0) + (info.length or 0)
+        if data.stat().st_size < needed:
+            raise UserError(f"{path} keeps {tensor.name} in {info.location}, which is truncated: {needed} bytes expected")
+
+
+def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
+    values: dict[int, Value] = {}
+
+    def value_of(tensor: gs.Tensor) -> Value | None:
+        if tensor.is_empty():
+            return None
+        if id(tensor) not in values:
+            values[id(tensor)] = _to_value(tensor, folder)
+        return values[id(tensor)]
+
+    def known(tensors: Sequence[gs.Tensor]) -> list[Value]:
+        return [v for v in map(value_of, tensors) if v is not None]
+
+    inputs = known([t for t in source.inputs if not isinstance(t, gs.Constant)])
+    nodes = []
+    for node in source.nodes:
+        if node.op == "Constant" and (node.domain or "") == STANDARD_DOMAIN:
+            constant = _constant_node(node)
+            if constant is not None:
+                value = value_of(node.outputs[0])
+                assert value is not None
+                value.shape, value.dtype = constant.shape, constant.dtype
+                value.set_constant(constant)
+                continue
+        outputs = [value_of(t) or Value(f"{node.name}__unused_{k}") for k, t in enumerate(node.outputs)]
+        captures = known(list(_captured(node)))
+        attributes = {k: _attribute(v) for k, v in node.attrs.items()}
+        nodes.append(
+            Node(
+                node.op,
+                [value_of(t) for t in node.inputs],
+                outputs,
+                attributes,
+                node.name or "",
+                "" if node.domain in (None, "ai.onnx") else node.domain,
+                node,
+                captures,
+            )
+        )
+    graph = Graph(inputs, known(source.outputs), nodes, opset_of(proto), source.name or "graph")
+    graph.source = Source(
+        list(proto.opset_import),
+        proto.ir_version,
+        proto.producer_name,
+        {p.key: p.value for p in proto.metadata_props},
+        proto.doc_string,
+        folder,
+    )
+    graph.sort()
+    return graph
+
+
+def _to_value(tensor: gs.Tensor, folder: Path) -> Value:
+    dtype = np.dtype(tensor.dtype) if tensor.dtype is not None and not isinstance(tensor.dtype, int) else None
+    if isinstance(tensor, gs.Constant):
+        lazy = tensor._values  # the public attribute would load the elements
+        if isinstance(lazy, gs.ir.tensor.LazyValues):
+            value = Value(tensor.name, tuple(lazy.shape), dtype, _loader(lazy.tensor, folder))
+            value.source = lazy.tensor
+            return value
+        return Value(tensor.name, tuple(tensor.values.shape), dtype, tensor.values)
+    return Value(tensor.name, _declared_shape(tensor), dtype)
+
+
+def _loader(tensor: onnx.TensorProto, folder: Path) -> Any:
+    cache: list[np.ndarray] = []
+
+    def load() -> np.ndarray:
+        if cache:
+            return cache[0]
+        array = onnx.numpy_helper.to_array(tensor, str(folder))
+        if array.nbytes <= CACHED_BYTES:
+            cache.append(array)
+        return array
+
+    return load
+
+
+def _declared_shape(tensor: gs.Tensor) -> Shape | None:
+    if tensor.shape is None:
+        return None
+    extents: list[Extent] = []
+    for axis, extent in enumerate(tensor.shape):
+        if isinstance(extent, str) and extent:
+            extents.append(Dim(((extent, 1),)))
+        elif extent is None or isinstance(extent, str) or extent < 0:
+            extents.append(Dim(((f"{tensor.name}_{axis}", 1),)))
+        else:
+            extents.append(int(extent))
+    return tuple(extents)
+
+
+def _constant_node(node: gs.Node) -> np.ndarray | None:
+    for key, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+        if key in node.attrs:
+            return np.asarray(node.attrs[key], dtype)
+    value = node.attrs.get("value")
+    return np.asarray(value.values) if isinstance(value, gs.Constant) and not isinstance(value.dtype, int) else None
+
+
+def _attribute(value: Any) -> Any:
+    return np.asarray(value.values) if isinstance(value, gs.Constant) else value
+
+
+def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
+    """Outer tensors that the node's subgraphs read."""
+    for attribute in node.attrs.values():
+        if isinstance(attribute, gs.Graph):
+            inner = {id(t) for n in attribute.nodes for t in n.outputs} | {id(t) for t in attribute.inputs}
+            reads = [t for n in attribute.nodes for t in [*n.inputs, *_captured(n)]] + list(attribute.outputs)
+            yield from (t for t in reads if id(t) not in inner and not t.is_empty())
+
+
+def _specialise(graph: Graph, input_shapes: Mapping[str, Sequence[int | str]], path: Path | None) -> None:
+    named = {v.name: v for v in graph.inputs}
+    substitution: dict[str, Extent] = {}
+    for name, wanted in input_shapes.items():
+        if name not in named:
+            raise UserError(f"{path or 'the model'} has no input named {name}; its inputs are {', '.join(named)}")
+        shape = named[name].shape
+        if shape is None or len(shape) != len(wanted):
+            raise UserError(f"input {name} has shape {_text(shape)}, which {_text(tuple(wanted))} does not fit")
+        for have, want in zip(shape, wanted, strict=True):
+            extent: Extent = want if isinstance(want, int) else Dim(((want, 1),))
+            if isinstance(have, int):
+                if have != want:
+                    raise UserError(f"input {name} has shape {_text(shape)}, which {_text(tuple(wanted))} does not fit")
+                continue
+            symbol = have.terms[0][0]
+            if substitution.setdefault(symbol, extent) != extent:
+                raise UserError(f"input shapes give {symbol} two values: {substitution[symbol]} and {extent}")
+    for value in graph.inputs:
+        if value.shape is not None:
+            value.shape = tuple(substitution.get(e.terms[0][0], e) if isinstance(e, Dim) else e for e in value.shape)
+    if substitution:  # what the file declares of inner shapes speaks of the old symbols
+        for node in graph.nodes:
+            for output in node.outputs:
+                output.shape = None
+
+
+def _text(shape: Sequence[Any] | None) -> str:
+    return "?" if shape is None else "x".join(map(str, shape))
+
+
+def to_model(graph: Graph, *, inline: bool = False) -> onnx.ModelProto:
+    """The graph as a model. Untouched weights are shared with the model it was read from (external ones stay external)."""
+    from attnrewrite.functions import function_protos, inlined, overload_of
+
+    if inline:
+        graph = inlined(graph)
+    tensors: dict[int, gs.Tensor] = {}
+
+    def tensor_of(value: Value | None) -> gs.Tensor:
+        if value is None:
+            return gs.Variable.empty()
+        if id(value) not in tensors:
+            tensors[id(value)] = _to_tensor(value)
+        return tensors[id(value)]
+
+    nodes = []
+    for index, node in enumerate(graph.nodes):
+        for value in node.captures:
+            tensor_of(value)
+        nodes.append(
+            gs.Node(
+                node.op,
+                node.name or f"{node.op}_{index}",
+                {k: gs.Constant("", v) if isinstance(v, np.ndarray) else v for k, v in node.attributes.items()},
+                [tensor_of(v) for v in node.inputs],
+                [tensor_of(v) for v in node.outputs],
+                node.domain or None,
+            )
+        )
+    source: Source = graph.source
+    functions = function_protos(graph)
+    imports = [onnx.helper.make_opsetid(i.domain, i.version) for i in source.imports if i.domain not in ("", "ai.onnx")]
+    imports = [onnx.helper.make_opsetid("", graph.opset), *imports]
+    used = {f.domain for f in functions} - {i.domain for i in imports}
+    imports += [onnx.helper.make_opsetid(d, 1) for d in sorted(used)]
+    rebuilt = gs.Graph(
+        nodes,
+        [tensor_of(v) for v in graph.inputs],
+        [tensor_of(v) for v in graph.outputs],
+        name=graph.name,
+        opset=graph.opset,
+        import_domains=imports,
+    )
+    model = gs.export_onnx(rebuilt, do_type_check=False)
+    present = {t.name for t in model.graph.initializer}
+    captured = {v.name: v for n in graph.nodes for v in n.captures if v.is_constant and v.name not in present}
+    for value in captured.values():
+        model.graph.initializer.append(gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(tensor_of(value)))
+    model.ir_version = max(source.ir_version, 10) if functions else source.ir_version
+    model.producer_name, model.doc_string = source.producer_name, source.doc
+    for key, text in source.metadata.items():
+        model.metadata_props.add(key=key, value=text)
+    model.functions.extend(functions)
+    for node, proto in zip(graph.nodes, model.graph.node, strict=True):
+        if node.domain and (overload := overload_of(node)):
+            proto.overload = overload
+    return model
+
+
+def _to_tensor(value: Value) -> gs.Tensor:
+    if value.is_constant:
+        if isinstance(value.source, onnx.TensorProto):
+            return gs.Constant(value.name, gs.ir.tensor.LazyValues(value.source))
+        return gs.Constant(value.name, np.asarray(value.constant))
+    shape = None if value.shape is None else [e if isinstance(e, int) else str(e) for e in value.shape]
+    return gs.Variable(value.name, value.dtype, shape)
+
+
+def write(graph: Graph, path: str | Path, *, inline: bool = False) -> None:
+    """Write the graph as an ONNX file; weights beyond 1.8 GB in all go to `<file name>.data` beside it.
+
+    The caller makes the files appear whole (attnrewrite.atomic). Raises UserError where they cannot be written.
+    """
+    save(to_model(graph, inline=inline), Path(path), graph.source.folder)
+
+
+def save(model: onnx.ModelProto, path: Path, folder: Path) -> None:
+    """Write a model whose external tensors lie in `folder`; edits the model's tensors."""
+    tensors = [t for t in _all_initializers(model.graph) if t.ByteSize() > 1024 or _is_external(t)]
+    total = sum(_stored_bytes(t) for t in tensors)
+    try:
+        if total <= EXTERNAL_DATA_LIMIT_BYTES:
+            for tensor in filter(_is_external, tensors):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+        else:
+            _write_external(tensors, path.with_name(f"{path.name}.data"), folder)
+        path.write_bytes(model.SerializeToString())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _stored_bytes(tensor: onnx.TensorProto) -> int:
+    if _is_external(tensor):
+        return onnx.external_data_helper.ExternalDataInfo(tensor).length or 0
+    return int(tensor.ByteSize())
+
+
+def _all_initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_initializers(attribute.g)
+
+
+def _write_external(tensors: list[onnx.TensorProto], path: Path, folder: Path) -> None:
+    """Move the tensors' bytes into one file, one tensor in memory at a time."""
+    with path.open("wb") as file:
+        for tensor in tensors:
+            if _is_external(tensor):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            elif not tensor.raw_data:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+            file.write(b"\0" * (-file.tell() % 4096))
+            offset, length = file.tell(), len(tensor.raw_data)
+            file.write(tensor.raw_data)
+            onnx.external_data_helper.set_external_data(tensor, path.name, offset, length)
+            tensor.ClearField("raw_data")

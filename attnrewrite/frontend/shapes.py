@@ -1,0 +1,233 @@
+"""Output shapes of a node from the shapes and known contents of its inputs, symbolic extents included.
+
+Operators whose shape depends on the content of an input have a rule here; for all others ONNX's own inference is asked,
+with symbolic extents passed through as named dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+
+from attnrewrite.dims import Dim, Extent, NonAffine, Shape, product
+from attnrewrite.frontend.evaluate import python_slice, to_attribute
+from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+
+Contents = Callable[[Value | None], np.ndarray | None]
+Inferred = list[tuple[Shape | None, np.dtype | None]]
+
+
+class UnknownShape(ValueError):
+    """The shape cannot be told; the message says why."""
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """NumPy broadcasting; a symbol wins over 1, and two different symbols are unknown."""
+    rank = max(map(len, shapes))
+    result: list[Extent] = []
+    for axis in range(-rank, 0):
+        extents = {s[axis] for s in shapes if len(s) >= -axis} - {1}
+        if len(extents) > 1:
+            raise UnknownShape(f"extents {extents} do not broadcast")
+        result.append(extents.pop() if extents else 1)
+    return tuple(result)
+
+
+def _shape(value: Value | None) -> Shape:
+    if value is None or value.shape is None:
+        raise UnknownShape("an input shape is unknown")
+    return value.shape
+
+
+def _content(contents: Contents, value: Value | None) -> list[Extent]:
+    array = contents(value)
+    if array is None:
+        raise UnknownShape("a shape operand is computed from data")
+    return [x if isinstance(x, Dim) else int(x) for x in np.asarray(array).reshape(-1)]
+
+
+def reshape(node: Node, contents: Contents) -> Shape:
+    shape, target = _shape(node.required(0)), _content(contents, node.input(1))
+    keep = not node.attributes.get("allowzero", 0)
+    result: list[Extent] = [shape[i] if keep and t == 0 else t for i, t in enumerate(target)]
+    if -1 in result:
+        at = result.index(-1)
+        rest = product(tuple(result[:at] + result[at + 1 :]))
+        total = product(shape)
+        try:
+            result[at] = total // rest if rest != 0 else 0
+        except NonAffine:
+            result[at] = _cancel(shape, result[:at] + result[at + 1 :])
+    return tuple(result)
+
+
+def _cancel(shape: Shape, others: list[Extent]) -> Extent:
+    """The extent of -1 where a symbol stands on both sides: cancel equal symbols, divide the rest."""
+    numerator, denominator = list(shape), list(others)
+    for extent in others:
+        if isinstance(extent, Dim) and extent in numerator:
+            numerator.remove(extent)
+            denominator.remove(extent)
+    return product(tuple(numerator)) // product(tuple(denominator))
+
+
+def expand(node: Node, contents: Contents) -> Shape:
+    return broadcast([_shape(node.required(0)), tuple(_content(contents, node.input(1)))])
+
+
+def slice_(node: Node, contents: Contents) -> Shape:
+    shape = list(_shape(node.required(0)))
+    starts, ends = _content(contents, node.input(1)), _content(contents, node.input(2))
+    axes = range(len(starts)) if node.input(3) is None else _content(contents, node.input(3))
+    steps = [1] * len(starts) if node.input(4) is None else _content(contents, node.input(4))
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        assert isinstance(axis, int)
+        extent = shape[axis]
+        if all(isinstance(x, int) for x in (start, end, step, extent)):
+            taken = python_slice(start, end, step, extent)  # type: ignore[arg-type]
+            shape[axis] = len(range(*taken.indices(extent)))  # type: ignore[arg-type]
+        elif start == 0 and step == 1 and (end == extent or (isinstance(end, int) and end >= 2**31 - 1)):
+            continue
+        else:
+            raise UnknownShape("a slice of a symbolic axis")
+    return tuple(shape)
+
+
+def pad(node: Node, contents: Contents) -> Shape:
+    shape, pads = list(_shape(node.required(0))), _content(contents, node.input(1))
+    axes = range(len(shape)) if node.input(3) is None else _content(contents, node.input(3))
+    for k, axis in enumerate(axes):
+        shape[axis] = shape[axis] + pads[k] + pads[k + len(pads) // 2]  # type: ignore[index]
+    return tuple(shape)
+
+
+def tile(node: Node, contents: Contents) -> Shape:
+    return tuple(e * r for e, r in zip(_shape(node.required(0)), _content(contents, node.input(1)), strict=True))
+
+
+def gather(node: Node, contents: Contents) -> Shape:
+    data, index = _shape(node.required(0)), _shape(node.required(1))
+    axis = node.attributes.get("axis", 0) % len(data)
+    return data[:axis] + index + data[axis + 1 :]
+
+
+def transpose(node: Node, contents: Contents) -> Shape:
+    shape = _shape(node.required(0))
+    permutation = node.attributes.get("perm") or range(len(shape))[::-1]
+    return tuple(shape[p] for p in permutation)
+
+
+def concat(node: Node, contents: Contents) -> Shape:
+    shapes = [_shape(v) for v in node.inputs]
+    axis = node.attributes["axis"] % len(shapes[0])
+    total: Extent = 0
+    for shape in shapes:
+        total = total + shape[axis]
+    return (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
+
+
+def pointwise(node: Node, contents: Contents) -> Shape:
+    return broadcast([_shape(v) for v in node.inputs if v is not None])
+
+
+def matmul(node: Node, contents: Contents) -> Shape:
+    a, b = _shape(node.required(0)), _shape(node.required(1))
+    if len(a) < 2 or len(b) < 2:
+        raise UnknownShape("a vector operand")
+    batch = broadcast([a[:-2], b[:-2]]) if len(a) > 2 or len(b) > 2 else ()
+    return (*batch, a[-2], b[-1])
+
+
+def constant_of_shape(node: Node, contents: Contents) -> Shape:
+    return tuple(_content(contents, node.input(0)))
+
+
+def flatten(node: Node, contents: Contents) -> Shape:
+    shape = _shape(node.required(0))
+    axis = node.attributes.get("axis", 1)
+    axis = axis + len(shape) if axis < 0 else axis
+    return (product(shape[:axis]), product(shape[axis:]))
+
+
+SHAPE_RULES: dict[str, Callable[[Node, Contents], Shape]] = {
+    "Reshape": reshape,
+    "Expand": expand,
+    "Slice": slice_,
+    "Pad": pad,
+    "Tile": tile,
+    "Gather": gather,
+    "Transpose": transpose,
+    "Concat": concat,
+    "MatMul": matmul,
+    "ConstantOfShape": constant_of_shape,
+    "Flatten": flatten,
+    **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Mod"], pointwise),
+}
+COMPARISONS = frozenset({"Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or"})
+SHAPE_RULES |= dict.fromkeys(COMPARISONS, pointwise)
+
+
+def infer(node: Node, contents: Contents, opset: int) -> Inferred:
+    """(shape, dtype) of every output; None where unknown."""
+    if node.domain == STANDARD_DOMAIN and node.op in SHAPE_RULES:
+        try:
+            first = node.input(1 if node.op == "Where" else 0)
+            dtype = np.dtype(bool) if node.op in COMPARISONS else first.dtype if first is not None else None
+            if node.op == "ConstantOfShape":
+                fill = node.attributes.get("value")
+                dtype = np.dtype(np.float32) if fill is None else np.asarray(fill).dtype
+            return [(SHAPE_RULES[node.op](node, contents), dtype)]
+        except (UnknownShape, NonAffine):
+            return _onnx_inference(node, contents, opset)
+    return _onnx_inference(node, contents, opset)
+
+
+def _onnx_inference(node: Node, contents: Contents, opset: int) -> Inferred:
+    unknown: Inferred = [(None, None)] * len(node.outputs)
+    if not onnx.defs.has(node.op, opset, node.domain) or node.captures:
+        return unknown
+    names: dict[str, Extent] = {}
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    for k, value in enumerate(node.inputs):
+        if value is None or value.dtype is None:
+            continue
+        extents = None
+        if value.shape is not None:
+            extents = [e if isinstance(e, int) else names.setdefault(str(e), e) and str(e) for e in value.shape]
+        element = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        types[f"i{k}"] = onnx.helper.make_tensor_type_proto(element, extents)
+        known = contents(value)
+        if known is not None and known.dtype != object and known.size <= 1024:
+            data[f"i{k}"] = onnx.numpy_helper.from_array(known)
+    proto = onnx.helper.make_node(
+        node.op, [f"i{k}" if v is not None else "" for k, v in enumerate(node.inputs)], [f"o{k}" for k in range(len(node.outputs))]
+    )
+    try:
+        proto.attribute.extend(to_attribute(k, v) for k, v in node.attributes.items())
+        schema = onnx.defs.get_schema(node.op, opset, node.domain)
+        result = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    except Exception:  # the inference raises bare RuntimeErrors where a shape is inconsistent or unknown
+        return unknown
+    outputs: Inferred = []
+    for k in range(len(node.outputs)):
+        type_ = result.get(f"o{k}")
+        if type_ is None or not type_.HasField("tensor_type"):
+            outputs.append((None, None))
+            continue
+        tensor = type_.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
+        shape: Shape | None = None
+        if tensor.HasField("shape"):
+            found = [_extent(d, names) for d in tensor.shape.dim]
+            shape = None if any(e is None for e in found) else tuple(e for e in found if e is not None)
+        outputs.append((shape, dtype))
+    return outputs
+
+
+def _extent(dim: onnx.TensorShapeProto.Dimension, names: dict[str, Extent]) -> Extent | None:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return names.get(dim.dim_param) if dim.dim_param else None
