@@ -1,0 +1,103 @@
+"""The two ops in NumPy, from the equations of docs/ops.md and the tables of the geometries: the oracle of every kernel.
+
+Clarity over speed: keys and values are gathered for every window, or for every pixel and slot. All arithmetic is in
+`dtype`, float64 by default; the result is cast to the element type of `query`. Letters as in docs/ops.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention
+from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry
+
+Operands = Mapping[str, np.ndarray]
+
+
+def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
+    """Softmax; NaN where every logit is -inf."""
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(logits - logits.max(axis=axis, keepdims=True))
+    return weights / weights.sum(axis=axis, keepdims=True)
+
+
+def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
+    """operands: the operands of the op by name, absent ones left out. Returns [B, *S, nH*dv] in the type of query."""
+    geometry, heads = spec.geometry, spec.num_heads
+    pixels = geometry.pixels()  # [nW, N]
+    query = _windows(operands["query"], pixels, heads, None, dtype)
+    key = _windows(operands["key"], pixels, heads, operands.get("key_padding"), dtype)
+    value = _windows(operands["value"], pixels, heads, operands.get("value_padding"), dtype)
+
+    logits = spec.scale * np.einsum("bwnhi,bwmhi->bwhnm", query, key)
+    if "bias" in operands:
+        logits = logits + operands["bias"].astype(dtype)
+    if "mask" in operands:
+        logits = logits + operands["mask"].astype(dtype)[:, None]
+    if spec.mask_value is not None:
+        penalty = np.where(geometry.crosses_regions(), spec.mask_value, 0.0).astype(dtype)
+        logits = logits + penalty[:, None]
+    tokens = np.einsum("bwhnm,bwmhi->bwnhi", softmax(logits, axis=-1), value)
+
+    batch, *_, channels = operands["value"].shape
+    out = np.zeros((batch, int(np.prod(geometry.feature_size)), channels), dtype)
+    inside = pixels != PADDING
+    out[:, pixels[inside]] = tokens[:, inside].reshape(batch, -1, channels)
+    return out.reshape(batch, *geometry.feature_size, channels).astype(operands["query"].dtype)
+
+
+def slide_attention(spec: SlideAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
+    """operands: the operands of the op by name, absent ones left out. Returns [B, nH*dv, *S] in the type of query."""
+    geometry, heads = spec.geometry, spec.num_heads
+    query = operands["query"].astype(dtype)
+    batch, channels = query.shape[:2]
+    query = query.reshape(batch, heads, channels // heads, -1)
+    keys = _neighbours(geometry, operands["key"], operands.get("key_kernel"), operands.get("key_bias"), dtype)
+    values = _neighbours(geometry, operands["value"], operands.get("value_kernel"), operands.get("value_bias"), dtype)
+
+    keys = keys.reshape(batch, heads, channels // heads, *keys.shape[2:])
+    logits = spec.scale * np.einsum("bhip,bhipj->bhpj", query, keys)
+    if "bias" in operands:
+        logits = logits + operands["bias"].astype(dtype)[:, None, :]
+    values = values.reshape(batch, heads, -1, *values.shape[2:])
+    out = np.einsum("bhpj,bhipj->bhip", softmax(logits, axis=-1), values)
+    return out.reshape(operands["value"].shape).astype(operands["query"].dtype)
+
+
+def _windows(
+    feature_map: np.ndarray, pixels: np.ndarray, heads: int, padding: np.ndarray | None, dtype: DTypeLike
+) -> np.ndarray:
+    """[B, *S, nH*d] -> [B, nW, N, nH, d]; a token outside the map is `padding` [nH*d], or zero."""
+    batch, *_, channels = feature_map.shape
+    flat = feature_map.reshape(batch, -1, channels).astype(dtype)
+    outside = np.zeros(channels, dtype) if padding is None else padding.astype(dtype)
+    tokens = np.where((pixels == PADDING)[None, :, :, None], outside, flat[:, pixels])
+    return tokens.reshape(batch, *pixels.shape, heads, channels // heads)
+
+
+def _neighbours(
+    geometry: NeighborhoodGeometry,
+    feature_map: np.ndarray,
+    kernel: np.ndarray | None,
+    bias: np.ndarray | None,
+    dtype: DTypeLike,
+) -> np.ndarray:
+    """[B, C, *S] -> [B, C, pixels, K]: what slot j of every pixel holds, shifted purely or by learned kernels."""
+    batch, channels = feature_map.shape[:2]
+    pixels = geometry.pixels()  # [pixels, K]
+    flat = feature_map.reshape(batch, channels, -1).astype(dtype)
+    slots = np.where(pixels == PADDING, 0.0, flat[:, :, pixels]).astype(dtype)
+    if kernel is not None:
+        taps = _row_per_channel(kernel.reshape(*kernel.shape[:2], -1), channels).astype(dtype)  # [C, K, K]
+        slots = np.einsum("bcpt,cjt->bcpj", slots, taps)
+    if bias is not None:
+        slots = slots + _row_per_channel(bias, channels).astype(dtype)[:, None, :]
+    return slots
+
+
+def _row_per_channel(rows: np.ndarray, channels: int) -> np.ndarray:
+    """[R, ...] -> [C, ...]: channel c uses row c mod R."""
+    return rows[np.arange(channels) % rows.shape[0]]
