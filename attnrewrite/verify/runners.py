@@ -1,0 +1,71 @@
+"""Ways to run a model on NumPy arrays: what verification compares and what bench times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class RunnerError(Exception):
+    """The engine did not load or run the model; the message is the engine's own, on one line."""
+
+
+class Runner(Protocol):
+    """A loaded model: arrays by input name in, arrays by output name out."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+
+class OnnxRunner:
+    """A model in ONNX Runtime on the CPU, with its graph optimisations on, as a user would have it.
+
+    threads: intra-op threads; None leaves the choice to ONNX Runtime.
+    """
+
+    def __init__(self, model: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, and said by the caller
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a family of unrelated classes
+            raise RunnerError(_one_line(error)) from error
+        self.outputs: Sequence[str] = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            results = self._session.run(None, dict(inputs))
+        except Exception as error:
+            raise RunnerError(_one_line(error)) from error
+        return {name: np.asarray(result) for name, result in zip(self.outputs, results, strict=True)}
+
+
+class CompiledRunner:
+    """An artifact directory on this machine, through attnrewrite.runtime."""
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        from attnrewrite import runtime
+
+        self._threads = threads
+        try:
+            self._model = runtime.load(directory)
+        except Exception as error:  # whatever TVM's loader raises
+            raise RunnerError(_one_line(error)) from error
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(self._model.run(dict(inputs), threads=self._threads))
+        except Exception as error:
+            raise RunnerError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
