@@ -138,7 +138,9 @@ class Window:
         geometry = self.geometry
         pixel, inside = [], []
         for axis, position in enumerate(self._positions(token)):
-            extent, shift, padded = (s[axis] for s in (geometry.feature_size, geometry.shift_size, geometry.padded_size))
+            extent, shift, padded = (
+                s[axis] for s in (geometry.feature_size, geometry.shift_size, geometry.padded_size)
+            )
             around = padded if geometry.shift_padded else extent
             if shift:
                 position_shifted = position + shift
@@ -296,7 +298,9 @@ class _WindowKernel:
         tiling = self.tiling
         rows = [self.frame.thread_y * tiling.queries + i for i in range(tiling.queries)]
         keys = range(tiling.keys)
-        self.exchange(rows, [_fold(tirx.max, [self.logits[i * tiling.keys + j] for j in keys]) for i in range(len(rows))])
+        self.exchange(
+            rows, [_fold(tirx.max, [self.logits[i * tiling.keys + j] for j in keys]) for i in range(len(rows))]
+        )
         for i, row in enumerate(rows):
             store(self.rescale, [i], self.maximum[i])
             with T.serial(tiling.columns) as column:
@@ -349,7 +353,9 @@ class _WindowKernel:
             query = T.bind(self.query_token(i))
             pixel, on_map = self.window.pixel(query)
             with when(every([self.in_window(query, tiling.tile_queries), on_map])):
-                for chunk, j in itertools.product(range(ceil_div(self.value_dim, tiling.chunk)), range(tiling.channels)):
+                for chunk, j in itertools.product(
+                    range(ceil_div(self.value_dim, tiling.chunk)), range(tiling.channels)
+                ):
                     column = frame.thread_x + tiling.columns * j
                     channel = chunk * tiling.chunk + column
                     in_chunk = True if tiling.chunk % tiling.columns == 0 else column < tiling.chunk
