@@ -7,6 +7,8 @@ OUT := out
 JOBS ?= 2
 THREADS ?= 2
 MODEL := $(OUT)/swin_tiny_patch4_window7_224.onnx
+# Exported test models, kept between runs and shared by the workers.
+export ATTNREWRITE_TEST_CACHE ?= $(CURDIR)/build/test-models
 
 .PHONY: setup demo test test-slow bench lint format clean
 

@@ -1,0 +1,45 @@
+"""The report as one HTML page without anything from outside."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from attnrewrite.report.document import Report, facts, headline, is_shifted
+from attnrewrite.report.terminal import SITE_COLUMNS, reparam_sentence, site_cells
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+def to_html(report: Report) -> str:
+    """A self-contained page; every name that comes from the model is escaped."""
+    return _template().render(
+        report=report,
+        headline=headline(report),
+        facts=[row for row in facts(report) if row[0] not in ("Speed",)],
+        columns=SITE_COLUMNS,
+        rows=[(site, site_cells(site)) for site in report.sites],
+        shifted=sum(map(is_shifted, report.rewritten)),
+        folded=sum(group.verdict == "rewrite" for group in report.reparam),
+        reparam=[(group, reparam_sentence(group)) for group in report.reparam],
+        timings=_bars(report.gains),
+        removed=report.nodes_before - report.nodes_after,
+    )
+
+
+def _bars(gains: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Timings with the width of their bar, in percent of the slowest."""
+    if gains is None:
+        return []
+    slowest = max(row["median_ms"] for row in gains["timings"])
+    return [row | {"percent": 100.0 * row["median_ms"] / slowest} for row in gains["timings"]]
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
