@@ -1,0 +1,459 @@
+"""Matrix products and convolutions: a tile of accumulators stays in registers while the reduction runs.
+
+Every stage `out = sum a * b` is read as a matrix product: *rows* are the output axes only `a` has, *columns* those only
+`b` has (the innermost output axis among them, so that lanes run along columns), *batch* those both have. A tile is
+`rows x columns` accumulators; each step of the reduction broadcasts one element of `a` per row and reads one vector of
+`b` per column vector. `b` is read in place where its columns lie side by side in memory, as packed weights do; otherwise
+a panel of it is copied next to the tile first, which is what im2col does, one tile at a time.
+
+What follows in the same function element by element (bias, activation, residual) is applied to the tile on its way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import tvm_ffi
+from tvm import ir, tirx
+
+from attnrewrite.lowering.kernels.vector_math import VectorUnit
+from attnrewrite.lowering.schedules.loops import (
+    Stmt,
+    allocated,
+    const,
+    guarded,
+    local,
+    loop,
+    nest,
+    parallel,
+    seq,
+    store,
+    unravel,
+    unrolled,
+    vectorized,
+)
+from attnrewrite.lowering.schedules.stages import (
+    EXPENSIVE,
+    Axis,
+    Expr,
+    Stage,
+    calls,
+    loads_of,
+    product,
+    reads,
+    simplify,
+    static_size,
+    stride,
+    substitute,
+    variables,
+)
+
+# A column panel that fits comfortably into the second-level cache of every preset, in bytes.
+CACHE_BYTES = 512 * 1024
+
+# Parallel pieces aimed at where rows could also be shared among threads.
+PIECES = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x (vectors * lanes) accumulators."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def columns(self) -> int:
+        return self.vectors * self.lanes
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A stage read as a matrix product; `left` varies along rows, `right` along columns."""
+
+    stage: Stage
+    left: Expr
+    right: Expr
+    batch: tuple[Axis, ...]
+    rows: tuple[Axis, ...]
+    columns: tuple[Axis, ...]
+    split: Mapping[tirx.Var, Expr]  # the stage's own variables in terms of the axes above
+
+    @property
+    def dtype(self) -> str:
+        """Of the accumulators: half-precision products are summed in single precision."""
+        dtype = str(self.stage.buffer.dtype)
+        return "float32" if dtype == "float16" else dtype
+
+    @property
+    def packed_columns(self) -> int | None:
+        """Columns per panel where `right` is packed `[panels, reduction, columns]`."""
+        loads = loads_of(self.right)
+        if len(loads) != 1 or len(self.columns) != 1 or len(loads[0].source.shape) != 3:
+            return None
+        lane = loads[0].indices[-1]
+        if isinstance(lane, tirx.FloorMod) and lane.a.same_as(self.columns[0].var) and isinstance(lane.b, tirx.IntImm):
+            return int(lane.b)
+        return None
+
+
+def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit) -> Tile:
+    """The register tile that wastes least on the edges, then the one that loads least per multiplication."""
+    best: tuple[float, Tile] | None = None
+    for vectors in range(1, 7):
+        if columns is not None and vectors > 1 and (vectors - 1) * unit.lanes >= columns:
+            break
+        most = unit.accumulators // vectors
+        for height in range(1, min(most, rows or most) + 1):
+            padded_rows = 1.0 if rows is None else -(-rows // height) * height / rows
+            width = vectors * unit.lanes
+            padded_columns = 1.0 if columns is None else -(-columns // width) * width / columns
+            # Per multiply-add: 1 for the arithmetic, and the loads of both operands, which overlap with it in part.
+            cost = padded_rows * padded_columns * (1.0 + 0.5 * (1.0 / height + 1.0 / vectors))
+            if best is None or cost < best[0] - 1e-9:
+                best = cost, Tile(height, vectors, unit.lanes)
+    assert best is not None
+    return best[1]
+
+
+def match_contraction(stage: Stage) -> Contraction | None:
+    """The stage as a matrix product, or None where it is not one worth a register tile."""
+    if stage.combine != "sum" or not isinstance(stage.value, tirx.Mul) or not stage.axes:
+        return None
+    if str(stage.buffer.dtype) not in ("float32", "float16", "float64"):
+        return None
+    operands = [stage.value.a, stage.value.b]
+    if any(len(loads_of(o)) != 1 for o in operands):
+        return None
+    inner = next((axis for axis in reversed(stage.axes) if axis.size != 1), stage.axes[-1])
+    having = [o for o in operands if inner.var in variables(o)]
+    if len(having) != 1:
+        return None
+    right = having[0]
+    left = operands[0] if right is operands[1] else operands[1]
+    return _classify(stage, left, right)
+
+
+def _classify(stage: Stage, left: Expr, right: Expr) -> Contraction | None:
+    batch: list[Axis] = []
+    rows: list[Axis] = []
+    columns: list[Axis] = []
+    split: dict[tirx.Var, Expr] = {}
+    for axis in stage.axes:
+        in_left, in_right = axis.var in variables(left), axis.var in variables(right)
+        if in_left and in_right:
+            group = _group_size(right, axis)
+            if group is None:
+                batch.append(axis)
+                continue
+            # A grouped convolution: output channel = group * size + channel within the group.
+            outer = Axis(tirx.Var("group", "int64"), simplify(tirx.floordiv(axis.extent, group)))
+            within = Axis(tirx.Var("channel", "int64"), const(group))
+            split[axis.var] = outer.var * group + within.var
+            right = _replace_quotient(right, axis.var, outer.var)
+            batch.append(outer)
+            rows.append(within)
+        elif in_left:
+            rows.append(axis)
+        else:
+            columns.append(axis)
+    height, width = static_size(rows), static_size(columns)
+    if not columns or (height == 1 and width is not None and width < 4):
+        return None
+    if height == 1 and batch and static_size(stage.reduction) is not None and not _is_packed(right, columns):
+        return None  # no reuse of a panel: a depthwise convolution is better off as rows
+    return Contraction(stage, left, right, tuple(batch), tuple(rows), tuple(columns), split)
+
+
+def _is_packed(right: Expr, columns: Sequence[Axis]) -> bool:
+    return len(columns) == 1 and any(
+        isinstance(index, tirx.FloorMod) and index.a.same_as(columns[0].var) for load in loads_of(right) for index in load.indices
+    )
+
+
+def _group_size(value: Expr, axis: Axis) -> int | None:
+    """g where the axis enters the expression only as `axis // g`, 1 < g <= extent; None otherwise."""
+    sizes: list[int | None] = []
+
+    def divided(node: tirx.FloorDiv) -> None:
+        if node.a.same_as(axis.var):
+            sizes.append(int(node.b) if isinstance(node.b, tirx.IntImm) else None)
+
+    tvm_ffi.structural_walk(value, (tirx.FloorDiv, divided), order="post")
+    uses = [0]
+
+    def used(var: tirx.Var) -> None:
+        uses[0] += var.same_as(axis.var)
+
+    tvm_ffi.structural_walk(value, (ir.Var, used), order="post")
+    if not sizes or len(sizes) != uses[0] or len(set(sizes)) != 1:
+        return None
+    return sizes[0]
+
+
+def _replace_quotient(value: Expr, var: tirx.Var, quotient: tirx.Var) -> Expr:
+    return tvm_ffi.structural_map(
+        value, (tirx.FloorDiv, lambda node: quotient if node.a.same_as(var) else node), order="post"
+    )
+
+
+def lower_contraction(product_stage: Contraction, epilogue: Stage | None, unit: VectorUnit) -> Stmt:
+    """Loops of a matrix product and of the element-wise stage that consumes it, if any."""
+    return _Lowering(product_stage, epilogue, unit).lower()
+
+
+class _Lowering:
+    """The loops of one contraction. Letters: M rows, N columns, K reduction."""
+
+    def __init__(self, contraction: Contraction, epilogue: Stage | None, unit: VectorUnit) -> None:
+        self.c = contraction
+        self.epilogue = epilogue
+        self.m = product(a.extent for a in contraction.rows)
+        self.n = product(a.extent for a in contraction.columns)
+        self.k = product(a.extent for a in contraction.stage.reduction)
+        self.b = product(a.extent for a in contraction.batch)
+        m, n = static_size(contraction.rows), static_size(contraction.columns)
+        packed = contraction.packed_columns
+        if packed is not None:
+            lanes = min(unit.lanes, packed)
+            fixed = VectorUnit(packed, max(unit.accumulators // (packed // lanes), 1))
+            self.tile = Tile(choose_tile(m, packed, fixed).rows, packed // lanes, lanes)
+        else:
+            lanes = unit.lanes
+            while n is not None and lanes > 4 and lanes >= 2 * n:
+                lanes //= 2
+            self.tile = choose_tile(m, n, VectorUnit(lanes, unit.accumulators))
+        self.packed = packed is not None
+        self.m_tiles = simplify(tirx.ceildiv(self.m, self.tile.rows))
+        self.n_tiles = simplify(tirx.ceildiv(self.n, self.tile.columns))
+        self.m_divides = m is not None and m % self.tile.rows == 0
+        self.n_divides = n is not None and n % self.tile.columns == 0
+
+    @property
+    def in_place(self) -> bool:
+        """Vectors of `right` can be read where they are."""
+        if self.packed:
+            return True
+        inner = self.c.columns[-1]
+        return self.n_divides and len(self.c.columns) == 1 and stride(loads_of(self.c.right)[0], inner.var) == 1
+
+    def lower(self) -> Stmt:
+        work = simplify(self.b * self.m * self.n * self.k)
+        if self.in_place:
+            # Whichever operand is walked through again and again should be the one that stays in the cache.
+            panel_bytes = simplify(self.n * self.k * 4)
+            rows_outside = isinstance(panel_bytes, tirx.IntImm) and int(panel_bytes) <= CACHE_BYTES
+            inner = self.n_tiles if rows_outside else self.m_tiles
+
+            def tile(p: Expr) -> Stmt:
+                batch, outer, within = unravel(p, [self.b, self.m_tiles if rows_outside else self.n_tiles, inner])
+                i, j = (outer, within) if rows_outside else (within, outer)
+                return self.one_tile(self.batch_at(batch), i, j, None)
+
+            return parallel(simplify(self.b * self.m_tiles * self.n_tiles), tile, work)
+
+        pieces = self.row_pieces()
+        per_piece = simplify(tirx.ceildiv(self.m_tiles, pieces))
+
+        def piece(p: Expr) -> Stmt:
+            batch, j, part = unravel(p, [self.b, self.n_tiles, const(pieces)])
+            where = self.batch_at(batch)
+            panel = tirx.decl_buffer([self.k, const(self.tile.columns)], self.c.dtype, "panel")
+
+            def row_tile(t: Expr) -> Stmt:
+                i = part * per_piece + t
+                inside = None if pieces == 1 else i < self.m_tiles
+                return guarded(inside, self.one_tile(where, i, j, panel))
+
+            return allocated(panel, self.pack(where, j, panel), loop(per_piece, row_tile, name="i"))
+
+        return parallel(simplify(self.b * self.n_tiles * pieces), piece, work)
+
+    def row_pieces(self) -> int:
+        """Into how many pieces the rows are cut for the sake of threads; each packs its panel again."""
+        columns, rows = simplify(self.b * self.n_tiles), self.m_tiles
+        if not isinstance(columns, tirx.IntImm) or not isinstance(rows, tirx.IntImm):
+            return 1
+        wanted = max(1, PIECES // int(columns))
+        return max(1, min(wanted, int(rows) // 4))
+
+    def batch_at(self, flat: Expr) -> dict[tirx.Var, Expr]:
+        return self.at(self.c.batch, flat)
+
+    def at(self, axes: Sequence[Axis], flat: Expr) -> dict[tirx.Var, Expr]:
+        return dict(zip((a.var for a in axes), unravel(flat, [a.extent for a in axes]), strict=True))
+
+    def in_own_axes(self, value: Expr) -> Expr:
+        return substitute(value, self.c.split)
+
+    def reduction_offset(self, at: Sequence[Expr]) -> Expr:
+        offset: Expr = const(0)
+        for axis, i in zip(self.c.stage.reduction, at, strict=True):
+            offset = offset * axis.extent + i
+        return offset
+
+    def pack(self, batch: Mapping[tirx.Var, Expr], j: Expr, panel: tirx.Buffer) -> Stmt:
+        """panel[k, l] = right[k, first column + l]; columns beyond the last repeat it, and are never stored."""
+        right = self.in_own_axes(self.c.right)
+
+        def row(at: Sequence[Expr]) -> Stmt:
+            reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
+
+            def lane(l: Expr) -> Stmt:
+                column = j * self.tile.columns + l
+                if not self.n_divides:
+                    column = tirx.min(column, self.n - 1)
+                where = {**batch, **reduction, **self.at(self.c.columns, column)}
+                return store(panel, _as(substitute(right, where), self.c.dtype), [self.reduction_offset(at), l])
+
+            return loop(self.tile.columns, lane, name="l")
+
+        return nest(self.c.stage.reduction, row)
+
+    def one_tile(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, panel: tirx.Buffer | None) -> Stmt:
+        tile, dtype = self.tile, self.c.dtype
+        sums = local([tile.rows * tile.columns], dtype, "sums")
+        row_vars = [[tirx.Var(f"{axis.var.name}_{r}", "int64") for axis in self.c.rows] for r in range(tile.rows)]
+        bindings: list[Stmt] = []
+        for r, names in enumerate(row_vars):
+            flat = i * tile.rows + r
+            if not self.m_divides:
+                flat = tirx.min(flat, self.m - 1)
+            places = unravel(flat, [a.extent for a in self.c.rows])
+            bindings += [tirx.Bind(var, place) for var, place in zip(names, places, strict=True)]
+        rows_at = [dict(zip((a.var for a in self.c.rows), names, strict=True)) for names in row_vars]
+        left, right = self.in_own_axes(self.c.left), self.in_own_axes(self.c.right)
+
+        def zero() -> Stmt:
+            vectors = tile.rows * tile.vectors
+            return unrolled(
+                vectors, lambda v: vectorized(tile.lanes, lambda l: store(sums, _zero(dtype), [v * tile.lanes + l]))
+            )
+
+        def step(at: Sequence[Expr]) -> Stmt:
+            reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
+            statements: list[Stmt] = []
+            for r in range(tile.rows):
+                a = tirx.Var("a", dtype)
+                statements.append(tirx.Bind(a, _as(substitute(left, {**batch, **reduction, **rows_at[r]}), dtype)))
+
+                def vector(v: Expr, r: int = r, a: tirx.Var = a) -> Stmt:
+                    def lane(l: Expr) -> Stmt:
+                        slot = r * tile.columns + v * tile.lanes + l
+                        within = v * tile.lanes + l
+                        if panel is not None:
+                            b = tirx.BufferLoad(panel, [self.reduction_offset(at), within])
+                        elif self.packed:
+                            load = loads_of(right)[0]
+                            b = tirx.BufferLoad(load.source, [j, substitute(load.indices[1], reduction), within])
+                            b = _as(b, dtype)
+                        else:
+                            column = {self.c.columns[0].var: j * tile.columns + within}
+                            b = _as(substitute(right, {**batch, **reduction, **column}), dtype)
+                        return tirx.BufferStore(sums, tirx.BufferLoad(sums, [slot]) + a * b, [slot])
+
+                    return vectorized(tile.lanes, lane)
+
+                statements.append(unrolled(tile.vectors, vector))
+            return seq(*statements)
+
+        return allocated(sums, *bindings, zero(), _reduction_loops(self.c.stage.reduction, step), self.finish(batch, i, j, sums))
+
+    def finish(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, sums: tirx.Buffer) -> Stmt:
+        """Store the tile: through the epilogue, and only what lies inside the output."""
+        tile, stage = self.tile, self.c.stage
+        heavy = self.epilogue is not None and bool(calls(self.epilogue.value) & EXPENSIVE)
+        source = local([tile.rows * tile.columns], self.c.dtype, "tile") if heavy else sums
+
+        def element(r: Expr, column: Expr, slot: Expr) -> Stmt:
+            row = i * tile.rows + r
+            where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
+            own = {axis.var: where.get(axis.var, None) for axis in stage.axes}
+            own.update({var: substitute(value, where) for var, value in self.c.split.items()})
+            indices = [own[axis.var] for axis in stage.axes]
+            result = _as(tirx.BufferLoad(source, [slot]), str(stage.buffer.dtype))
+            if self.epilogue is None:
+                return store(stage.buffer, result, indices)
+            return store(self.epilogue.buffer, _epilogue_value(self.epilogue, stage, indices, result), indices)
+
+        def vector(r: Expr, v: Expr) -> Stmt:
+            first = j * tile.columns + v * tile.lanes
+            slot = r * tile.columns + v * tile.lanes
+            whole = vectorized(tile.lanes, lambda l: element(r, first + l, slot + l))
+            if self.n_divides:
+                return whole
+            one_by_one = loop(
+                tile.lanes, lambda l: guarded(first + l < self.n, element(r, first + l, slot + l)), name="l"
+            )
+            if self.n_tail_free:
+                return guarded(first < self.n, whole)
+            return guarded(first + tile.lanes <= self.n, whole, one_by_one)
+
+        make = loop if heavy else unrolled
+
+        def row(r: Expr) -> Stmt:
+            inside = None if self.m_divides else i * tile.rows + r < self.m
+            return guarded(inside, make(tile.vectors, lambda v: vector(r, v)))
+
+        stores = make(tile.rows, row)
+        if not heavy:
+            return stores
+        # The accumulators must not be addressed by a loop variable, or they leave the registers for good.
+        copy = unrolled(
+            tile.rows * tile.vectors,
+            lambda v: vectorized(
+                tile.lanes,
+                lambda l: tirx.BufferStore(source, tirx.BufferLoad(sums, [v * tile.lanes + l]), [v * tile.lanes + l]),
+            ),
+        )
+        return allocated(source, copy, stores)
+
+    @property
+    def n_tail_free(self) -> bool:
+        """A vector lies inside the output wholly or not at all."""
+        n = static_size(self.c.columns)
+        return n is not None and n % self.tile.lanes == 0
+
+
+def _reduction_loops(axes: Sequence[Axis], step) -> Stmt:  # type: ignore[no-untyped-def]
+    """Serial loops without unrolling: the step is long enough."""
+
+    def inner(depth: int, at: list[Expr]) -> Stmt:
+        if depth == len(axes):
+            return step(at)
+        return loop(axes[depth].extent, lambda i: inner(depth + 1, [*at, i]), name=axes[depth].var.name)
+
+    return inner(0, [])
+
+
+def can_follow(epilogue: Stage, stage: Stage) -> bool:
+    """The epilogue is element-wise over the contraction's output: same axes, each read of it at the same place."""
+    if epilogue.reduction or len(epilogue.axes) != len(stage.axes) or not reads(epilogue.value, stage.buffer):
+        return False
+    return all(
+        all(index.same_as(var) or _both_unit(axis, index) for index, var, axis in zip(load.indices, epilogue.indices, stage.axes, strict=True))
+        for load in loads_of(epilogue.value)
+        if load.source.same_as(stage.buffer)
+    )
+
+
+def _both_unit(axis: Axis, index: Expr) -> bool:
+    return axis.size == 1 and isinstance(index, tirx.IntImm) and int(index) == 0
+
+
+def _epilogue_value(epilogue: Stage, stage: Stage, indices: Sequence[Expr], result: Expr) -> Expr:
+    def replaced(load: ir.TensorLoad) -> Expr:
+        return result if load.source.same_as(stage.buffer) else load
+
+    value = tvm_ffi.structural_map(epilogue.value, (ir.TensorLoad, replaced), order="post")
+    return substitute(value, dict(zip(epilogue.indices, indices, strict=True)))
+
+
+def _as(value: Expr, dtype: str) -> Expr:
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
+
+
+def _zero(dtype: str) -> Expr:
+    return tirx.FloatImm(dtype, 0.0)
