@@ -2,8 +2,8 @@
 
     export(model, (image,), "swin.onnx", exporter="dynamo", opset=20, dynamic_batch=True)
 
-The graphs of the two differ much: `dynamo` traces with torch.export and folds shapes; `torchscript` records what runs and
-leaves the shape arithmetic in the file.
+The graphs of the two differ much: `dynamo` traces with torch.export and folds shapes; `torchscript` records what runs
+and leaves the shape arithmetic in the file.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def export(
     """Write `model` in eval mode as an ONNX file and return its path.
 
     example_inputs: the tensors forward() is called with; the graph's inputs are named x, x1, x2 ... and its output y.
-    dynamic_batch: axis 0 of every input and of the output is symbolic (`batch`). The dynamo exporter specialises an axis
-    of extent 1, so the example must hold at least two samples; they are repeated here where it holds one.
+    dynamic_batch: axis 0 of every input and of the output is symbolic (`batch`). The dynamo exporter specialises an
+    axis of extent 1, so the example must hold at least two samples; they are repeated here where it holds one.
     external_data: weights go to a second file beside the first (FILE.data); without it, one file (of less than 2 GB).
     Raises ValueError for an opset that the exporter cannot write.
     """

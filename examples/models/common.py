@@ -72,8 +72,9 @@ def softmax(logits: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.
 def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every trainable parameter and running statistic a random value, in place; returns the model.
 
-    A fresh model hides wrong rewrites: bias tables and layer scales start at zero, weights of std 0.02 make every softmax
-    flat. Here weights keep unit variance, so the logits vary by about 1; fixed parameters (requires_grad=False) stay.
+    A fresh model hides wrong rewrites: bias tables and layer scales start at zero, weights of std 0.02 make every
+    softmax flat. Here weights keep unit variance, so the logits vary by about 1; fixed parameters (requires_grad=False)
+    stay.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,8 +1,8 @@
 """Slide-Transformer: attention over the k x k neighbourhood, the neighbours gathered by depthwise convolutions.
 
 A depthwise convolution with one-hot kernels shifts the map by every offset of the neighbourhood, which replaces unfold;
-a second one with learned kernels beside it (the deformed shifting module) makes the offsets flexible. Both are linear and
-take the same input, so for inference they merge into one convolution: weights and biases add.
+a second one with learned kernels beside it (the deformed shifting module) makes the offsets flexible. Both are linear
+and take the same input, so for inference they merge into one convolution: weights and biases add.
 
 Source: Pan et al., "Slide-Transformer: Hierarchical Vision Transformer with Local Self-Attention", CVPR 2023,
 arXiv 2304.04237. Letters: B batch, H/W height/width, C channels, nH heads, d head_dim, K = kernel_size^2.
@@ -36,8 +36,8 @@ class SlideAttention(nn.Module):
     """`[B, H, W, C] -> [B, H, W, C]`: every pixel attends its kernel_size x kernel_size neighbourhood, zero outside.
 
     The heads fold into the batch, so the convolutions act on d channels and all heads share them. The position bias is
-    added to the key: it enters the logits multiplied by the query's sum over d. shared_shift: key and value use the same
-    convolutions, as the authors' code does; otherwise each has its own.
+    added to the key: it enters the logits multiplied by the query's sum over d. shared_shift: key and value use the
+    same convolutions, as the authors' code does; otherwise each has its own.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Swin Transformer: attention inside windows, every second block with the windows shifted.
 
-Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv 2103.14030.
-Letters: B batch, H/W feature-map height/width, C channels, N tokens per window, nW windows, nH heads, d head_dim.
+Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021,
+arXiv 2103.14030. Letters: B batch, H/W feature-map height/width, C channels, N tokens per window, nW windows, nH heads,
+d head_dim.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def window_merge(windows: torch.Tensor, window: Size, padded: Size) -> torch.Ten
 
 
 def relative_position_index(window: Size) -> torch.Tensor:
-    """int64 `[N, N]`: for each query and key token of a window, the row of the bias table of their relative position."""
+    """int64 `[N, N]`: for each query and key token of a window, the bias table's row of their relative position."""
     tokens = torch.cartesian_prod(torch.arange(window[0]), torch.arange(window[1]))
     offset = tokens[:, None, :] - tokens[None, :, :]
     return (offset[..., 0] + window[0] - 1) * (2 * window[1] - 1) + offset[..., 1] + window[1] - 1
@@ -49,6 +50,8 @@ def shift_mask(padded: Size, window: Size, shift: Size) -> torch.Tensor:
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention with relative position bias: tokens `[B*nW, N, C] -> [B*nW, N, C]`."""
+
+    bias_index: torch.Tensor
 
     def __init__(self, dim: int, window: Size, num_heads: int, softmax_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -74,10 +77,12 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Window attention and MLP, each after LayerNorm and with a residual: `[B, H, W, C] -> [B, H, W, C]`.
 
-    The window shrinks to the map where the map is smaller, and an axis that one window covers is not shifted. A map that
-    is not a multiple of the window is padded with zeros, which take part as keys. pad_first: pad, then shift (as
+    The window shrinks to the map where the map is smaller, and an axis that one window covers is not shifted. A map
+    that is not a multiple of the window is padded with zeros, which take part as keys. pad_first: pad, then shift (as
     torchvision and transformers do); otherwise shift, then pad (as timm does).
     """
+
+    mask: torch.Tensor | None
 
     def __init__(
         self,
@@ -95,7 +100,8 @@ class SwinBlock(nn.Module):
         height, width = feature_size
         self.feature_size, self.pad_first = feature_size, pad_first
         self.window = (min(window_size, height), min(window_size, width))
-        self.shift = tuple(w // 2 if shifted and e > w else 0 for e, w in zip(feature_size, self.window, strict=True))
+        rows, columns = self.window
+        self.shift = (rows // 2 if shifted and height > rows else 0, columns // 2 if shifted and width > columns else 0)
         self.padded = (height + -height % self.window[0], width + -width % self.window[1])
         self.norm1 = nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, self.window, num_heads, softmax_dtype)
@@ -177,7 +183,7 @@ class Swin(nn.Module):
 def small_swin(
     image_size: Size = (64, 96), *, pad_first: bool = True, softmax_dtype: torch.dtype | None = None
 ) -> Swin:
-    """Two stages of two blocks for tests: maps of 16 x 24 and 8 x 12 at the default size, window 4, 3 and 6 heads of 5."""
+    """For tests: two stages of two blocks, maps of 16 x 24 and 8 x 12 at the default size, window 4, heads of 5."""
     return Swin(
         image_size,
         dim=15,

@@ -1,13 +1,15 @@
 """Exported models for tests, each built once: `exported("small_swin", "dynamo")` is a path to an ONNX file.
 
 Beside each file lie the inputs it was tried with and PyTorch's outputs, in float32: `references(path)`. Files go to the
-folder named by ATTNREWRITE_TEST_CACHE, where later runs find them, or else to a temporary folder of this process. Parameters
-are random (`randomize_`): at their initial values bias tables are zero and softmaxes flat, which hides wrong rewrites.
+folder named by ATTNREWRITE_TEST_CACHE, where later runs find them, or else to a temporary folder of this process.
+Parameters are random (`randomize_`): at their initial values bias tables are zero and softmaxes flat, which hides wrong
+rewrites.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import hashlib
 import os
@@ -159,6 +161,7 @@ SMALL = tuple(name for name, case in MODELS.items() if case.small)
 def build_model(name: str, *, half: bool = False) -> Any:
     """The torch module `name` in eval mode, its parameters random (always the same ones); float16 where `half`."""
     import torch
+
     from examples.models.common import randomize_
 
     torch.manual_seed(0)
@@ -177,14 +180,17 @@ def exported(
 ) -> Path:
     """Path of the ONNX file of MODELS[name], built at the first call.
 
-    dynamic_batch: batch is symbolic, and the references hold batches 1, 2 and 5; otherwise batch 1. half: float16 weights,
-    input and output. external_data: the weights lie in a second file beside it.
+    dynamic_batch: batch is symbolic, and the references hold batches 1, 2 and 5; otherwise batch 1. half: float16
+    weights, input and output. external_data: the weights lie in a second file beside it.
     """
     options = f"{exporter}-{opset}{'-dynamic' * dynamic_batch}{'-half' * half}{'-external' * external_data}"
     folder = _cache() / f"{name}-{options}"
     path = folder / f"{name}.onnx"
-    if not path.exists():
-        _build(name, path, exporter, opset, dynamic_batch, half, external_data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:  # parallel test processes share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(name, path, exporter, opset, dynamic_batch, half, external_data)
     return path
 
 
@@ -199,6 +205,7 @@ def _build(
     name: str, path: Path, exporter: Any, opset: int, dynamic_batch: bool, half: bool, external_data: bool
 ) -> None:
     import torch
+
     from examples.exporting import export
 
     model = build_model(name, half=half)
@@ -206,13 +213,12 @@ def _build(
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randn(batch, *shape, generator=generator) for batch in ((1, 2, 5) if dynamic_batch else (1,))]
     samples = [x.half() if half else x for x in samples]
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     with torch.no_grad():
         for x in samples:
             arrays[f"{len(x)}:x"], arrays[f"{len(x)}:y"] = x.numpy(), model(x).float().numpy()
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and moved into place whole: two test processes may share the folder.
-    with tempfile.TemporaryDirectory(dir=path.parent.parent) as scratch:
+    # Built aside, then moved into place with the model last: an interrupted run leaves no half of one.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         written = export(
             model,
             samples[:1],
@@ -223,7 +229,6 @@ def _build(
             external_data=external_data,
         )
         np.savez(written.with_suffix(".npz"), **arrays)
-        path.parent.mkdir(exist_ok=True)
         for file in sorted(Path(scratch).iterdir(), key=lambda f: f == written):  # the .onnx file last
             os.replace(file, path.parent / file.name)
 
