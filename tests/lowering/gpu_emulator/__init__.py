@@ -25,6 +25,7 @@ METAL_SHARED_BYTES = 32768
 METAL_THREADS = 1024
 METAL_BUFFERS = 31
 _BYTES = {"float": 4, "half": 2, "int": 4, "uint": 4, "long": 8, "bool": 1, "uchar": 1, "char": 1, "float4": 16}
+_ARGUMENT_UNION = re.compile(r"^union __TVMArgUnion \{[^}]*\};", re.MULTILINE)
 _SHARED = re.compile(r"^(\s*)threadgroup (\w+) (\w+)\[(\d+)\];", re.MULTILINE)
 
 
@@ -52,7 +53,7 @@ def metal_source(device: tvm.IRModule, target: Target) -> str:
 def emulate(module: tvm.IRModule, directory: Path, target: Target | None = None) -> tvm.runtime.Module:
     """Compiles scheduled PrimFuncs to Metal source, that to a CPU library in `directory`, and links both.
 
-    Raises AssertionError where a kernel exceeds Metal's limits, CalledProcessError where the source is no valid C++.
+    Raises AssertionError where a kernel exceeds Metal's limits or its source does not compile.
     """
     target = target or metal_target()
     host, device = split(module, target)
@@ -71,12 +72,15 @@ def compile_source(text: str, directory: Path) -> Path:
     source.write_text(text)
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{HERE}"]
     command = [sys.executable, "-m", "ziglang", "cc", *flags, str(source), "-o", str(library)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{source} does not compile: {result.stderr[:2000]}"
     return library
 
 
 def _translate(source: str) -> str:
-    """Threadgroup arrays become slices of the emulator's shared memory, which is the same for all fibers of a group."""
+    """One translation unit, whose threadgroup arrays are slices of the emulator's shared memory, common to all fibers."""
+    union = _ARGUMENT_UNION.search(source)
+    source = (union.group() if union else "") + _ARGUMENT_UNION.sub("", source)
     functions = re.split(r"(?=^// Function: )", source, flags=re.MULTILINE)
     return "".join(_place_shared(function) for function in functions)
 

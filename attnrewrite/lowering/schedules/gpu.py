@@ -1,0 +1,67 @@
+"""GPU schedules, for CUDA and Metal: every function TVM's operators left as plain loops becomes kernel launches."""
+
+from __future__ import annotations
+
+from tvm import IRModule, s_tir, tirx
+from tvm.s_tir import dlight
+from tvm.target import Target
+from tvm.tirx.script.builder import ir as T
+
+from attnrewrite.lowering.schedules.contraction import can_follow, match_contraction
+from attnrewrite.lowering.schedules.gpu_contraction import emit_contraction, worth_tiling
+from attnrewrite.lowering.schedules.gpu_emit import Device, rebuild
+from attnrewrite.lowering.schedules.gpu_rows import emit_rows, emit_stage, rows_fit
+from attnrewrite.lowering.schedules.stages import Stage, inline, parse, reads
+
+
+def schedule(mod: IRModule, target: Target) -> IRModule:
+    """The module with every PrimFunc that is not scheduled yet scheduled for a `cuda` or `metal` target."""
+    for name, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc) and isinstance(func.body, s_tir.SBlockRealize):
+            mod[name] = schedule_function(func, target)
+    return mod
+
+
+def schedule_function(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
+    """One function as a sequence of kernels, its intermediate tensors in device memory.
+
+    What cannot be read as stages (scans, sorting, scatter) gets TVM's own generic schedule: right, not fast.
+    """
+    if func.attrs.get("tirx.is_scheduled", False):
+        return func
+    parsed = parse(func)
+    if parsed is None:
+        with target:
+            fallback = dlight.gpu.Fallback().apply(func, target, False)
+        scheduled = func if fallback is None else fallback.mod["main"]
+        return scheduled.with_attr("tirx.is_scheduled", True)
+    operands = [param for param in func.params if isinstance(param, tirx.Buffer) or tirx.is_buffer_var(param)]
+    stages = inline(parsed, operands)
+    device = Device.of(target)
+    return rebuild(func, lambda: _emit(stages, operands, device))
+
+
+def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> None:
+    """Kernels for all stages of one function, in order."""
+    matched = {stage.buffer: match_contraction(stage) for stage in stages}
+    contractions = {buffer: c for buffer, c in matched.items() if c is not None and worth_tiling(c)}
+    if not contractions and (shared := rows_fit(stages, operands, device.limits)):
+        emit_rows(stages, operands, shared, device)
+        return
+    epilogues = {}
+    for position, stage in enumerate(stages[:-1]):
+        later = stages[position + 1 :]
+        readers = [other for other in later if reads(other.value, stage.buffer)]
+        if stage.buffer in contractions and readers == later[:1] and can_follow(later[0], stage):
+            if not any(stage.buffer.same_as(operand) for operand in operands):
+                epilogues[stage.buffer] = later[0]
+    fused = [epilogue.buffer for epilogue in epilogues.values()]
+    for stage in stages:
+        stored = stage.buffer not in epilogues and not any(stage.buffer.same_as(operand) for operand in operands)
+        if stored:
+            T.add_to_parent(tirx.AllocBuffer(stage.buffer))
+    for stage in stages:
+        if stage.buffer in contractions:
+            emit_contraction(contractions[stage.buffer], epilogues.get(stage.buffer), device)
+        elif stage.buffer not in fused:
+            emit_stage(stage, device)

@@ -1,0 +1,209 @@
+"""Element-wise, movement and reduction stages on a GPU.
+
+Neighbouring threads take neighbouring elements of the output; a reduction that reads memory along its own axis has
+neighbouring threads share each output instead, and combine their parts in shared memory. Stages that share their
+leading axes (softmax, the normalisations) run row by row in one kernel, with what they hand on in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import tvm_ffi
+from tvm import DataType, ir, tirx
+from tvm.tirx.script.builder import ir as T
+
+from attnrewrite.lowering.kernels.gpu_builder import Limits, barrier, load, registers, store, when
+from attnrewrite.lowering.schedules.gpu_emit import (
+    Bound,
+    Device,
+    Thread,
+    accumulator_type,
+    as_type,
+    below,
+    bind_axes,
+    ceil_div,
+    count,
+    keep,
+    launch,
+    put,
+)
+from attnrewrite.lowering.schedules.loops import const
+from attnrewrite.lowering.schedules.rows import _lane_axis, _shared_axes, combine
+from attnrewrite.lowering.schedules.stages import Expr, Stage, substitute
+
+THREADS = 256
+SIMD = 32
+
+# From this many reduction steps on, several threads share one output.
+MANY_STEPS = 64
+
+# Outputs that keep a GPU busy with one thread each.
+MANY_OUTPUTS = 1 << 15
+
+
+def emit_stage(stage: Stage, device: Device) -> None:
+    """One kernel launch for one stage."""
+    if stage.reduction:
+        _emit_reduction(stage, device)
+        return
+    outputs = count(stage.axes)
+    with launch(ceil_div(outputs, THREADS), (THREADS, 1)) as thread:
+        flat = keep(thread.block * const(THREADS) + thread.x)
+        with when(below(flat, outputs, THREADS)):
+            at = bind_axes(stage.axes, flat)
+            put(device, stage.buffer, [at[axis.var] for axis in stage.axes], substitute(stage.value, at))
+
+
+def _emit_reduction(stage: Stage, device: Device) -> None:
+    """Threads of a group: `outputs x parts`, where the parts of one output are combined in shared memory at the end."""
+    steps, outputs = count(stage.reduction), count(stage.axes)
+    along_output = bool(stage.axes) and _lane_axis(stage) is stage.axes[-1]
+    many_outputs = not isinstance(outputs, int) or outputs >= MANY_OUTPUTS
+    if isinstance(steps, int) and steps < MANY_STEPS or along_output and many_outputs:
+        parts = 1
+    else:
+        parts = 8 if along_output else SIMD
+    outputs_per_group = THREADS // parts
+    size = (outputs_per_group, parts) if along_output else (parts, outputs_per_group)
+    with launch(ceil_div(outputs, outputs_per_group), size) as thread:
+        mine, part = (thread.x, thread.y) if along_output else (thread.y, thread.x)
+        flat = keep(thread.block * const(outputs_per_group) + mine)
+        inside = below(flat, outputs, outputs_per_group)
+        # Threads past the last output repeat it, so that all arrive at the barriers.
+        at = bind_axes(stage.axes, flat if inside is True else tirx.min(flat, const(1) * outputs - 1))
+        total = registers(1, accumulator_type(stage.buffer))
+        _reduce_part(stage, at, part, parts, total, device)
+        if parts > 1:
+            strides = (parts, 1) if not along_output else (1, outputs_per_group)
+            _combine_parts(stage, mine * strides[0] + part * strides[1], part, parts, strides[1], total)
+        writes = inside if parts == 1 else part == 0 if inside is True else tirx.all(part == 0, inside)
+        with when(writes):
+            put(device, stage.buffer, [at[axis.var] for axis in stage.axes], load(total, [0]))
+
+
+def _reduce_part(stage: Stage, at: Bound, part: Expr, parts: int, total: tirx.Buffer, device: Device) -> None:
+    """total[0] = the combination over steps part, part + parts, part + 2 * parts ..."""
+    put(device, total, [0], stage.init)
+    steps = count(stage.reduction)
+    with T.serial(ceil_div(steps, parts)) as round_:
+        step = keep(round_ * const(parts) + part)
+        with when(below(step, steps, parts)):
+            where = {**at, **bind_axes(stage.reduction, step)}
+            term = as_type(substitute(stage.value, where), str(total.dtype))
+            put(device, total, [0], combine(stage.combine, load(total, [0]), term))
+
+
+def _combine_parts(stage: Stage, slot: Expr, part: Expr, parts: int, stride: int, total: tirx.Buffer) -> None:
+    """total[0] of every thread = the combination of all parts of its output, by halving; begins and ends in step.
+
+    slot: this thread's place in the exchange memory; parts of one output lie `stride` apart.
+    """
+    exchange = T.alloc_buffer((THREADS,), total.dtype, scope="shared")
+    barrier()  # whoever used this memory before is done
+    store(exchange, [slot], load(total, [0]))
+    half = parts // 2
+    while half:
+        barrier()
+        with when(part < half):
+            store(
+                exchange, [slot], combine(stage.combine, load(exchange, [slot]), load(exchange, [slot + half * stride]))
+            )
+        half //= 2
+    barrier()
+    store(total, [0], load(exchange, [slot - part * stride]))
+
+
+def rows_fit(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], limits: Limits) -> int:
+    """How many leading axes the stages share; 0 where they share none or a row does not fit into shared memory."""
+    shared = _shared_axes(stages)
+    if len(stages) < 2 or shared == 0:
+        return 0
+    row_bytes = 0
+    for stage in stages:
+        size = count(stage.axes[shared:])
+        if not isinstance(size, int) or not isinstance(count(stage.reduction), int):
+            return 0
+        if not any(stage.buffer.same_as(k) for k in kept):
+            row_bytes += size * DataType(str(stage.buffer.dtype)).itemsize
+    return shared if row_bytes <= limits.shared_bytes // 2 else 0
+
+
+def emit_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int, device: Device) -> None:
+    """One kernel launch for stages that share their first `shared` axes: threads (x, y) = (within a row, rows)."""
+    longest = max(count((*stage.axes[shared:], *stage.reduction)) for stage in stages)
+    lanes = SIMD
+    while lanes < THREADS and longest >= 8 * lanes:
+        lanes *= 2
+    passed_on = [stage.buffer for stage in stages if not any(stage.buffer.same_as(k) for k in kept)]
+    sizes = {stage.buffer: count(stage.axes[shared:]) for stage in stages}
+    row_bytes = sum(sizes[b] * DataType(str(b.dtype)).itemsize for b in passed_on)
+    rows = max(1, min(THREADS // lanes, device.limits.shared_bytes // 2 // max(row_bytes, 1)))
+    all_rows = count(stages[0].axes[:shared])
+    with launch(ceil_div(all_rows, rows), (lanes, rows)) as thread:
+        flat = keep(thread.block * const(rows) + thread.y)
+        # Rows past the last repeat it: same values to the same places, and all threads arrive at the barriers.
+        flat = flat if below(flat, all_rows, rows) is True else tirx.min(flat, const(1) * all_rows - 1)
+        places = list(bind_axes(stages[0].axes[:shared], flat).values())
+        buffers = {b: T.alloc_buffer((rows * sizes[b],), str(b.dtype), scope="shared") for b in passed_on}
+        row_memory = {b: (buffer, thread.y * sizes[b]) for b, buffer in buffers.items()}
+        for position, stage in enumerate(stages):
+            if position:
+                barrier()
+            moved = _with_row_memory(stage, row_memory, shared)
+            bound = dict(zip((axis.var for axis in stage.axes[:shared]), places, strict=True))
+            _emit_row(moved, bound, shared, row_memory.get(stage.buffer), thread, device)
+
+
+RowMemory = tuple[tirx.Buffer, Expr]
+"""A flat buffer in shared memory and where this thread's row begins in it."""
+
+
+def _row_offset(axes_extents: Sequence[Expr], indices: Sequence[Expr]) -> Expr:
+    offset: Expr = const(0)
+    for extent, index in zip(axes_extents, indices, strict=True):
+        offset = offset * extent + index
+    return offset
+
+
+def _with_row_memory(stage: Stage, memory: dict[tirx.Buffer, RowMemory], shared: int) -> Stage:
+    def moved(read: ir.TensorLoad) -> ir.TensorLoad:
+        if read.source not in memory:
+            return read
+        buffer, start = memory[read.source]
+        return load(buffer, [start + _row_offset(read.source.shape[shared:], read.indices[shared:])])
+
+    return replace(stage, value=tvm_ffi.structural_map(stage.value, (ir.TensorLoad, moved), order="post"))
+
+
+def _emit_row(
+    stage: Stage, bound: Bound, shared: int, memory: RowMemory | None, thread: Thread, device: Device
+) -> None:
+    own = stage.axes[shared:]
+    lanes = thread.size[0]
+
+    def write(at: Bound, value: Expr) -> None:
+        if memory is None:
+            put(device, stage.buffer, [at[axis.var] for axis in stage.axes], value)
+        else:
+            buffer, start = memory
+            offset = _row_offset([axis.extent for axis in own], [at[axis.var] for axis in own])
+            put(device, buffer, [start + offset], value)
+
+    if not stage.reduction:
+        size = count(own)
+        with T.serial(ceil_div(size, lanes)) as round_:
+            flat = keep(round_ * const(lanes) + thread.x)
+            with when(below(flat, size, lanes)):
+                at = {**bound, **bind_axes(own, flat)}
+                write(at, substitute(stage.value, at))
+        return
+    total = registers(1, accumulator_type(stage.buffer))
+    with T.serial(prod(axis.size or 1 for axis in own)) as output:
+        at = {**bound, **bind_axes(own, output * const(1))}
+        _reduce_part(stage, at, thread.x, lanes, total, device)
+        _combine_parts(stage, thread.index, thread.x, lanes, 1, total)
+        with when(thread.x == 0):
+            write(at, load(total, [0]))
