@@ -9,6 +9,7 @@ rewrites.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -17,10 +18,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 CACHE_VARIABLE = "ATTNREWRITE_TEST_CACHE"
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -53,8 +56,7 @@ def _timm(name: str, **options: Any) -> Callable[[], Any]:
         from examples.exporting import import_torchvision
 
         import_torchvision()
-        import timm
-
+        timm = pytest.importorskip("timm")
         return timm.create_model(name, pretrained=False, **options)
 
     return build
@@ -64,18 +66,17 @@ def _swin_t_torchvision() -> Any:
     from examples.exporting import import_torchvision
 
     import_torchvision()
-    from torchvision.models import swin_t
-
-    return swin_t(weights=None)
+    return pytest.importorskip("torchvision.models").swin_t(weights=None)
 
 
 def _vit() -> Any:
     from examples.exporting import import_torchvision
 
     import_torchvision()
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(img_size=64, patch_size=8, embed_dim=96, depth=2, num_heads=3, num_classes=10)
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    return vision_transformer.VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=96, depth=2, num_heads=3, num_classes=10
+    )
 
 
 def _own(module: str, factory: str, *args: Any, **options: Any) -> Callable[[], Any]:
@@ -178,11 +179,12 @@ def exported(
     half: bool = False,
     external_data: bool = False,
 ) -> Path:
-    """Path of the ONNX file of MODELS[name], built at the first call.
+    """Path of the ONNX file of MODELS[name], built at the first call; skips the test where its packages are missing.
 
     dynamic_batch: batch is symbolic, and the references hold batches 1, 2 and 5; otherwise batch 1. half: float16
     weights, input and output. external_data: the weights lie in a second file beside it.
     """
+    pytest.importorskip("torch")
     options = f"{exporter}-{opset}{'-dynamic' * dynamic_batch}{'-half' * half}{'-external' * external_data}"
     folder = _cache() / f"{name}-{options}"
     path = folder / f"{name}.onnx"
@@ -239,6 +241,9 @@ def _cache() -> Path:
     import torch
 
     digest = hashlib.sha256(torch.__version__.encode())
+    for package in ("onnxscript", "timm", "torchvision"):
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(version(package).encode())
     for source in _SOURCES:
         digest.update(source.read_bytes())
     root = os.environ.get(CACHE_VARIABLE)
