@@ -75,6 +75,20 @@ class WindowGeometry:
     def tokens_per_window(self) -> int:
         return math.prod(self.window_size)
 
+    def merged(self) -> WindowGeometry:
+        """The same windows with the fewest axes: (n, w) in windows of (1, w) is one axis of n * w in windows of w."""
+        axes = list(zip(self.feature_size, self.window_size, self.shift_size, strict=True))
+        at = 0
+        while at + 1 < len(axes):
+            (outer, outer_window, outer_shift), (inner, inner_window, inner_shift) = axes[at], axes[at + 1]
+            whole = inner_window == inner and inner_shift == 0
+            if whole and outer_shift == 0 and (outer_window == 1 or outer_window == outer):
+                axes[at : at + 2] = [(outer * inner, outer_window * inner, 0)]
+            else:
+                at += 1
+        feature, window, shift = (tuple(a[k] for a in axes) for k in range(3))
+        return WindowGeometry(feature, window, shift, self.shift_padded)
+
     def axis_table(self, axis: int) -> np.ndarray:
         """int64 [windows, window_size] of one axis: the pixel that each token of each window reads, or PADDING."""
         extent, window, shift = self.feature_size[axis], self.window_size[axis], self.shift_size[axis]

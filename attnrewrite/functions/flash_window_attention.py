@@ -1,0 +1,183 @@
+"""FlashWindowAttention in standard operators of rank 5 at most.
+
+pad and roll -> windows as rows -> softmax(scale q k^T + bias + mask) v -> merge -> unroll and crop. A partition of any
+number of spatial axes goes axis by axis, so no tensor has more axes than [rows, tokens, windows, rest].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnrewrite.dims import Extent
+from attnrewrite.functions.body import BodyBuilder, softmax_dtype
+from attnrewrite.functions.spec import FlashWindowAttention
+from attnrewrite.graph import Graph, Value
+from attnrewrite.localattention.geometry import WindowGeometry
+
+
+def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> Graph:
+    """The op on these operands (docs/ops.md; `query`, `key`, `value` [B, *S, C] and any of the optional ones)."""
+    b = BodyBuilder(list(operands.values()), opset)
+    geometry, heads = spec.geometry, spec.num_heads
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    assert query.shape is not None
+    batch = query.shape[0]
+
+    q = _heads(b, _partition(b, query, geometry), heads)
+    if spec.scale != 1.0:
+        assert q.shape is not None
+        q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.shape)
+    k = _heads(b, _partition(b, _padded(b, key, operands.get("key_padding"), geometry), geometry), heads)
+    v = _heads(b, _partition(b, _padded(b, value, operands.get("value_padding"), geometry), geometry), heads)
+    k = b.transpose(k, (0, 1, 3, 2))
+    assert q.shape is not None and k.shape is not None and v.shape is not None
+    tokens = geometry.tokens_per_window
+    logits = b.op("MatMul", [q, k], (q.shape[0], heads, tokens, tokens))
+    logits = b.cast(logits, softmax_dtype(spec.softmax_dtype, query))
+    logits = _with_terms(b, logits, spec, operands, batch)
+    assert logits.shape is not None
+    weights = b.cast(b.op("Softmax", [logits], logits.shape, axis=-1), value.dtype or np.dtype(np.float32))
+    attended = b.op("MatMul", [weights, v], (q.shape[0], heads, tokens, v.shape[3]))
+    channels = heads * int(v.shape[3])  # type: ignore[arg-type]
+    rows = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (q.shape[0], tokens, channels))
+    return b.output(_merge(b, rows, geometry, batch, channels))
+
+
+def _roll(b: BodyBuilder, x: Value, shifts: tuple[int, ...], extents: tuple[int, ...]) -> Value:
+    """out[p] = x[(p + shift) mod extent] on each spatial axis."""
+    for axis, (shift, extent) in enumerate(zip(shifts, extents, strict=True), start=1):
+        if shift % extent:
+            at = shift % extent
+            x = b.concat([b.slice(x, [axis], [at], [extent]), b.slice(x, [axis], [0], [at])], axis)
+    return x
+
+
+def _pad_end(b: BodyBuilder, x: Value, geometry: WindowGeometry) -> Value:
+    after = [p - e for p, e in zip(geometry.padded_size, geometry.feature_size, strict=True)]
+    return b.pad(x, [0] * (len(after) + 2), [0, *after, 0])
+
+
+def _padded(b: BodyBuilder, x: Value, vector: Value | None, geometry: WindowGeometry) -> Value:
+    """The map padded at the end, its padding holding a vector: x where x is, 0 + vector elsewhere."""
+    if vector is None or not geometry.is_padded:
+        return x
+    x = _pad_end(b, x, geometry)
+    assert x.shape is not None and x.dtype is not None and vector.shape is not None
+    inside = np.zeros((), bool)
+    for axis, (extent, padded) in enumerate(zip(geometry.feature_size, geometry.padded_size, strict=True)):
+        beyond = np.arange(padded) >= extent
+        inside = inside | beyond.reshape([-1 if a == axis else 1 for a in range(len(geometry.feature_size))])
+    outside = b.constant(inside.astype(x.dtype)[None, ..., None])
+    assert outside.shape is not None
+    filling = b.op("Mul", [outside, vector], (*outside.shape[:-1], *vector.shape))
+    return b.op("Add", [x, filling], x.shape)
+
+
+def _partition(b: BodyBuilder, x: Value, geometry: WindowGeometry) -> Value:
+    """[B, *S, C] -> [B*nW, N, C]; a map that is padded already is taken as it is."""
+    shifts = geometry.shift_size
+    assert x.shape is not None
+    if geometry.shift_padded:
+        x = x if tuple(x.shape[1:-1]) == geometry.padded_size else _pad_end(b, x, geometry)
+        x = _roll(b, x, shifts, geometry.padded_size)
+    elif tuple(x.shape[1:-1]) == geometry.feature_size:
+        x = _pad_end(b, _roll(b, x, shifts, geometry.feature_size), geometry)
+    else:  # padded with a vector before the shift: the shift runs over the map alone
+        inner = _crop(b, x, geometry.feature_size)
+        x = _replace(b, x, _roll(b, inner, shifts, geometry.feature_size), geometry)
+    assert x.shape is not None
+    rows, channels = x.shape[0], int(x.shape[-1])  # type: ignore[arg-type]
+    tokens, rest = 1, _product(geometry.padded_size) * channels
+    for window, padded in zip(geometry.window_size, geometry.padded_size, strict=True):
+        count, rest = padded // window, rest // padded
+        x = b.reshape(x, (rows, tokens, count, window * rest))
+        if tokens > 1 and count > 1:
+            x = b.transpose(x, (0, 2, 1, 3))
+        rows, tokens = rows * count, tokens * window
+    return b.reshape(x, (rows, tokens, channels))
+
+
+def _merge(b: BodyBuilder, x: Value, geometry: WindowGeometry, batch: Extent, channels: int) -> Value:
+    """[B*nW, N, C] -> [B, *S, C]: the partition undone, then shift and padding."""
+    sizes = list(zip(geometry.window_size, geometry.padded_size, strict=True))
+    rows, tokens, rest = batch * geometry.num_windows, geometry.tokens_per_window, channels
+    for window, padded in reversed(sizes):
+        count = padded // window
+        rows, tokens = rows // count, tokens // window
+        x = b.reshape(x, (rows, count, tokens, window * rest))
+        if tokens > 1 and count > 1:
+            x = b.transpose(x, (0, 2, 1, 3))
+        rest *= padded
+    x = b.reshape(x, (batch, *geometry.padded_size, channels))
+    back = tuple(-s for s in geometry.shift_size)
+    if geometry.shift_padded:
+        return _crop(b, _roll(b, x, back, geometry.padded_size), geometry.feature_size)
+    return _roll(b, _crop(b, x, geometry.feature_size), back, geometry.feature_size)
+
+
+def _crop(b: BodyBuilder, x: Value, extents: tuple[int, ...]) -> Value:
+    assert x.shape is not None
+    axes = [a for a, e in enumerate(extents, start=1) if x.shape[a] != e]
+    return b.slice(x, axes, [0] * len(axes), [extents[a - 1] for a in axes]) if axes else x
+
+
+def _replace(b: BodyBuilder, padded: Value, inner: Value, geometry: WindowGeometry) -> Value:
+    """The padded map with its inside replaced, strip by strip."""
+    for axis in range(len(geometry.feature_size), 0, -1):
+        assert inner.shape is not None and padded.shape is not None
+        start, end = geometry.feature_size[axis - 1], geometry.padded_size[axis - 1]
+        if start == end:
+            continue
+        strip = b.slice(padded, [axis], [start], [end])
+        strip = _crop(b, strip, tuple(int(e) for e in (*inner.shape[1:axis], end - start, *inner.shape[axis + 1 : -1])))  # type: ignore[arg-type]
+        inner = b.concat([inner, strip], axis)
+    return inner
+
+
+def _heads(b: BodyBuilder, x: Value, heads: int) -> Value:
+    """[R, N, nH*d] -> [R, nH, N, d]."""
+    assert x.shape is not None
+    rows, tokens, channels = x.shape
+    return b.transpose(b.reshape(x, (rows, tokens, heads, channels // heads)), (0, 2, 1, 3))
+
+
+def _with_terms(
+    b: BodyBuilder, logits: Value, spec: FlashWindowAttention, operands: dict[str, Value], batch: Extent
+) -> Value:
+    """Add bias and mask; what differs between windows is added in a [B, nW, nH, N, N] view."""
+    assert logits.shape is not None and logits.dtype is not None
+    windows, tokens = spec.geometry.num_windows, spec.geometry.tokens_per_window
+    bias, mask = operands.get("bias"), operands.get("mask")
+    per_window: list[Value] = []
+    if bias is not None:
+        bias = b.cast(bias, logits.dtype)
+        assert bias.shape is not None
+        if bias.shape[0] == 1:
+            logits = b.op("Add", [logits, bias], logits.shape)
+        else:
+            per_window.append(bias)
+    if mask is not None:
+        per_window.append(b.reshape(b.cast(mask, logits.dtype), (windows, 1, tokens, tokens)))
+    if spec.mask_value is not None:
+        labels = spec.geometry.regions()
+        crosses = b.op(
+            "Equal",
+            [b.constant(labels[:, None, :, None]), b.constant(labels[:, None, None, :])],
+            (windows, 1, tokens, tokens),
+            np.dtype(bool),
+        )
+        same, other = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
+        per_window.append(b.op("Where", [crosses, same, other], (windows, 1, tokens, tokens), logits.dtype))
+    if not per_window:
+        return logits
+    assert logits.shape is not None
+    flat = logits.shape
+    view = b.reshape(logits, (batch, windows, *flat[1:]))
+    for term in per_window:
+        assert view.shape is not None
+        view = b.op("Add", [view, term], view.shape)
+    return b.reshape(view, flat)
+
+
+def _product(extents: tuple[int, ...]) -> int:
+    return int(np.prod(extents, dtype=np.int64))

@@ -1,0 +1,188 @@
+"""Indexing maps: for every point of a grid, the element of a tensor that it reads.
+
+A map goes output -> input. The grid's axes are chosen by whoever asks (the axes of an attention output, the summed keys,
+the channels); a coordinate is an integer array over the grid with extent 1 along every axis it does not depend on. So a
+map over millions of points costs no more than the axes it really mixes, and independence of an axis is proved by the
+shape of the array, never assumed.
+
+A symbolic batch is not enumerated: a coordinate is `batch * b + values` with b the index along the symbol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnrewrite.dims import Dim, Extent, Shape
+
+
+class IndexingError(ValueError):
+    """The map cannot be expressed; the message says why, in terms of the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinate:
+    """One coordinate of a map: `batch * b + values`, values int64, one axis per grid axis, extent 1 where independent."""
+
+    values: np.ndarray
+    batch: int = 0
+
+    def depends_on(self) -> frozenset[int]:
+        """Grid axes the coordinate varies with."""
+        return frozenset(a for a, extent in enumerate(self.values.shape) if extent > 1)
+
+    def __add__(self, offset: int | np.ndarray) -> Coordinate:
+        return Coordinate(self.values + offset, self.batch)
+
+    def static(self, what: str) -> np.ndarray:
+        """The values of a coordinate without a symbolic part; IndexingError names `what` otherwise."""
+        if self.batch:
+            raise IndexingError(f"{what} depends on the symbolic batch")
+        return self.values
+
+    def equals(self, other: Coordinate) -> bool:
+        return self.batch == other.batch and bool(np.array_equal(*np.broadcast_arrays(self.values, other.values)))
+
+
+Index = tuple[Coordinate, ...]
+
+
+def reduced(values: np.ndarray) -> np.ndarray:
+    """The same array with extent 1 along every axis it is constant along."""
+    for axis, extent in enumerate(values.shape):
+        if extent > 1:
+            first = values.take([0], axis)
+            if bool((values == first).all()):
+                values = first
+    return values
+
+
+def constant(value: int, grid_rank: int) -> Coordinate:
+    return Coordinate(np.full((1,) * grid_rank, value, np.int64))
+
+
+def along(axis: int, extent: Extent, grid_rank: int, at: int | None = None) -> Coordinate:
+    """The coordinate that runs over an axis of this extent along one grid axis.
+
+    A symbolic extent must be a multiple c of one symbol: the grid enumerates the c positions within one batch element.
+    """
+    batch = 0
+    if isinstance(extent, Dim):
+        if len(extent.terms) != 1 or extent.constant:
+            raise IndexingError(f"an axis of extent {extent} is not a multiple of one symbol")
+        batch = extent = extent.terms[0][1]
+    shape = [1] * grid_rank
+    shape[axis if at is None else at] = extent
+    return Coordinate(np.arange(extent, dtype=np.int64).reshape(shape), batch)
+
+
+def identity(shape: Shape, grid_rank: int | None = None) -> Index:
+    """The map of a tensor onto itself; grid axis i runs over tensor axis i."""
+    rank = len(shape) if grid_rank is None else grid_rank
+    return tuple(along(axis, extent, rank) for axis, extent in enumerate(shape))
+
+
+def reshape(index: Index, out_shape: Shape, in_shape: Shape) -> Index:
+    """Row-major reshape, out -> in: linear position of the output element, split by the input extents.
+
+    Axes are grouped where the products of extents agree, so that only coordinates of one group mix.
+    """
+    result: list[Coordinate] = []
+    for outs, ins in _groups(out_shape, in_shape):
+        coordinates = index[outs.start : outs.stop]
+        extents = out_shape[outs.start : outs.stop]
+        result.extend(_regroup(coordinates, extents, in_shape[ins.start : ins.stop], index))
+    return tuple(result)
+
+
+def _groups(out_shape: Shape, in_shape: Shape) -> list[tuple[range, range]]:
+    """Smallest runs of axes with equal products, in order."""
+    groups: list[tuple[range, range]] = []
+    i = j = 0
+    while i < len(out_shape) or j < len(in_shape):
+        i0, j0 = i, j
+        out_product: Extent = 1
+        in_product: Extent = 1
+        if i < len(out_shape):
+            out_product = out_product * out_shape[i]
+            i += 1
+        if j < len(in_shape):
+            in_product = in_product * in_shape[j]
+            j += 1
+        while out_product != in_product:
+            if i < len(out_shape) and (j >= len(in_shape) or _below(out_product, in_product)):
+                out_product = out_product * out_shape[i]
+                i += 1
+            elif j < len(in_shape):
+                in_product = in_product * in_shape[j]
+                j += 1
+            else:
+                raise IndexingError(f"reshape from {in_shape} to {out_shape} does not keep the number of elements")
+        groups.append((range(i0, i), range(j0, j)))
+    return groups
+
+
+def _below(a: Extent, b: Extent) -> bool:
+    """Which product to extend next; a product with the symbol counts as larger than one without."""
+    if isinstance(a, Dim) != isinstance(b, Dim):
+        return isinstance(b, Dim)
+    if isinstance(a, Dim) and isinstance(b, Dim):
+        return a.terms[0][1] < b.terms[0][1]
+    return a < b  # type: ignore[operator]
+
+
+def _regroup(coordinates: Index, extents: Shape, targets: Shape, index: Index) -> list[Coordinate]:
+    rank = index[0].values.ndim if index else 0
+    if tuple(extents) == tuple(targets):
+        return list(coordinates)
+    kept = [(c, e) for c, e in zip(coordinates, extents, strict=True) if e != 1]
+    wanted = [t for t in targets if t != 1]
+    if tuple(e for _, e in kept) == tuple(wanted):
+        pending = [c for c, _ in kept]
+        return [constant(0, rank) if t == 1 else pending.pop(0) for t in targets]
+    linear, batch, stride = np.zeros((1,) * rank, np.int64), 0, 1
+    for position, (coordinate, extent) in reversed(list(enumerate(kept))):
+        linear = linear + coordinate.values * stride
+        batch += coordinate.batch * stride
+        if position:
+            if isinstance(extent, Dim):
+                raise IndexingError(f"the symbolic extent {extent} is merged behind another axis")
+            stride *= extent
+    split: list[Coordinate] = []
+    for position, target in reversed(list(enumerate(targets))):
+        outermost = all(t == 1 for t in targets[:position])
+        if target == 1:
+            split.append(constant(0, rank))
+        elif outermost:
+            split.append(Coordinate(reduced(linear), batch))
+        else:
+            if isinstance(target, Dim) or batch % target:
+                raise IndexingError(f"a symbolic extent is split by {target}")
+            split.append(Coordinate(reduced(linear % target)))
+            linear, batch = linear // target, batch // target
+    return split[::-1]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first grid point at which two maps differ."""
+
+    at: tuple[int, ...]
+    found: int
+    expected: int
+
+
+def first_difference(found: np.ndarray, expected: np.ndarray) -> Difference | None:
+    """Compare integer arrays (broadcast against each other) exactly; None means equal everywhere."""
+    found, expected = np.broadcast_arrays(found, expected)
+    differs = found != expected
+    if not differs.any():
+        return None
+    at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differs)), differs.shape))
+    return Difference(at, int(found[at]), int(expected[at]))
+
+
+def dependencies(coordinates: Sequence[Coordinate]) -> frozenset[int]:
+    return frozenset().union(*(c.depends_on() for c in coordinates))

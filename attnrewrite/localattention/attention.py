@@ -1,0 +1,276 @@
+"""Attention as its numbers say: what the logits of one softmax are made of, and where query, key and value are read.
+
+Everything is expressed on one grid: the axes of the attention's output, then the summed keys, then the summed channels. So
+"which pixel does the key of this output element come from" is an array, and comparing two of them is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnrewrite.dims import Extent
+from attnrewrite.facts import Facts
+from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+from attnrewrite.indexing.map import Index, IndexingError, identity
+from attnrewrite.indexing.provenance import Provenance
+from attnrewrite.indexing.rules import broadcast_index, sources
+from attnrewrite.localattention.contraction import Operand, is_contraction, operands
+from attnrewrite.localattention.site import Decline
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A constant added to the logits: float64, one axis per grid axis, extent 1 where it does not vary.
+
+    lowest: the -inf stand for the dtype's lowest number, which is the same wherever a row keeps one key.
+    """
+
+    values: np.ndarray
+    node: Node
+    lowest: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """softmax(scale * query . key + terms) . value, on the grid [*output axes, keys, channels]."""
+
+    softmax: Node
+    output: Value
+    query: Operand
+    key: Operand
+    value: Operand
+    scale: np.ndarray
+    terms: tuple[Term, ...]
+    key_axis: int
+    channel_axis: int
+    value_axis: int
+    num_keys: int
+    head_dim: int
+    softmax_dtype: np.dtype
+    logits: Value
+
+    @property
+    def grid_rank(self) -> int:
+        return self.channel_axis + 1
+
+    @property
+    def output_shape(self) -> tuple[Extent, ...]:
+        assert self.output.shape is not None
+        return self.output.shape
+
+
+def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
+    """The attention around a softmax, or why it is none that can be read."""
+    try:
+        return _read(facts, softmax)
+    except IndexingError as error:
+        return Decline(str(error), softmax.label)
+
+
+def _read(facts: Facts, softmax: Node) -> Attention | Decline:
+    if softmax.output.shape is None or softmax.output.dtype is None:
+        return Decline("the shape of the softmax is unknown", softmax.label)
+    consumer = _contraction_after(facts, softmax)
+    if isinstance(consumer, Decline):
+        return consumer
+    output = consumer.output
+    assert output.shape is not None
+    key_axis, channel_axis = len(output.shape), len(output.shape) + 1
+    index = identity(output.shape, channel_axis + 1)
+    weights, value = None, None
+    for one, other in _both_ways(operands(consumer, index, key_axis)):
+        found = _pull_to(softmax.output, one.value, one.index)
+        if found is not None:
+            weights, value = found, other
+            break
+    if weights is None or value is None:
+        return Decline("the probabilities are rearranged in a way that has no indexing rule", consumer.label)
+    if weights.domain is not None:
+        return Decline("the probabilities are padded before they meet the values", consumer.label)
+    axis = softmax.attributes.get("axis", -1) % len(weights.index)
+    key_position = weights.index[axis]
+    num_keys = softmax.output.shape[axis]
+    expected = np.arange(num_keys if isinstance(num_keys, int) else 0).reshape([-1 if a == key_axis else 1 for a in range(channel_axis + 1)])
+    if not isinstance(num_keys, int) or key_position.batch or not np.array_equal(key_position.values, expected):
+        return Decline("the softmax does not run over the keys that are summed", softmax.label)
+    if any(key_axis in c.depends_on() for a, c in enumerate(weights.index) if a != axis):
+        return Decline("the softmax does not run over the keys that are summed", softmax.label)
+    value_axes = [a for a in range(key_axis) if _varies(value.index, a) and not _varies(weights.index, a)]
+    if len(value_axes) != 1:
+        return Decline("the values have no channel axis of their own", consumer.label)
+
+    read = _read_logits(facts, softmax.required(0), weights.index, channel_axis + 1)
+    if isinstance(read, Decline):
+        return read
+    logits, logits_index, scale, terms, contraction = read
+    query, key = None, None
+    for one, other in _both_ways(operands(contraction, logits_index, channel_axis)):
+        if _varies(other.index, key_axis) and not _varies(one.index, key_axis):
+            query, key = one, other
+    if query is None or key is None:
+        return Decline("no operand of the logits depends on the key alone", contraction.label)
+    head_dim = max(_extent_along(query.index, channel_axis), _extent_along(key.index, channel_axis))
+    assert softmax.output.dtype is not None
+    return Attention(
+        softmax, output, query, key, value, scale, tuple(terms), key_axis, channel_axis, value_axes[0], num_keys, head_dim,
+        softmax.output.dtype, logits,
+    )  # fmt: skip
+
+
+def _both_ways(pair: tuple[Operand, Operand]) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
+    return pair, (pair[1], pair[0])
+
+
+def _varies(index: Index, axis: int) -> bool:
+    return any(axis in c.depends_on() for c in index)
+
+
+def _extent_along(index: Index, axis: int) -> int:
+    return max((c.values.shape[axis] for c in index), default=1)
+
+
+def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
+    """The contraction that consumes the probabilities, through operators that only rearrange or cast them."""
+    value = softmax.output
+    while True:
+        user = facts.only_user(value)
+        if user is None:
+            count = len(facts.users(value))
+            what = f"have {count} uses" if count != 1 else "leave the model as an output"
+            return Decline(f"the attention probabilities {what}, so they must exist in memory", softmax.label)
+        if is_contraction(user):
+            return user
+        if user.op == "Mul" and (after := facts.only_user(user.output)) is not None and is_contraction(after):
+            return after
+        if user.domain != STANDARD_DOMAIN or user.op not in REARRANGING or user.required(0) is not value:
+            return Decline(f"the probabilities go into {user.op}, not into a sum over values", user.label)
+        value = user.outputs[0]
+
+
+REARRANGING = frozenset({"Cast", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
+
+
+def _pull_to(target: Value, value: Value, index: Index) -> Provenance | None:
+    """Follow rearranging operators from `value[index]` back to `target`."""
+    while value is not target:
+        node = value.producer
+        if node is None or node.op not in REARRANGING:
+            return None
+        if node.op in ("Cast", "Dropout"):
+            value = node.required(0)
+            continue
+        found = sources(node, value, index)
+        if found is None or len(found) != 1 or not hasattr(found[0], "value"):
+            return None
+        value, index = found[0].value, found[0].index
+    return Provenance(value, index)
+
+
+Logits = tuple[Value, Index, np.ndarray, list[Term], Node]
+
+
+def _read_logits(facts: Facts, value: Value, index: Index, grid_rank: int) -> Logits | Decline:
+    """Walk from the softmax's input to the contraction, collecting scale and constant terms; grid axes as in `index`."""
+    multiplier = np.ones((1,) * grid_rank)
+    terms: list[Term] = []
+    while True:
+        node = value.producer
+        if node is None:
+            return Decline("the logits are an input of the model", value.name)
+        if facts.only_user(value) is None:
+            return Decline("the logits are used elsewhere as well", node.label)
+        if is_contraction(node):
+            return value, index, multiplier, terms, node
+        step = _step_back(node, value, index)
+        if isinstance(step, Decline):
+            return step
+        if step.term is not None:
+            terms.append(Term(scaled(step.term, multiplier), node, step.lowest))
+        if step.factor is not None:
+            multiplier = multiplier * step.factor
+        value, index = step.value, step.index
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    value: Value
+    index: Index
+    term: np.ndarray | None = None
+    factor: np.ndarray | None = None
+    lowest: bool = False
+
+
+def scaled(term: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """term * factor with 0 * inf out of the way: an excluded key stays excluded, the others unmoved."""
+    return np.where(np.isinf(term), term, np.where(np.isinf(term), 0, term) * factor)
+
+
+def _step_back(node: Node, value: Value, index: Index) -> _Step | Decline:
+    """One operator between logits and softmax: value = data * factor + term, or a rearrangement of data."""
+    if node.domain == STANDARD_DOMAIN:
+        if node.op in ("Cast", "Identity", "Dropout"):
+            return _Step(node.required(0), index)
+        if node.op in ("Add", "Sub", "Mul", "Div"):
+            return _affine(node, index)
+        if node.op == "Where":
+            return _masked_fill(node, index)
+        found = sources(node, value, index)
+        if found is not None and len(found) == 1:
+            (read,) = found
+            if hasattr(read, "value") and read.where is None:
+                return _Step(read.value, read.index)
+    return Decline(f"the logits come from {node.op}, not from a product of queries and keys", node.label)
+
+
+def _affine(node: Node, index: Index) -> _Step | Decline:
+    a, b = node.required(0), node.required(1)
+    if a.is_constant == b.is_constant:
+        what = "added to" if node.op in ("Add", "Sub") else "multiplied with"
+        return Decline(f"a tensor computed from data is {what} the logits", node.label)
+    data, other = (b, a) if a.is_constant else (a, b)
+    elements = constant_at(other, broadcast_index(index, other))
+    data_index = broadcast_index(index, data)
+    match node.op:
+        case "Add":
+            return _Step(data, data_index, term=elements)
+        case "Sub" if data is a:
+            return _Step(data, data_index, term=-elements)
+        case "Mul":
+            return _Step(data, data_index, factor=elements)
+        case "Div" if data is a:
+            return _Step(data, data_index, factor=1.0 / elements)
+    return Decline(f"the logits are the second operand of {node.op}", node.label)
+
+
+def constant_at(value: Value, index: Index) -> np.ndarray:
+    """float64 elements of a constant read at an index, one axis per grid axis."""
+    at = tuple(c.static(f"the constant {value.name}") for c in index)
+    elements = value.constant.astype(np.float64)
+    return np.asarray(elements[at]) if at else elements
+
+
+def _masked_fill(node: Node, index: Index) -> _Step | Decline:
+    """where(masked, number, logits): exclusion, where the number is so low that exp gives 0 beside any ordinary logit."""
+    if node.constant(0) is None:
+        return Decline("the logits are masked by a condition computed from data", node.label)
+    taken = constant_at(node.required(0), broadcast_index(index, node.required(0))) != 0
+    a, b = node.required(1), node.required(2)
+    if a.is_constant == b.is_constant:
+        return Decline("the logits are chosen between two computed tensors", node.label)
+    data, other, masked = (b, a, taken) if a.is_constant else (a, b, ~taken)
+    number = constant_at(other, broadcast_index(index, other))
+    assert data.dtype is not None
+    if (number > np.finfo(data.dtype).min / 2).any():
+        return Decline(f"logits are replaced by {float(number.max()):g}, which does not exclude them", node.label)
+    lowest = bool(np.isfinite(number).any())
+    return _Step(data, broadcast_index(index, data), term=np.where(masked, -np.inf, 0.0), lowest=lowest)
+
+
+def has_fully_masked_row(terms: tuple[Term, ...], key_axis: int) -> bool:
+    """Whether some query has all its keys excluded; there -inf and a very low number differ."""
+    if not terms:
+        return False
+    total = sum((t.values for t in terms[1:]), terms[0].values)
+    return bool(np.isneginf(total).all(axis=key_axis).any())

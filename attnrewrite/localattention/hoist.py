@@ -1,0 +1,386 @@
+"""Emit on the feature map what the model computes per token elsewhere.
+
+Per-token operators commute with the movement of tokens. Given a value behind such operators and the feature map its tokens
+come from, `Hoister` writes the same operators on the feature map, channels last. It repeats the walk of the match and
+proves each step again: every tensor an operator reads must come from the same tokens of the same map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.facts import Facts
+from attnrewrite.frontend.evaluate import evaluate
+from attnrewrite.graph import Node, Value
+from attnrewrite.indexing.map import Coordinate, Index, dependencies
+from attnrewrite.indexing.provenance import provenances
+from attnrewrite.indexing.rules import broadcast_index
+from attnrewrite.localattention.tokens import Roles, channel_axis_of, full_range, per_token_inputs, roles
+from attnrewrite.ops import REDUCTIONS
+
+
+class NotHoistable(ValueError):
+    """A per-token operator could not be written on the feature map; the message names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """A tensor [B, *S, F], or [B, F, *S] if channels_first, with F the row-major product of its source's feature axes."""
+
+    value: Value
+    channels_first: bool = False
+
+    @property
+    def num_features(self) -> int:
+        shape = self.value.shape
+        assert shape is not None
+        extent = shape[1 if self.channels_first else -1]
+        assert isinstance(extent, int)
+        return extent
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """Where the walk ends: a value read at `index`, and the feature map that stands for it."""
+
+    value: Value
+    index: Index
+    roles: Roles
+    feature_order: tuple[int, ...]
+    map: FeatureMap
+
+
+class Hoister:
+    """Collects the nodes of one rewrite; `nodes` are in topological order and not yet part of the graph."""
+
+    def __init__(self, facts: Facts, spatial: tuple[int, ...], made_by: str) -> None:
+        self.facts, self.graph, self.spatial, self.made_by = facts, facts.graph, spatial, made_by
+        self.nodes: list[Node] = []
+        self.padded: dict[Value, float] = {}
+        self._full: dict[tuple[Value, Value], FeatureMap] = {}
+        self._maps: dict[Value, FeatureMap] = {}
+        self._converted: dict[tuple[Value, bool], Value] = {}
+
+    # -- emitting -----------------------------------------------------------------------------------------------------
+
+    def emit(self, op: str, inputs: Sequence[Value | None], shape: Shape, stem: str, domain: str = "", **attributes: Any) -> Value:
+        """Append one node with one output of this shape; the dtype is that of the first input."""
+        first = next(v for v in inputs if v is not None)
+        output = Value(self.graph.fresh_name(stem), shape, first.dtype)
+        node = Node(op, inputs, [output], attributes, output.name, domain)
+        node.made_by = self.made_by
+        self.nodes.append(node)
+        return output
+
+    def constant(self, array: np.ndarray, stem: str) -> Value:
+        return Value(self.graph.fresh_name(stem), array.shape, array.dtype, array)
+
+    def ints(self, values: Sequence[int], stem: str) -> Value:
+        return self.constant(np.array(values, np.int64), stem)
+
+    def reshape(self, value: Value, shape: Shape) -> Value:
+        """Reshape with at most one symbolic extent, written as -1."""
+        if value.shape == shape:
+            return value
+        target = [e if isinstance(e, int) else -1 for e in shape]
+        return self.emit("Reshape", [value, self.ints(target, f"{value.name}_shape")], shape, f"{value.name}_map")
+
+    def transpose(self, value: Value, permutation: Sequence[int]) -> Value:
+        assert value.shape is not None
+        if list(permutation) == list(range(len(permutation))):
+            return value
+        shape = tuple(value.shape[p] for p in permutation)
+        return self.emit("Transpose", [value], shape, f"{value.name}_t", perm=list(permutation))
+
+    def laid_out(self, map_: FeatureMap, *, channels_first: bool) -> Value:
+        """The map's tensor in the wanted layout."""
+        if map_.channels_first == channels_first:
+            return map_.value
+        key = (map_.value, channels_first)
+        if key not in self._converted:
+            rank = len(self.spatial) + 2
+            order = [0, rank - 1, *range(1, rank - 1)] if channels_first else [0, *range(2, rank), 1]
+            self._converted[key] = self.transpose(map_.value, order)
+        return self._converted[key]
+
+    # -- sources and results ------------------------------------------------------------------------------------------
+
+    def source_map(self, value: Value, split: Roles, batch: Extent, channels_first: bool = False) -> FeatureMap:
+        """A value of the graph as a feature map, in its own layout where that is one of the two."""
+        if value in self._maps:
+            return self._maps[value]
+        assert value.shape is not None
+        features = math.prod(int(value.shape[a]) for a in split.features)  # type: ignore[arg-type]
+        order = [*split.tokens, *split.features]
+        first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
+        if order == sorted(order):
+            map_ = FeatureMap(self.reshape(value, (batch, *self.spatial, features)))
+        elif first_order == sorted(first_order) and split.tokens[0] == 0:
+            map_ = FeatureMap(self.reshape(value, (batch, features, *self.spatial)), channels_first=True)
+        else:
+            moved = self.transpose(value, order + [a for a in range(len(value.shape)) if a not in order])
+            map_ = FeatureMap(self.reshape(moved, (batch, *self.spatial, features)))
+        self._maps[value] = map_
+        return map_
+
+    def features(self, map_: FeatureMap, picked: np.ndarray, stem: str) -> FeatureMap:
+        """The map with these features, in this order (int64 [F'])."""
+        if np.array_equal(picked, np.arange(map_.num_features)):
+            return map_
+        axis = 1 if map_.channels_first else len(self.spatial) + 1
+        assert map_.value.shape is not None
+        shape = (*map_.value.shape[:axis], len(picked), *map_.value.shape[axis + 1 :])
+        if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
+            bounds = [self.ints([v], stem) for v in (int(picked[0]), int(picked[0]) + len(picked), axis)]
+            return FeatureMap(self.emit("Slice", [map_.value, *bounds], shape, stem), map_.channels_first)
+        return FeatureMap(self.emit("Gather", [map_.value, self.constant(picked, stem)], shape, stem, axis=axis), map_.channels_first)
+
+    def returned(self, map_: FeatureMap, value: Value, split: Roles) -> Value:
+        """The map in the shape of a value whose tokens and features lie along these axes."""
+        assert value.shape is not None
+        order = [*split.tokens, *split.features]
+        first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
+        if map_.channels_first and first_order == sorted(first_order):
+            return self.reshape(map_.value, value.shape)
+        last = self.laid_out(map_, channels_first=False)
+        if order == sorted(order):
+            return self.reshape(last, value.shape)
+        if first_order == sorted(first_order):
+            return self.reshape(self.laid_out(map_, channels_first=True), value.shape)
+        spread_out = self.reshape(last, tuple(value.shape[a] for a in order))
+        return self.reshape(self.transpose(spread_out, list(np.argsort(order))), value.shape)
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def hoist(self, value: Value, index: Index, channel_axis: int, features: frozenset[int], anchor: Anchor) -> tuple[FeatureMap, np.ndarray]:
+        """A feature map and which of its features `value[index]` reads (int64 over the grid).
+
+        features: grid axes that number features; channel_axis: the one along which operators lay out all of theirs. Raises
+        NotHoistable or IndexingError where the proof fails.
+        """
+        last = None
+        for last in provenances(value, index, self.facts.positions):
+            if last.value is anchor.value:
+                self._same_tokens(last.index, anchor, last.domain)
+                flat = _flat_features(anchor.value, last.index, anchor.feature_order)
+                self._note_padding(anchor.map.value, last.fills)
+                return anchor.map, flat
+        assert last is not None
+        node = last.value.producer
+        if node is None:
+            raise NotHoistable(f"{last.value.name} is read beside the feature map")
+        split = roles(last.value, last.index, features)
+        if split is None:
+            raise NotHoistable(f"{node.label} mixes tokens and channels")
+        flat = _flat_features(last.value, last.index, split.features)
+        key = (last.value, anchor.map.value)
+        if key not in self._full:
+            full = _all_features(last.value, last.index, split, channel_axis)
+            self._full[key] = self._operator(node, last.value, full, split, channel_axis, features, anchor)
+        map_ = self._full[key]
+        self._note_padding(map_.value, last.fills)
+        return map_, flat
+
+    def _note_padding(self, value: Value, fills: Sequence[Any]) -> None:
+        for fill in fills:
+            if self.padded.setdefault(value, fill.number) != fill.number:
+                raise NotHoistable(f"{value.name} is padded with two different numbers")
+
+    def _same_tokens(self, index: Index, anchor: Anchor, domain: np.ndarray | None) -> None:
+        for axis in anchor.roles.tokens:
+            one, other = index[axis], anchor.index[axis]
+            same = one.values == other.values
+            if one.batch != other.batch or not (same if domain is None else same | ~domain).all():
+                raise NotHoistable(f"{anchor.value.name} is read at two different places for one token")
+
+    def _operator(
+        self, node: Node, value: Value, full: Index, split: Roles, channel_axis: int, features: frozenset[int], anchor: Anchor
+    ) -> FeatureMap:
+        """The node written on the feature map, for all features of its output."""
+        axis = channel_axis_of(node)
+        if axis is not None:
+            if axis != (split.features[-1] if split.features else axis):
+                raise NotHoistable(f"{node.label} mixes an axis that is not the last feature axis")
+            data = node.required(0)
+            own_features = split.features if split.features else (axis,)
+            own = Roles(split.tokens, own_features if axis in own_features else (*own_features, axis))
+            inside, picked = self.hoist(data, _all_features(data, full, own, channel_axis), channel_axis, features, anchor)
+            operand = self.features(inside, _vector(picked, channel_axis), f"{data.name}_map")
+            return self._channelwise(node, operand, value, own, axis)
+        inputs = per_token_inputs(node, full, channel_axis)
+        if not inputs:
+            raise NotHoistable(f"{node.op} does not treat every token alike ({node.label})")
+        computed = {id(v): self.hoist(v, i, channel_axis, features, anchor) for v, i in inputs}
+        return self._pointwise(node, value, full, channel_axis, computed)
+
+    def _channelwise(self, node: Node, operand: FeatureMap, value: Value, split: Roles, axis: int) -> FeatureMap:
+        tensor = self.laid_out(operand, channels_first=False)
+        assert tensor.shape is not None and node.required(0).shape is not None and value.shape is not None
+        inner, outer = int(node.required(0).shape[axis]), int(value.shape[axis])  # type: ignore[index,arg-type]
+        groups = operand.num_features // inner
+        outside = tensor.shape[:-1]
+        stem = f"{value.name}_map"
+        grouped = self.reshape(tensor, (*outside, groups, inner)) if groups > 1 else tensor
+        shape = (*outside, groups, outer) if groups > 1 else (*outside, outer)
+        weights = node.inputs[1:]
+        match node.op:
+            case "MatMul":
+                result = self.emit("MatMul", [grouped, weights[0]], shape, stem)
+            case "Gemm" | "Conv":
+                result = self._linear(node, grouped, shape, stem)
+            case op if op in REDUCTIONS:
+                attributes = {k: v for k, v in node.attributes.items() if k != "axes"}
+                if "axes" in node.attributes:
+                    result = self.emit(op, [grouped], shape, stem, axes=[-1], **attributes)
+                else:
+                    result = self.emit(op, [grouped, self.ints([-1], f"{stem}_axes")], shape, stem, **attributes)
+            case _:
+                attributes = {**node.attributes, "axis": -1}
+                result = self.emit(node.op, [grouped, *weights], shape, stem, **attributes)
+        return FeatureMap(self.reshape(result, (*outside, groups * outer)) if groups > 1 else result)
+
+    def _linear(self, node: Node, data: Value, shape: Shape, stem: str) -> Value:
+        """Gemm and 1 x 1 convolution as MatMul and Add."""
+        weight = node.constant(1)
+        bias = node.constant(2)
+        assert weight is not None
+        if node.op == "Gemm":
+            matrix = weight.T if node.attributes.get("transB", 0) else weight
+            matrix = matrix * np.asarray(node.attributes.get("alpha", 1.0), weight.dtype)
+            bias = None if bias is None else bias * np.asarray(node.attributes.get("beta", 1.0), weight.dtype)
+        else:
+            matrix = weight.reshape(weight.shape[:2]).T
+        result = self.emit("MatMul", [data, self.constant(np.ascontiguousarray(matrix), f"{stem}_weight")], shape, stem)
+        if bias is None:
+            return result
+        return self.emit("Add", [result, self.constant(bias.reshape(-1), f"{stem}_bias")], shape, stem)
+
+    def _pointwise(
+        self, node: Node, value: Value, full: Index, channel_axis: int, computed: dict[int, tuple[FeatureMap, np.ndarray]]
+    ) -> FeatureMap:
+        count = full_extent(full, channel_axis)
+        operands: list[Value | None] = []
+        group = _common_group([_vector(p, channel_axis) for _, p in computed.values()], count)
+        outside: Shape = ()
+        for operand in node.inputs:
+            if operand is None:
+                operands.append(None)
+            elif operand.is_constant:
+                operands.append(self._constant_operand(operand, full, channel_axis, count, group))
+            else:
+                map_, picked = computed[id(operand)]
+                vector = _vector(picked, channel_axis)
+                repeated = group > 1 and _repeats(vector, group)
+                chosen = vector[::group] if repeated else vector
+                tensor = self.laid_out(self.features(map_, chosen, f"{operand.name}_map"), channels_first=False)
+                assert tensor.shape is not None
+                outside = tensor.shape[:-1]
+                if group > 1:
+                    tensor = self.reshape(tensor, (*outside, count // group, 1 if repeated else group))
+                operands.append(tensor)
+        shape = (*outside, count // group, group) if group > 1 else (*outside, count)
+        result = self.emit(node.op, operands, shape, f"{value.name}_map", **node.attributes)
+        result.dtype = value.dtype
+        return FeatureMap(self.reshape(result, (*outside, count)))
+
+    def _constant_operand(self, operand: Value, full: Index, channel_axis: int, count: int, group: int) -> Value:
+        """A constant per channel as a vector; a scalar as it is."""
+        assert operand.shape is not None
+        if math.prod(int(e) for e in operand.shape) == 1:  # type: ignore[arg-type]
+            return operand if operand.shape == () else self.constant(operand.constant.reshape(()), operand.name)
+        read = broadcast_index(full, operand)
+        if dependencies(read) - {channel_axis}:
+            raise NotHoistable(f"the constant {operand.name} differs from token to token")
+        at = tuple(c.static(f"the constant {operand.name}").reshape(-1) for c in read)
+        vector = np.broadcast_to(operand.constant[at], (count,))
+        if group > 1:
+            return self.constant(np.ascontiguousarray(vector).reshape(count // group, group), operand.name)
+        if operand.shape == (count,) and np.array_equal(vector, operand.constant):
+            return operand
+        return self.constant(np.ascontiguousarray(vector), operand.name)
+
+    # -- padding ------------------------------------------------------------------------------------------------------
+
+    def padding_vector(self, result: Value) -> np.ndarray | None:
+        """What a padded token's features become in `result`: the hoisted operators run on the padding. None if never padded."""
+        known: dict[Value, np.ndarray] = {}
+        for value, number in self.padded.items():
+            assert value.shape is not None and value.dtype is not None
+            known[value] = np.full([1] * (len(value.shape) - 1) + [int(value.shape[-1])], number, value.dtype)  # type: ignore[arg-type]
+        for node in self.nodes:
+            if node.output in known or not any(v in known for v in node.inputs if v is not None):
+                continue
+            arrays: list[np.ndarray | None] = []
+            for v in node.inputs:
+                arrays.append(None if v is None else known[v] if v in known else v.constant if v.is_constant else None)
+            if any(a is None and v is not None for a, v in zip(arrays, node.inputs, strict=True)):
+                continue
+            if node.op == "Reshape":
+                assert node.output.shape is not None
+                outside = [e if k > len(self.spatial) else 1 for k, e in enumerate(node.output.shape)]
+                known[node.output] = arrays[0].reshape([int(e) for e in outside])  # type: ignore[union-attr,arg-type]
+            else:
+                known[node.output] = evaluate(node, arrays, self.graph.opset)[0]
+        return known[result].reshape(-1) if result in known else None
+
+
+def full_extent(index: Index, axis: int) -> int:
+    return max(c.values.shape[axis] for c in index)
+
+
+def _vector(array: np.ndarray, channel_axis: int) -> np.ndarray:
+    """An array that varies along the channel axis alone, as a vector."""
+    if any(e > 1 for a, e in enumerate(array.shape) if a != channel_axis):
+        raise NotHoistable("features differ from token to token")
+    return array.reshape(-1)
+
+
+def _flat_features(value: Value, index: Index, axes: Sequence[int]) -> np.ndarray:
+    """Row-major position among the feature axes that each grid point reads."""
+    assert value.shape is not None
+    flat: np.ndarray = np.zeros((1,) * index[0].values.ndim, np.int64)
+    for axis in axes:
+        extent = value.shape[axis]
+        if isinstance(extent, Dim):
+            raise NotHoistable(f"{value.name} has a symbolic feature axis")
+        flat = flat * extent + index[axis].static("a feature")
+    return flat
+
+
+def _all_features(value: Value, index: Index, split: Roles, channel_axis: int) -> Index:
+    """The same tokens with all features of `value` laid out along the channel axis."""
+    assert value.shape is not None
+    extents = [int(value.shape[a]) for a in split.features]  # type: ignore[arg-type]
+    rank = index[0].values.ndim
+    whole = full_range(channel_axis, math.prod(extents), rank).values
+    coordinates = list(index)
+    for axis, positions in zip(split.features, np.unravel_index(whole, extents) if extents else (), strict=True):
+        coordinates[axis] = Coordinate(positions)
+    return tuple(coordinates)
+
+
+def _repeats(vector: np.ndarray, group: int) -> bool:
+    """Whether each run of `group` positions reads one and the same feature."""
+    rows = vector.reshape(-1, group)
+    return bool((rows == rows[:, :1]).all())
+
+
+def _common_group(vectors: Sequence[np.ndarray], count: int) -> int:
+    """The longest run g > 1 along which one operand repeats a feature (a norm over head_dim), 1 if none does."""
+    best = 1
+    for vector in vectors:
+        if len(vector) != count or count < 2 or (vector == vector[0]).all():
+            continue
+        breaks = np.flatnonzero(np.diff(vector)) + 1
+        group = math.gcd(*breaks.tolist(), count) if len(breaks) else count
+        if group > 1:
+            best = group if best == 1 else math.gcd(best, group)
+    return best
+
+

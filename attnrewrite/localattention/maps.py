@@ -1,0 +1,288 @@
+"""One site's token maps: for every output pixel, the pixels its query, keys and values come from.
+
+Found by composing three ways: from the attention's output forward to the feature map it returns to, and from query, key
+and value back to the feature maps they are made of. The right cut is where the query's map and the way of the output
+agree: then the site is a function from feature maps to a feature map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnrewrite.dims import Dim, Extent
+from attnrewrite.facts import Facts
+from attnrewrite.graph import STANDARD_DOMAIN, Value
+from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity
+from attnrewrite.indexing.rules import RULES
+from attnrewrite.localattention.attention import Attention, Operand
+from attnrewrite.localattention.geometry import PADDING
+from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.tokens import Candidate, Roles, candidates, channel_axis_of, feature_axes, roles
+from attnrewrite.ops import POINTWISE, REDUCTIONS
+
+# How far behind the attention the way back to a feature map is followed, in operators.
+REGION_LIMIT = 160
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A feature map an operand is made of, and which pixel of it each grid point reads.
+
+    spatial: extents of its token axes without the batch. has_batch: its axis 0 is a batch that passes through.
+    """
+
+    candidate: Candidate
+    roles: Roles
+    has_batch: bool
+    spatial: tuple[int, ...]
+
+    @property
+    def value(self) -> Value:
+        return self.candidate.value
+
+    @property
+    def spatial_axes(self) -> tuple[int, ...]:
+        return self.roles.tokens[1:] if self.has_batch else self.roles.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Return:
+    """The feature map the output returns to, read back into the attention's output at `index` (grid: its own axes)."""
+
+    value: Value
+    index: Index
+    roles: Roles
+    depth: int
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMaps:
+    """A site between feature maps. Grid axes are the attention's; features: those that number heads and channels.
+
+    query: the one source whose map and the output's agree; keys, values: every candidate of theirs, nearest first.
+    """
+
+    attention: Attention
+    features: frozenset[int]
+    heads: tuple[int, ...]
+    query: Source
+    back: Return
+    keys: tuple[Source, ...]
+    values: tuple[Source, ...]
+
+    @property
+    def token_axes(self) -> tuple[int, ...]:
+        """Grid axes of the output that number windows and query tokens."""
+        return tuple(a for a in range(len(self.attention.output_shape)) if a not in self.features)
+
+
+def count(extent: Extent) -> int:
+    """How many positions of an axis the grid enumerates: all, or those within one element of a symbolic batch."""
+    return extent.terms[0][1] if isinstance(extent, Dim) else extent
+
+
+def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
+    """The token maps of an attention, or why they cannot be read."""
+    channels = frozenset({attention.channel_axis, attention.value_axis})
+    ways = {name: _way(facts, attention, operand) for name, operand in _operands(attention).items()}
+    features: frozenset[int] = channels
+    for name in ("query", "value", "key"):
+        found = feature_axes(ways[name], channels) - {attention.key_axis}
+        if found != channels:
+            features = found
+            break
+    heads = tuple(sorted(features - channels))
+    found_sources = {name: _sources(way, features) for name, way in ways.items()}
+    for name, sources in found_sources.items():
+        if not sources:
+            operand = _operands(attention)[name]
+            return Decline(f"the {name} is not one set of features per token", operand.value.name)
+    maps = _meet(facts, attention, features, found_sources["query"])
+    if isinstance(maps, Decline):
+        return maps
+    query, back = maps
+    keys, values = (_like_query(found_sources[name], query) for name in ("key", "value"))
+    return SiteMaps(attention, features, heads, query, back, keys, values)
+
+
+def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:
+    """Nearest first, but the query's own feature map before all."""
+    return tuple(sorted(sources, key=lambda s: s.value is not query.value))
+
+
+def _operands(attention: Attention) -> dict[str, Operand]:
+    return {"query": attention.query, "key": attention.key, "value": attention.value}
+
+
+def _way(facts: Facts, attention: Attention, operand: Operand) -> list[Candidate]:
+    return list(candidates(operand.value, operand.index, attention.channel_axis, facts.positions))
+
+
+def _sources(way: Sequence[Candidate], features: frozenset[int]) -> list[Source]:
+    found = []
+    for candidate in way:
+        split = roles(candidate.value, candidate.index, features)
+        if split is None or not split.tokens:
+            continue
+        source = as_source(candidate, split)
+        if source is not None:
+            found.append(source)
+    return found
+
+
+def as_source(candidate: Candidate, split: Roles) -> Source | None:
+    """A candidate as a feature map: axis 0 its batch, every other token axis of static extent."""
+    shape = candidate.value.shape
+    assert shape is not None
+    has_batch = split.tokens[0] == 0 and len(split.tokens) > 1
+    spatial_axes = split.tokens[1:] if has_batch else split.tokens
+    spatial = []
+    for axis in spatial_axes:
+        extent = shape[axis]
+        if not isinstance(extent, int) or candidate.index[axis].batch:
+            return None
+        spatial.append(extent)
+    if has_batch and isinstance(shape[0], Dim) and candidate.index[0].batch != count(shape[0]):
+        return None
+    return Source(candidate, split, has_batch, tuple(spatial))
+
+
+def _meet(
+    facts: Facts, attention: Attention, features: frozenset[int], queries: Sequence[Source]
+) -> tuple[Source, Return] | Decline:
+    """The last value behind the attention at which output pixel and query pixel are the same, and that query source."""
+    returns = _returns(facts, attention, features)
+    for back in reversed(returns):
+        for query in queries:
+            if _agree(attention, features, query, back):
+                same = [q for q in queries if q.candidate.depth == query.candidate.depth and _agree(attention, features, q, back)]
+                fitting = [r for r in returns if _agree(attention, features, query, r)]
+                first = min(r.depth for r in fitting)
+                return (
+                    min(same, key=lambda q: _spelled_out(len(q.spatial))),
+                    min((r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1)),
+                )
+    where = returns[-1].value.name if returns else attention.output.name
+    return Decline("the output does not return to the pixels its queries came from", where)
+
+
+def _spelled_out(axes: int) -> tuple[bool, int]:
+    """Order views of one map: height and width as axes of their own first, then the fewest axes."""
+    return axes < 2, axes
+
+
+def _returns(facts: Facts, attention: Attention, features: frozenset[int]) -> list[Return]:
+    """Values behind the attention that are made of its output alone, per token; in topological order."""
+    region: dict[Value, None] = {attention.output: None}
+    start = facts.positions[attention.output]
+    for node in facts.graph.nodes[start + 1 : start + 1 + REGION_LIMIT]:
+        computed = [v for v in node.inputs if v is not None and not v.is_constant]
+        if not computed or any(v not in region for v in computed) or node.domain != STANDARD_DOMAIN:
+            continue
+        if node.op in RULES or node.op in POINTWISE or channel_axis_of(node) is not None:
+            region.update(dict.fromkeys(node.outputs))
+    found = []
+    for value in region:
+        back = _read_back(facts, attention, features, value)
+        if back is not None:
+            found.append(back)
+    return found
+
+
+def _read_back(facts: Facts, attention: Attention, features: frozenset[int], value: Value) -> Return | None:
+    if value.shape is None:
+        return None
+    channel_axis = len(value.shape)
+    try:
+        own = identity(value.shape, channel_axis + 1)
+    except IndexingError:
+        return None
+    own_features: frozenset[int] = frozenset()
+    for candidate in candidates(value, own, channel_axis, facts.positions):
+        if candidate.domain is not None:
+            return None
+        if candidate.value is attention.output:
+            index = candidate.index
+            tokens = dependencies([c for a, c in enumerate(index) if a not in features])
+            own_features |= dependencies([c for a, c in enumerate(index) if a in features]) - {channel_axis}
+            split = _split_axes(value, tokens, own_features)
+            return None if split is None or not _passes_batch(attention.output_shape, index) else Return(value, index, split, candidate.depth)
+        node = candidate.value.producer
+        axis = None if node is None else channel_axis_of(node)
+        if node is not None and axis is not None and node.op not in REDUCTIONS:
+            own_features |= candidate.index[axis].depends_on() - {channel_axis}
+    return None
+
+
+def _split_axes(value: Value, tokens: frozenset[int], features: frozenset[int]) -> Roles | None:
+    assert value.shape is not None
+    if tokens & features:
+        return None
+    featured = [a for a, e in enumerate(value.shape) if a in features]
+    rest = [a for a, e in enumerate(value.shape) if a not in features and (a in tokens or e != 1 or a == 0)]
+    return Roles(tuple(rest), tuple(featured))
+
+
+def _passes_batch(shape: tuple[Extent, ...], index: Index) -> bool:
+    """Every symbolic axis is read with its own stride, so element b of the batch reads element b."""
+    return all(c.batch == (count(e) if isinstance(e, Dim) else 0) for c, e in zip(index, shape, strict=True))
+
+
+def _agree(attention: Attention, features: frozenset[int], query: Source, back: Return) -> bool:
+    """For every pixel of the returned map: the query computed for it came from that pixel."""
+    shape = back.value.shape
+    assert shape is not None and query.value.shape is not None
+    enumerated = [count(shape[a]) for a in back.roles.tokens]
+    expected = [count(query.value.shape[a]) for a in query.roles.tokens]
+    if math.prod(enumerated) != math.prod(expected):
+        return False
+    if isinstance(shape[back.roles.tokens[0]], Dim) != isinstance(query.value.shape[query.roles.tokens[0]], Dim):
+        return False
+    rows = [c.values for a, c in enumerate(back.index) if a not in features]
+    axes = [a for a in range(len(attention.output_shape)) if a not in features]
+    flat = flat_pixels(query.candidate, query.roles.tokens, attention.output_shape, axes)
+    read = flat[tuple(np.minimum(r, flat.shape[k] - 1) for k, r in enumerate(rows))]
+    # the grid of `back` has one axis per axis of the returned value, and one for channels it mixes
+    own = np.zeros((1,) * (len(shape) + 1), np.int64)
+    for axis in back.roles.tokens:
+        extent = count(shape[axis])
+        position = np.arange(extent).reshape([-1 if a == axis else 1 for a in range(len(shape) + 1)])
+        own = own * extent + position
+    return bool((read == own).all()) if _broadcastable(read, own) else False
+
+
+def _broadcastable(a: np.ndarray, b: np.ndarray) -> bool:
+    return all(x == y or 1 in (x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def flat_pixels(
+    candidate: Candidate, tokens: Sequence[int], shape: Sequence[Extent], axes: Sequence[int], extra: Sequence[tuple[int, int]] = ()
+) -> np.ndarray:
+    """Row-major position among the token axes that each grid point reads, PADDING outside the domain.
+
+    axes: the grid axes to keep, in order, with extents from `shape`; extra: further (axis, extent) pairs after them. Every
+    other grid axis must not matter. Returns int64 with one axis per kept grid axis.
+    """
+    value_shape = candidate.value.shape
+    assert value_shape is not None
+    flat: np.ndarray = np.zeros((1,) * candidate.index[0].values.ndim, np.int64)
+    for axis in tokens:
+        flat = flat * count(value_shape[axis]) + candidate.index[axis].values
+    if candidate.domain is not None:
+        flat = np.where(candidate.domain, flat, PADDING)
+    kept = [(a, count(shape[a])) for a in axes] + list(extra)
+    return spread(flat, kept)
+
+
+def spread(array: np.ndarray, kept: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Keep these (grid axis, extent) pairs, in this order, broadcast to their extents; all other axes must have extent 1."""
+    order = [a for a, _ in kept]
+    rest = [a for a in range(array.ndim) if a not in order]
+    if any(array.shape[a] != 1 for a in rest):
+        raise IndexingError("the tokens read differ from channel to channel or head to head")
+    moved = array.transpose(order + rest).reshape([array.shape[a] for a in order])
+    return np.broadcast_to(moved, [e for _, e in kept])

@@ -1,0 +1,346 @@
+"""Is this attention window attention? Token tables of one site against the closed form of windows.
+
+The closed form is `WindowGeometry`. Windows and the tokens inside them may be listed in any order: a permutation changes
+nothing but the order in which bias and mask are read, so it is found, checked against every element, and undone there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnrewrite.indexing.map import IndexingError, dependencies, first_difference
+from attnrewrite.localattention.attention import has_fully_masked_row
+from attnrewrite.localattention.geometry import PADDING, WindowGeometry
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, spread
+from attnrewrite.localattention.site import Decline
+
+
+@dataclass(frozen=True, eq=False)
+class WindowMatch:
+    """A site proved to be window attention.
+
+    key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, N] or None; mask: float64 [nW, N, N] or None;
+    mask_value: the penalty where the mask is Swin's shift mask; all in the geometry's own window and token order.
+    """
+
+    maps: SiteMaps
+    geometry: WindowGeometry
+    key: Source
+    value: Source
+    bias: np.ndarray | None
+    mask: np.ndarray | None
+    mask_value: float | None
+
+
+def match_windows(maps: SiteMaps) -> WindowMatch | Decline:
+    """The window geometry of a site, or the reason why it is none."""
+    node = maps.attention.softmax.label
+    nearest: Decline | None = None
+    for key in maps.keys:
+        try:
+            found = _match_key(maps, key)
+        except IndexingError as error:
+            found = Decline(str(error), node)
+        if isinstance(found, WindowMatch):
+            return found
+        if nearest is None or (found.kind != "other" and nearest.kind == "other"):
+            nearest = found
+    return nearest or Decline("the keys come from no feature map", node)
+
+
+def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
+    attention, node = maps.attention, maps.attention.softmax.label
+    shape = attention.output_shape
+    reads = dependencies([key.candidate.index[a] for a in key.roles.tokens])
+    if key.candidate.domain is not None:
+        reads |= frozenset(a for a, e in enumerate(key.candidate.domain.shape) if e > 1)
+    window_axes = [a for a in maps.token_axes if a in reads or not isinstance(shape[a], int)]
+    query_axes = [a for a in maps.token_axes if a not in window_axes]
+    tables = _tables(maps, key, window_axes, query_axes)
+    if isinstance(tables, Decline):
+        return tables
+    queries, keys, batch = tables
+    if len(queries) == 1:
+        size = "x".join(map(str, maps.query.spatial))
+        return Decline(f"global attention: every token of the {size} map attends all {keys.shape[1]} keys", node, "global")
+    if queries.shape[1] == 1:
+        return Decline("every query has keys of its own, so these are no windows", node)
+    if key.spatial != maps.query.spatial:
+        return Decline(f"queries come from a {maps.query.spatial} map, keys from a {key.spatial} map", node)
+    if queries.shape[1] != keys.shape[1]:
+        return Decline(f"{queries.shape[1]} queries attend {keys.shape[1]} keys: not a plain window", node)
+
+    fitted = _fit(queries, maps.query.spatial)
+    if isinstance(fitted, str):
+        return Decline(fitted, node)
+    geometry, window_order, query_order = fitted
+    key_order = _token_order(keys[window_order], geometry)
+    if key_order is None:
+        difference = first_difference(np.sort(keys[window_order], axis=1), np.sort(geometry.pixels(), axis=1))
+        assert difference is not None or keys.shape == geometry.pixels().shape
+        detail = "in an order that changes from window to window"
+        if difference is not None:
+            detail = f"window {difference.at[0]} reads pixel {difference.found}, its queries come from pixel {difference.expected}"
+        return Decline(f"the keys are not those of the queries' window: {detail}", node)
+    value = _matching_value(maps, keys, window_axes, key.spatial, batch)
+    if isinstance(value, Decline):
+        return value
+    terms = _terms(maps, window_axes, query_axes, batch)
+    if isinstance(terms, Decline):
+        return terms
+    ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
+    bias, mask, mask_value = _split_terms(ordered, geometry)
+    return WindowMatch(maps, geometry, key, value, bias, mask, mask_value)
+
+
+Tables = tuple[np.ndarray, np.ndarray, int]
+
+
+def _tables(maps: SiteMaps, key: Source, window_axes: list[int], query_axes: list[int]) -> Tables | Decline:
+    """Pixels of queries [nW, N] and keys [nW, M] of one batch element, and how many elements the rows enumerate."""
+    queries = _pixels(maps, maps.query, window_axes, query_axes, keys=False)
+    keys = _pixels(maps, key, window_axes, [], keys=True)
+    batch = _static_batch(maps.query)
+    per_element = len(queries) // batch
+    node = maps.attention.softmax.label
+    if len(queries) % batch or len(keys) != len(queries):
+        return Decline("the windows do not divide evenly over the batch", node)
+    for table, source in ((queries, maps.query), (keys, key)):
+        extent = math.prod(source.spatial)
+        elements = table.reshape(batch, per_element, -1)
+        offset = np.arange(batch)[:, None, None] * extent
+        local = np.where(elements == PADDING, PADDING, elements - offset)
+        if _static_batch(source) != batch or (local != local[:1]).any():
+            return Decline("windows reach from one batch element into another", node)
+    return queries[:per_element], keys[:per_element], batch
+
+
+def _static_batch(source: Source) -> int:
+    """Batch elements the grid enumerates; 1 where the batch is symbolic (it passes through unenumerated)."""
+    assert source.value.shape is not None
+    return count(source.value.shape[0]) if source.has_batch else 1
+
+
+def _pixels(maps: SiteMaps, source: Source, window_axes: list[int], inner_axes: list[int], *, keys: bool) -> np.ndarray:
+    attention = maps.attention
+    extra = [(attention.key_axis, attention.num_keys)] if keys else []
+    flat = flat_pixels(source.candidate, source.roles.tokens, attention.output_shape, window_axes + inner_axes, extra)
+    rows = math.prod(count(attention.output_shape[a]) for a in window_axes)
+    return flat.reshape(rows, -1)
+
+
+def _matching_value(
+    maps: SiteMaps, keys: np.ndarray, window_axes: list[int], spatial: tuple[int, ...], batch: int
+) -> Source | Decline:
+    difference = None
+    for value in maps.values:
+        if value.spatial != spatial or _static_batch(value) != batch:
+            continue
+        try:
+            found = _pixels(maps, value, window_axes, [], keys=True)[: len(keys)]
+        except IndexingError:
+            continue
+        different = first_difference(found, keys)
+        if different is None:
+            return value
+        difference = difference or different
+    node = maps.attention.softmax.label
+    if difference is None:
+        return Decline("the values come from no feature map like that of the keys", node)
+    at, found_pixel, expected = difference.at, difference.found, difference.expected
+    return Decline(f"token {at} takes its key from pixel {expected} and its value from pixel {found_pixel}", node)
+
+
+Fitted = tuple[WindowGeometry, np.ndarray, np.ndarray]
+
+
+def _fit(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
+    """(geometry, window order, token order) with table[window order][:, token order] == geometry.pixels(), or why not."""
+    nearest = "the queries of a window are no rectangle of pixels"
+    for geometry in _geometries(table, spatial):
+        expected = geometry.pixels()
+        if expected.shape != table.shape:
+            continue
+        if np.array_equal(table, expected):
+            return geometry, np.arange(len(table)), np.arange(table.shape[1])
+        window_order = _window_order(table, expected)
+        if window_order is None:
+            difference = first_difference(table, expected)
+            assert difference is not None
+            size = "x".join(map(str, geometry.window_size))
+            found, wanted = (np.unravel_index(p, spatial) if p >= 0 else ("padding",) for p in (difference.found, difference.expected))
+            nearest = (
+                f"query token {difference.at} reads pixel {_point(found)}, a {size} window shifted by "
+                f"{'x'.join(map(str, geometry.shift_size))} reads {_point(wanted)}"
+            )
+            continue
+        token_order = _token_order(table[window_order], geometry)
+        if token_order is not None:
+            return geometry, window_order, token_order
+    return nearest
+
+
+def _point(coordinates: tuple[object, ...]) -> str:
+    return "(" + ", ".join(str(c) for c in coordinates) + ")"
+
+
+def _geometries(table: np.ndarray, spatial: tuple[int, ...]) -> Iterator[WindowGeometry]:
+    """Window geometries that the table may be, most likely first."""
+    whole = table[(table != PADDING).all(axis=1)]
+    for sizes in _spatial_sizes(spatial, whole if len(whole) else table):
+        for window in _window_sizes(whole, sizes, table.shape[1]):
+            shifts = [_shifts(whole, sizes, window, axis) for axis in range(len(sizes))]
+            for shift in itertools.product(*shifts):
+                plain = WindowGeometry(sizes, window, shift)
+                yield plain
+                if plain.is_padded and any(shift):
+                    yield WindowGeometry(sizes, window, shift, shift_padded=True)
+
+
+def _spatial_sizes(spatial: tuple[int, ...], rows: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """The axes of the map; tokens in one axis are tried as the 2-D maps of every factorisation after the 1-D one."""
+    yield spatial
+    if len(spatial) == 1:
+        total = spatial[0]
+        square = math.isqrt(total)
+        divisors = [h for h in range(2, total) if total % h == 0 and total // h > 1]
+        for height in sorted(divisors, key=lambda h: abs(h - square)):
+            yield height, total // height
+
+
+def _window_sizes(whole: np.ndarray, spatial: tuple[int, ...], tokens: int) -> Iterator[tuple[int, ...]]:
+    """Distinct rows, columns ... of a window without padding; all factorisations where every window is padded."""
+    if len(whole):
+        for row in whole[:1]:
+            coordinates = np.unravel_index(row, spatial)
+            window = tuple(len(np.unique(c)) for c in coordinates)
+            if math.prod(window) == tokens:
+                yield window
+        return
+    for window in itertools.product(*[[w for w in range(1, tokens + 1) if tokens % w == 0]] * len(spatial)):
+        if math.prod(window) == tokens:
+            yield window
+
+
+def _shifts(whole: np.ndarray, spatial: tuple[int, ...], window: tuple[int, ...], axis: int) -> list[int]:
+    """Shifts an axis may have: where windows without wrap start, modulo the window."""
+    if window[axis] == 1 or window[axis] >= spatial[axis]:
+        return [0]
+    if not len(whole):
+        return list(range(window[axis]))
+    coordinates = np.unravel_index(whole, spatial)[axis]
+    first, last = coordinates.min(axis=1), coordinates.max(axis=1)
+    starts = first[last - first == window[axis] - 1]
+    found = sorted({int(s) % window[axis] for s in starts[:64]})
+    return found if found else list(range(window[axis]))
+
+
+def _window_order(table: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
+    """The order of rows in which the table's windows hold the expected pixel sets, or None."""
+    found_sets, expected_sets = np.sort(table, axis=1), np.sort(expected, axis=1)
+    found_rank, expected_rank = np.lexsort(found_sets.T[::-1]), np.lexsort(expected_sets.T[::-1])
+    if not np.array_equal(found_sets[found_rank], expected_sets[expected_rank]):
+        return None
+    order = np.empty(len(table), np.int64)
+    order[expected_rank] = found_rank
+    return order
+
+
+def _token_order(table: np.ndarray, geometry: WindowGeometry) -> np.ndarray | None:
+    """One order of tokens that makes every window equal to the closed form, or None."""
+    expected = geometry.pixels()
+    if table.shape != expected.shape:
+        return None
+    if np.array_equal(table, expected):
+        return np.arange(table.shape[1])
+    whole = np.flatnonzero((expected != PADDING).all(axis=1) & (table != PADDING).all(axis=1))
+    if not len(whole):
+        return None
+    found, wanted = table[whole[0]], expected[whole[0]]
+    order = np.empty(len(wanted), np.int64)
+    order[np.argsort(wanted, kind="stable")] = np.argsort(found, kind="stable")
+    return order if np.array_equal(table[:, order], expected) else None
+
+
+def _terms(maps: SiteMaps, window_axes: list[int], query_axes: list[int], batch: int) -> list[np.ndarray] | Decline:
+    """The constant terms as arrays [nW or 1, nH or 1, N or 1, M or 1] of one batch element."""
+    attention = maps.attention
+    if any(t.lowest for t in attention.terms) and has_fully_masked_row(attention.terms, attention.key_axis):
+        return Decline("a query has all its keys masked by a finite number", attention.softmax.label)
+    found = []
+    for term in attention.terms:
+        arrays = term.values.reshape(term.values.shape + (1,) * (attention.grid_rank - term.values.ndim))
+        groups = [window_axes, list(maps.heads), query_axes, [attention.key_axis]]
+        flat = grouped(arrays, groups, attention)
+        if flat.shape[0] > 1 and batch > 1:
+            elements = flat.reshape(batch, -1, *flat.shape[1:])
+            if (elements != elements[:1]).any():
+                return Decline("the mask differs between batch elements", term.node.label)
+            flat = elements[0]
+        found.append(flat)
+    return found
+
+
+def grouped(array: np.ndarray, groups: list[list[int]], attention: object) -> np.ndarray:
+    """Collect grid axes into one axis per group; a group the array does not depend on keeps extent 1."""
+    kept = []
+    result_shape = []
+    for group in groups:
+        extents = [array.shape[a] for a in group]
+        if all(e == 1 for e in extents):
+            result_shape.append(1)
+            kept += [(a, 1) for a in group]
+            continue
+        full = [_grid_extent(attention, a) for a in group]
+        result_shape.append(math.prod(full))
+        kept += list(zip(group, full, strict=True))
+    return spread(array, kept).reshape(result_shape)
+
+
+def _grid_extent(attention: object, axis: int) -> int:
+    from attnrewrite.localattention.attention import Attention
+
+    assert isinstance(attention, Attention)
+    return attention.num_keys if axis == attention.key_axis else count(attention.output_shape[axis])
+
+
+def _reordered(term: np.ndarray, windows: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    for axis, order in ((0, windows), (2, queries), (3, keys)):
+        if term.shape[axis] > 1:
+            term = term.take(order, axis=axis)
+    return term
+
+
+def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry) -> tuple[np.ndarray | None, np.ndarray | None, float | None]:
+    """(bias, mask, mask_value): what all windows share, or has heads, apart from what differs between windows alone."""
+    tokens = geometry.tokens_per_window
+    per_window = [t for t in terms if t.shape[0] > 1 and t.shape[1] == 1]
+    others = [t for t in terms if not (t.shape[0] > 1 and t.shape[1] == 1)]
+    bias = None
+    if others:
+        total = sum(others[1:], others[0])
+        if total.any():
+            bias = np.broadcast_to(total, (*total.shape[:2], tokens, tokens))
+    mask = None
+    if per_window:
+        mask = np.broadcast_to(sum(per_window[1:], per_window[0])[:, 0], (geometry.num_windows, tokens, tokens))
+        mask_value = _shift_mask_value(mask, geometry)
+        if mask_value is not None:
+            return bias, None, mask_value
+        if not mask.any():
+            mask = None
+    return bias, mask, None
+
+
+def _shift_mask_value(mask: np.ndarray, geometry: WindowGeometry) -> float | None:
+    """The penalty, where the mask is exactly Swin's shift mask of this geometry."""
+    crosses = geometry.crosses_regions()
+    if not crosses.any():
+        return None
+    penalty = mask[crosses][0]
+    return float(penalty) if penalty and np.array_equal(mask, np.where(crosses, penalty, 0.0)) else None
