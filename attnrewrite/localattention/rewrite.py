@@ -1,0 +1,126 @@
+"""What both local attention passes do once a site is proved: operands onto the feature map, one node, result back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attnrewrite.dims import Extent
+from attnrewrite.facts import Facts
+from attnrewrite.functions.spec import DOMAIN, Spec
+from attnrewrite.graph import Value
+from attnrewrite.indexing.map import IndexingError, identity
+from attnrewrite.localattention.attention import Operand
+from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
+from attnrewrite.localattention.maps import SiteMaps, Source, count, spread
+from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.windows import grouped
+from attnrewrite.pipeline import Declined
+
+
+@dataclass(frozen=True, eq=False)
+class Emitted:
+    """An operand on the feature map, and what its padded tokens hold (None where nothing is padded, or with zeros)."""
+
+    map: FeatureMap
+    padding: np.ndarray | None
+
+
+class SiteRewriter:
+    """Emits one site. Nothing of the graph is edited before `finish`."""
+
+    def __init__(self, facts: Facts, maps: SiteMaps, spatial: tuple[int, ...], pass_name: str) -> None:
+        self.facts, self.maps, self.spatial = facts, maps, spatial
+        self.hoister = Hoister(facts, spatial, pass_name)
+        self.batch = _batch(maps.query)
+
+    @property
+    def num_heads(self) -> int:
+        shape = self.maps.attention.output_shape
+        return int(np.prod([count(shape[a]) for a in self.maps.heads], dtype=np.int64))
+
+    def operand(self, operand: Operand, source: Source, channel_axis: int, channels: int) -> Emitted:
+        """query, key or value on the feature map, features ordered by head, then channel."""
+        hoister, maps, attention = self.hoister, self.maps, self.maps.attention
+        candidate, roles = source.candidate, source.roles
+        map_ = hoister.source_map(source.value, roles, self.batch)
+        anchor = Anchor(source.value, candidate.index, roles, roles.features, map_)
+        hoister.padded = {}
+        try:
+            found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
+            axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
+            result = hoister.features(found, spread(picked, axes).reshape(-1), operand.value.name)
+            padding = None
+            if candidate.fills:
+                padding = hoister.padding_vector(hoister.laid_out(result, channels_first=False))
+        except (NotHoistable, IndexingError) as error:
+            raise Declined(Decline(str(error), operand.value.name)) from error
+        return Emitted(result, padding if padding is not None and padding.any() else None)
+
+    def scaled_query(self, query: FeatureMap, head_dim: int) -> tuple[FeatureMap, float]:
+        """The query and the scalar scale; a scale that differs from head to head is multiplied into the query."""
+        attention, maps = self.maps.attention, self.maps
+        scale = attention.scale
+        if scale.size == 1:
+            return query, float(scale.reshape(-1)[0])
+        full = scale.reshape(scale.shape + (1,) * (attention.grid_rank - scale.ndim))
+        try:
+            per_head = grouped(full, [list(maps.heads)], attention).reshape(-1)
+        except IndexingError as error:
+            raise Declined(Decline("the logits are scaled differently from token to token", attention.softmax.label)) from error
+        tensor = self.hoister.laid_out(query, channels_first=False)
+        assert tensor.dtype is not None and tensor.shape is not None
+        vector = self.hoister.constant(np.repeat(per_head, head_dim).astype(tensor.dtype), f"{tensor.name}_scale")
+        return FeatureMap(self.hoister.emit("Mul", [tensor, vector], tensor.shape, f"{tensor.name}_scaled")), 1.0
+
+    def constant_operand(self, array: np.ndarray | None, stem: str, dtype: np.dtype) -> Value | None:
+        """A constant operand; -inf stays -inf in every dtype. None stays None."""
+        if array is None:
+            return None
+        with np.errstate(over="ignore"):
+            return self.hoister.constant(np.ascontiguousarray(array).astype(dtype), stem)
+
+    def finish(self, spec: Spec, operands: list[Value | None], *, channels_first: bool) -> None:
+        """Emit the op, bring its output to where the model's returns, and let the model read that."""
+        hoister, maps, attention = self.hoister, self.maps, self.maps.attention
+        while operands and operands[-1] is None:
+            operands.pop()
+        query, value = operands[0], operands[2]
+        assert query is not None and value is not None and query.shape is not None and value.shape is not None
+        axis = 1 if channels_first else len(self.spatial) + 1
+        shape = (*query.shape[:axis], value.shape[axis], *query.shape[axis + 1 :])
+        attributes: dict[str, Any] = spec.attributes()
+        output = hoister.emit(spec.op_type, operands, shape, f"{attention.output.name}_local", DOMAIN, **attributes)
+        returned = self._return(FeatureMap(output, channels_first))
+        graph = self.facts.graph
+        graph.nodes.extend(hoister.nodes)
+        graph.replace_uses(maps.back.value, returned)
+
+    def _return(self, map_: FeatureMap) -> Value:
+        hoister, maps, attention, back = self.hoister, self.maps, self.maps.attention, self.maps.back
+        assert back.value.shape is not None
+        channel_axis = len(back.value.shape)
+        order = (*maps.heads, attention.value_axis)
+        tokens = tuple(a for a in range(len(attention.output_shape)) if a not in maps.features)
+        anchor = Anchor(attention.output, back.index, type(back.roles)(tokens, order), order, map_)
+        own = identity(back.value.shape, channel_axis + 1)
+        features = frozenset(back.roles.features) | {channel_axis}
+        try:
+            found, picked = hoister.hoist(back.value, own, channel_axis, features, anchor)
+            axes = [(a, count(back.value.shape[a])) for a in back.roles.features]
+            found = hoister.features(found, spread(picked, axes).reshape(-1), back.value.name)
+        except (NotHoistable, IndexingError) as error:
+            raise Declined(Decline(str(error), back.value.name)) from error
+        returned = hoister.returned(found, back.value, back.roles)
+        if returned is maps.query.value or returned.producer is None:
+            raise Declined(Decline("the result is the input itself", back.value.name))
+        return returned
+
+
+def _batch(source: Source) -> Extent:
+    assert source.value.shape is not None
+    return source.value.shape[0] if source.has_batch else 1
+
+

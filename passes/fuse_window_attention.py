@@ -1,0 +1,114 @@
+"""Window attention, shifted or not, as one FlashWindowAttention.
+
+Matches
+    out = unpartition(softmax(scale * q k^T + terms) v), where the pixels that q, k and v of a window come from are, for
+    every window and token, those of `WindowGeometry` over one feature map; in any spelling of the partition, the shift and
+    the layout, with any per-token operators between the feature map and the attention and behind it.
+Rewrites to
+    the per-token operators on the feature map, FlashWindowAttention(query, key, value, bias, mask, paddings), and the
+    per-token operators behind it on the returned map.
+Exact when
+    query map o return map is the identity on the pixels; query, key and value maps equal `WindowGeometry.pixels()` up to
+    one order of windows and one of tokens (undone in bias and mask); the terms are constants of [nW, nH, N, N]; padded
+    tokens hold the value that the operators give to the padding.
+Declines when
+    one of these fails, the logits or probabilities are used elsewhere, or a single window covers the map (global).
+Source
+    Swin Transformer, https://arxiv.org/abs/2103.14030; Flash Window Attention, https://arxiv.org/abs/2501.06480.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from attnrewrite.facts import Facts
+from attnrewrite.functions.spec import FlashWindowAttention
+from attnrewrite.graph import STANDARD_DOMAIN, Node
+from attnrewrite.localattention.attention import Attention, read_attention
+from attnrewrite.localattention.maps import count, read_maps
+from attnrewrite.localattention.rewrite import SiteRewriter
+from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.localattention.windows import WindowMatch, match_windows
+from attnrewrite.pipeline import Pass
+
+NAME = "fuse-window-attention"
+
+
+def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline | None:
+    """The window attention around a softmax."""
+    if softmax.op != "Softmax" or softmax.domain != STANDARD_DOMAIN:
+        return None
+    attention = read_attention(facts, softmax)
+    if isinstance(attention, Decline):
+        return attention
+    maps = read_maps(facts, attention)
+    return maps if isinstance(maps, Decline) else match_windows(maps)
+
+
+def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
+    """Write the op in place of the site."""
+    maps, attention, geometry = match.maps, match.maps.attention, match.geometry.merged()
+    site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
+    channels = attention.head_dim
+    query = site.operand(attention.query, maps.query, attention.channel_axis, channels)
+    key = site.operand(attention.key, match.key, attention.channel_axis, channels)
+    value_dim = count(attention.output_shape[attention.value_axis])
+    value = site.operand(attention.value, match.value, attention.value_axis, value_dim)
+    query_map, scale = site.scaled_query(query.map, channels)
+
+    heads, tokens = site.num_heads, geometry.tokens_per_window
+    tensors = [site.hoister.laid_out(m, channels_first=False) for m in (query_map, key.map, value.map)]
+    dtype = tensors[0].dtype
+    assert dtype is not None
+    logits_dtype = attention.softmax_dtype
+    bias = match.bias
+    if bias is not None:
+        bias = np.broadcast_to(bias, (bias.shape[0], heads, tokens, tokens))
+    spec = FlashWindowAttention(geometry, heads, scale, match.mask_value, softmax_type(attention))
+    site.finish(
+        spec,
+        [
+            *tensors,
+            site.constant_operand(bias, "attention_bias", logits_dtype),
+            site.constant_operand(match.mask, "attention_mask", logits_dtype),
+            site.constant_operand(key.padding, "key_padding", dtype),
+            site.constant_operand(value.padding, "value_padding", dtype),
+        ],
+        channels_first=False,
+    )
+
+
+def softmax_type(attention: Attention) -> int:
+    """ONNX data type of the softmax where it differs from the operands', else 0."""
+    if attention.softmax_dtype == attention.query.value.dtype:
+        return 0
+    return int(onnx.helper.np_dtype_to_tensor_dtype(attention.softmax_dtype))
+
+
+def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site:
+    """The report's row."""
+    if isinstance(found, Decline):
+        return Site("", softmax.label, found.kind, "leave", found.reason, found.node)
+    geometry, attention = found.geometry.merged(), found.maps.attention
+    shifted = any(geometry.shift_size)
+    size = "x".join(map(str, geometry.window_size))
+    mask = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
+    return Site(
+        "",
+        softmax.label,
+        "window",
+        "rewrite",
+        f"{size} windows{', shifted' if shifted else ''}: query, key and value maps equal the closed form",
+        num_heads=int(np.prod([count(attention.output_shape[a]) for a in found.maps.heads], dtype=np.int64)),
+        head_dim=attention.head_dim,
+        feature_size=geometry.feature_size,
+        window_size=geometry.window_size,
+        shift_size=geometry.shift_size,
+        dilation=(1,) * len(geometry.window_size),
+        bias="none" if found.bias is None else "constant",
+        mask=mask,  # type: ignore[arg-type]
+    )
+
+
+fuse_window_attention = Pass(NAME, match_window_attention, rewrite_window_attention, record_window_attention)

@@ -1,0 +1,111 @@
+"""Attention over a k x k neighbourhood, however its keys were gathered, as one SlideAttention.
+
+Matches
+    out[p] = sum_j softmax_j(scale * q[p] . k_j[p] + bias[j]) v_j[p], where k_j and v_j read the neighbour at offset j of the
+    pixel p in their maps and zero outside: by unfold, slices, gather, or a depthwise convolution. A convolution with learned
+    filters per channel and slot (the folded deformed shifting module) is a learned shift, kept as kernels of the op.
+Rewrites to
+    SlideAttention(query, key, value, bias, shift kernels and their biases) on channels-first maps; K and V are never expanded.
+Exact when
+    query map o return map is the identity on the pixels; every slot of keys and of values reads `NeighborhoodGeometry.pixels()`
+    for every pixel, borders included, in one common order of slots (undone in bias and kernels).
+Declines when
+    one of these fails, or a mask or bias differs from pixel to pixel.
+Source
+    Slide-Transformer, https://arxiv.org/abs/2304.04237; stand-alone self-attention, https://arxiv.org/abs/1906.05909.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnrewrite.facts import Facts
+from attnrewrite.functions.spec import SlideAttention
+from attnrewrite.graph import STANDARD_DOMAIN, Node
+from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.maps import count
+from attnrewrite.localattention.neighborhoods import NeighborhoodMatch, match_neighborhood
+from attnrewrite.localattention.rewrite import SiteRewriter
+from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.passes.fuse_window_attention import softmax_type
+from attnrewrite.pipeline import Pass
+
+NAME = "unfold-to-slide-attention"
+
+
+def match_slide_attention(facts: Facts, softmax: Node) -> NeighborhoodMatch | Decline | None:
+    """The neighbourhood attention around a softmax."""
+    if softmax.op != "Softmax" or softmax.domain != STANDARD_DOMAIN:
+        return None
+    attention = read_attention(facts, softmax)
+    return attention if isinstance(attention, Decline) else match_neighborhood(facts, attention)
+
+
+def rewrite_slide_attention(facts: Facts, match: NeighborhoodMatch) -> None:
+    """Write the op in place of the site."""
+    maps, attention, geometry = match.maps, match.maps.attention, match.geometry
+    site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
+    channels, value_dim = attention.head_dim, count(attention.output_shape[attention.value_axis])
+    query = site.operand(attention.query, maps.query, attention.channel_axis, channels)
+    key = site.operand(maps.attention.key, match.key, attention.channel_axis, channels)
+    value = site.operand(maps.attention.value, match.value, attention.value_axis, value_dim)
+    query_map, scale = site.scaled_query(query.map, channels)
+
+    heads = site.num_heads
+    tensors = [site.hoister.laid_out(m, channels_first=True) for m in (query_map, key.map, value.map)]
+    dtype = tensors[0].dtype
+    assert dtype is not None
+    bias = match.bias
+    if bias is not None:
+        bias = np.broadcast_to(bias, (heads, geometry.keys_per_query))
+    spec = SlideAttention(geometry, heads, scale, softmax_dtype=softmax_type(attention))
+    site.finish(
+        spec,
+        [
+            *tensors,
+            site.constant_operand(bias, "attention_bias", attention.softmax_dtype),
+            site.constant_operand(_shared(match.key_kernel, channels), "key_kernel", dtype),
+            site.constant_operand(_shared(match.key_bias, channels), "key_bias", dtype),
+            site.constant_operand(_shared(match.value_kernel, value_dim), "value_kernel", dtype),
+            site.constant_operand(_shared(match.value_bias, value_dim), "value_bias", dtype),
+        ],
+        channels_first=True,
+    )
+
+
+def _shared(rows: np.ndarray | None, head_dim: int) -> np.ndarray | None:
+    """[nH*d, ...] -> [d, ...] where all heads share their rows."""
+    if rows is None:
+        return None
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    return heads[0] if (heads == heads[:1]).all() else rows
+
+
+def record_slide_attention(softmax: Node, found: NeighborhoodMatch | Decline) -> Site:
+    """The report's row."""
+    if isinstance(found, Decline):
+        return Site("", softmax.label, found.kind, "leave", found.reason, found.node)
+    geometry, attention = found.geometry, found.maps.attention
+    learned = "learned shifts, " if found.key_kernel is not None or found.value_kernel is not None else ""
+    size = "x".join(map(str, geometry.kernel_size))
+    biased = found.bias is not None or found.key_bias is not None
+    return Site(
+        "",
+        softmax.label,
+        "neighborhood",
+        "rewrite",
+        f"{size} neighbourhood, {learned}zero border: key and value maps equal the closed form",
+        num_heads=int(np.prod([count(attention.output_shape[a]) for a in found.maps.heads], dtype=np.int64)),
+        head_dim=attention.head_dim,
+        feature_size=geometry.feature_size,
+        kernel_size=geometry.kernel_size,
+        border="zero",
+        dilation=geometry.dilation,
+        bias="constant" if biased else "none",
+        mask="none",
+    )
+
+
+unfold_to_slide_attention = Pass(
+    NAME, match_slide_attention, rewrite_slide_attention, record_slide_attention, after=("fold-reparam-branches",)
+)
