@@ -114,7 +114,9 @@ def _swap(stage: Path, destination: Path, marker: str) -> None:
     ours = _recorded_files(destination, marker) or set()
     for foreign in sorted(p for p in destination.iterdir() if p.name not in ours):
         if (stage / foreign.name).exists():
-            raise UserError(f"cannot write {destination}: its {foreign.name} is not of an earlier run and is in the way")
+            raise UserError(
+                f"cannot write {destination}: its {foreign.name} is not of an earlier run and is in the way"
+            )
         _duplicate(foreign, stage / foreign.name)
     retired = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     destination.rename(retired / "previous")

@@ -37,9 +37,15 @@ def model_of(
 
 
 def linear(
-    batch: int | str = 1, tokens: int = 6, channels: int = 8, *, factor: float = 1.0, shift_by: int = 0, dtype: type = np.float32
+    batch: int | str = 1,
+    tokens: int = 6,
+    channels: int = 8,
+    *,
+    factor: float = 1.0,
+    shift_by: int = 0,
+    dtype: type = np.float32,
 ) -> onnx.ModelProto:
-    """y = gelu-free MLP of x [batch, tokens, channels]; factor scales the output, shift_by rolls the output channels."""
+    """y = x @ weight + bias, x [batch, tokens, channels]; factor scales the output, shift_by rolls its channels."""
     rng = np.random.default_rng(7)
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     weight = rng.standard_normal((channels, channels)).astype(dtype)
@@ -56,7 +62,8 @@ def global_attention(batch: int | str = 1, tokens: int = 16, channels: int = 8) 
     """One-headed attention over all tokens of x [batch, tokens, channels]: one softmax, nothing local about it."""
     rng = np.random.default_rng(3)
     weights = {
-        name: (rng.standard_normal((channels, channels)) * channels**-0.5).astype(np.float32) for name in ("wq", "wk", "wv")
+        name: (rng.standard_normal((channels, channels)) * channels**-0.5).astype(np.float32)
+        for name in ("wq", "wk", "wv")
     }
     weights["scale"] = np.array(channels**-0.5, np.float32)
     nodes = [

@@ -79,7 +79,9 @@ class Report:
 
 
 def _site(row: dict[str, Any]) -> Site:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items() if key != "pass"}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row.items() if key != "pass"
+    }
     return Site(**values, pass_name=row.get("pass"))
 
 
@@ -136,7 +138,9 @@ def _verification_rows(verification: dict[str, Any] | None) -> list[tuple[str, s
     exact = verification.get("exact", [])
     if exact:
         passed = sum(bool(check["passed"]) for check in exact)
-        rows.append(("Exact", f"{passed} of {_counted(len(exact), 'emitted op')} proved equal to the original, index by index"))
+        rows.append(
+            ("Exact", f"{passed} of {_counted(len(exact), 'emitted op')} proved equal to the original, index by index")
+        )
     for candidate in ("rewritten", "compiled"):
         figures = verification.get(candidate)
         if figures is None:
@@ -145,7 +149,8 @@ def _verification_rows(verification: dict[str, Any] | None) -> list[tuple[str, s
         rows.append(
             (
                 candidate.capitalize(),
-                f"largest error {_scientific(figures['max_error'])} of max |output|, {verdict} {_scientific(figures['tolerance'])}",
+                f"largest error {_scientific(figures['max_error'])} of max |output|, "
+                f"{verdict} {_scientific(figures['tolerance'])}",
             )
         )
     rows += [("Failed", sentence) for sentence in verification.get("failures", [])]

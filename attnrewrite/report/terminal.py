@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from attnrewrite.localattention.site import Reparam, Site
 from attnrewrite.report.document import Report, facts, headline, times
+
+if TYPE_CHECKING:
+    from attnrewrite.verify.numeric import Verification
 
 
 def render(report: Report) -> Group:
@@ -27,11 +31,19 @@ def render(report: Report) -> Group:
 def render_site(site: Site) -> Group:
     """One site in full, for `explain`."""
     verdict = Text(site.verdict, style="green" if site.verdict == "rewrite" else "yellow")
-    rows: list[tuple[str, RenderableType]] = [("node", Text(site.node)), ("verdict", verdict), ("kind", Text(site.kind))]
+    rows: list[tuple[str, RenderableType]] = [
+        ("node", Text(site.node)),
+        ("verdict", verdict),
+        ("kind", Text(site.kind)),
+    ]
     sizes = ("feature_size", "window_size", "shift_size", "kernel_size", "dilation")
-    rows += [(name.replace("_", " "), Text(times(getattr(site, name)))) for name in sizes if getattr(site, name) is not None]
+    rows += [
+        (name.replace("_", " "), Text(times(getattr(site, name)))) for name in sizes if getattr(site, name) is not None
+    ]
     plain = ("border", "num_heads", "head_dim", "bias", "mask")
-    rows += [(name.replace("_", " "), Text(str(getattr(site, name)))) for name in plain if getattr(site, name) is not None]
+    rows += [
+        (name.replace("_", " "), Text(str(getattr(site, name)))) for name in plain if getattr(site, name) is not None
+    ]
     rows.append(("reason", Text(site.reason)))
     if site.reason_node is not None:
         rows.append(("at node", Text(site.reason_node)))
@@ -43,6 +55,26 @@ def render_site(site: Site) -> Group:
     for label, value in rows:
         table.add_row(label, value)
     return Group(Text(f"site {site.id}", style="bold"), Padding(table, (0, 0, 1, 2)))
+
+
+def render_verification(verification: Verification) -> Group:
+    """Every comparison, the exact checks in one line, and the verdict."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("model", "input", "batch", "output", "largest error", "allowed", ""):
+        table.add_column(column, justify="right" if column in ("batch", "largest error", "allowed") else "left")
+    for c in verification.comparisons:
+        verdict = (
+            Text("equal" if c.error == 0 else "within", style="green") if c.passed else Text("DIFFERS", style="red")
+        )
+        cells = (c.candidate, c.case, str(c.batch), c.output, f"{c.error:.1e}", f"{c.tolerance:.1e}")
+        table.add_row(*cells, verdict)
+    parts: list[RenderableType] = [table]
+    if verification.exact:
+        passed = sum(bool(check["passed"]) for check in verification.exact)
+        parts.append(Text(f"exact: {passed} of {len(verification.exact)} ops proved equal, index by index"))
+    parts += [Text(f"note: {note}") for note in verification.notes]
+    parts.append(Text("errors are shares of max |reference output|", style="dim"))
+    return Group(*parts)
 
 
 def grouped(sites: Iterable[Site]) -> list[list[Site]]:

@@ -101,13 +101,16 @@ def resolve_shapes(
             if isinstance(have, str) and isinstance(want, int):
                 values[have] = want
             elif isinstance(have, int) and isinstance(want, int) and have != want:
-                raise UserError(f"input {name} is declared {'x'.join(map(str, declared))}, got {'x'.join(map(str, shape))}")
+                raise UserError(
+                    f"input {name} is declared {'x'.join(map(str, declared))}, got {'x'.join(map(str, shape))}"
+                )
     for spec in specs:
         if spec.shape and isinstance(spec.shape[0], str):
             values.setdefault(spec.shape[0], batch)
     return {
         spec.name: tuple(
-            e if isinstance(e, int) else values.get(e, _guess(axis, len(spec.shape))) for axis, e in enumerate(spec.shape)
+            e if isinstance(e, int) else values.get(e, _guess(axis, len(spec.shape)))
+            for axis, e in enumerate(spec.shape)
         )
         for spec in specs
     }
@@ -140,7 +143,9 @@ def _fill(spec: InputSpec, shape: tuple[int, ...], case: str, rng: np.random.Gen
     if spec.dtype == np.bool_:
         return np.full(shape, True) if case == "constant" else rng.random(shape) < 0.5
     if spec.dtype.kind in "iu":
-        return np.zeros(shape, spec.dtype) if case == "constant" else rng.integers(0, spec.upper, shape).astype(spec.dtype)
+        return (
+            np.zeros(shape, spec.dtype) if case == "constant" else rng.integers(0, spec.upper, shape).astype(spec.dtype)
+        )
     if case == "constant":
         return np.ones(shape, spec.dtype)
     array = rng.standard_normal(shape)
@@ -152,7 +157,7 @@ def _fill(spec: InputSpec, shape: tuple[int, ...], case: str, rng: np.random.Gen
 
 
 def _frame(shape: tuple[int, ...]) -> np.ndarray:
-    """bool of `shape`: the first and the last index of every axis but the batch and those too short to have an inside."""
+    """bool of `shape`: the first and the last index of every axis but the batch and those too short for an inside."""
     frame = np.zeros(shape, bool)
     for axis, extent in enumerate(shape):
         if axis > 0 and extent > 4:

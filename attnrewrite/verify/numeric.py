@@ -71,7 +71,8 @@ class Difference:
         if not self.at and self.error == 0:
             return "equal"
         index = ", ".join(map(str, self.at))
-        return f"element [{index}] is {self.found:.9g}, expected {self.expected:.9g} ({self.error:.2e} of scale {self.scale:.4g})"
+        share = f"{self.error:.2e} of scale {self.scale:.4g}"
+        return f"element [{index}] is {self.found:.9g}, expected {self.expected:.9g} ({share})"
 
 
 def compare(expected: np.ndarray, found: np.ndarray) -> Difference:
@@ -195,13 +196,15 @@ def verify_models(
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     threads: int | None = None,
     seed: int = SEED,
+    tolerance: float | None = None,
 ) -> Verification:
     """Run the original and its rewritten (and compiled) forms on the same inputs and compare every output.
 
     original, rewritten: ONNX files; rewritten may also be an artifact directory, whose library is then compared too
     where it runs on this machine. compiled: such a directory. compiled_runner: loads it where it does not run here by
-    itself (an emulator). trials: how many inputs; they go through `attnrewrite.verify.inputs.CASES` and, where the batch
-    is symbolic, through batches 1, 2 and 3. One model is in memory at a time.
+    itself (an emulator). trials: how many inputs; they go through `CASES` of attnrewrite.verify.inputs and, where the
+    batch is symbolic, through batches 1, 2 and 3. tolerance: in place of the derived one. One model is in memory at a
+    time.
     Raises UserError where the original does not run. A wrong result raises nothing: see `Verification.passed`.
     """
     original, rewritten = Path(original), Path(rewritten)
@@ -225,7 +228,7 @@ def verify_models(
         try:
             runner = load()
             for trial in reference:
-                comparisons += _compare_trial(candidate, of_precision, runner.run(trial.inputs), trial)
+                comparisons += _compare_trial(candidate, of_precision, runner.run(trial.inputs), trial, tolerance)
             del runner
         except RunnerError as error:
             failures.append(f"the {candidate} model does not run: {error}")
@@ -282,11 +285,12 @@ def _reference(
 
 
 def _compare_trial(
-    candidate: Candidate, precision: Precision, found: Mapping[str, np.ndarray], trial: _Trial
+    candidate: Candidate, precision: Precision, found: Mapping[str, np.ndarray], trial: _Trial, given: float | None
 ) -> list[Comparison]:
     rows = []
     for name, expected in trial.expected.items():
-        tolerance = _tolerance(candidate, precision, expected, trial.sensitivity[name])
+        derived = _tolerance(candidate, precision, expected, trial.sensitivity[name])
+        tolerance = derived if given is None else given
         if name in found:
             difference = compare(expected, found[name])
         else:

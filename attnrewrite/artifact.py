@@ -1,0 +1,322 @@
+"""The way from a model file to an artifact directory: read, rewrite, write, verify, compile, report.
+
+The command line and the Python interface both go it; they differ in where the directory stands meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import attnrewrite
+from attnrewrite.atomic import GENERATOR
+from attnrewrite.errors import CompilerError, UserError
+from attnrewrite.report import Report
+
+if TYPE_CHECKING:
+    from attnrewrite.graph import Graph
+    from attnrewrite.lowering.targets import Target
+    from attnrewrite.pipeline import Outcome, Pass, Pipeline
+    from attnrewrite.verify.numeric import Precision, Verification
+    from attnrewrite.verify.runners import Runner
+
+MODEL_NAME = "model.onnx"
+REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
+MANIFEST_NAME = "manifest.json"
+PRECISIONS = ("fp32", "fp16")
+
+InputShapes = Mapping[str, Sequence[int | str]]
+Passes = Sequence["Pass | str"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `optimize` is asked to do. target None: rewrite only. tvm_target: a TVM target as JSON text."""
+
+    target: str | None = None
+    passes: Passes | Pipeline | None = None
+    precision: str = "fp32"
+    compile: bool = True
+    inline: bool = False
+    verify: bool = True
+    input_shapes: InputShapes = field(default_factory=dict)
+    threads: int | None = None
+    tvm_target: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What stands in the directory. compiler_error: why it holds no library though one was asked for."""
+
+    report: Report
+    verification: Verification | None
+    compiler_error: CompilerError | None
+
+
+class Stages:
+    """Wall time of the stages, by name, and a word to the user as each begins."""
+
+    def __init__(self, progress: Callable[[str], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str, sentence: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(sentence)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def check_model_path(path: Path) -> None:
+    """Raises UserError for what is no ONNX file by its name or kind; the frontend says the rest."""
+    if path.suffix == ".pt2":
+        raise UserError(f"{path} is a torch.export archive, which is not read yet: export the model to ONNX")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, not an ONNX file")
+
+
+def pipeline_of(passes: Passes | Pipeline | None) -> Pipeline:
+    """The pipeline of the named (or given) passes, in the order given; None stands for all of them.
+
+    Raises UserError for an unknown name.
+    """
+    from attnrewrite.pipeline import PASSES, Pipeline
+
+    if passes is None:
+        return Pipeline(list(PASSES.values()))
+    if isinstance(passes, Pipeline):
+        return passes
+    chosen = []
+    for entry in passes:
+        if not isinstance(entry, str):
+            chosen.append(entry)
+        elif entry in PASSES:
+            chosen.append(PASSES[entry])
+        else:
+            raise UserError(f"there is no pass {entry!r}; the passes are {', '.join(PASSES)}")
+    return Pipeline(chosen)
+
+
+def rewrite(
+    source: Path,
+    pipeline: Pipeline,
+    input_shapes: InputShapes,
+    stages: Stages,
+    on_pass: Callable[[str, Graph], None] | None = None,
+) -> Outcome:
+    """Read a model and run the passes over it."""
+    from attnrewrite.frontend.onnx import read
+
+    with stages.stage("read", f"reading {source.name}"):
+        graph = read(source, input_shapes or None)
+    with stages.stage("rewrite", "looking for local attention"):
+        return pipeline.run(graph, on_pass=on_pass)
+
+
+def report_of(model: str, outcome: Outcome, stages: Stages) -> Report:
+    return Report(
+        model=model,
+        sites=tuple(outcome.sites),
+        reparam=tuple(outcome.reparam),
+        nodes_before=outcome.nodes_before,
+        nodes_after=outcome.nodes_after,
+        passes=dict(outcome.seconds),
+        seconds=dict(stages.seconds),
+    )
+
+
+def build(
+    source: Path,
+    directory: Path,
+    options: Options,
+    *,
+    name: str | None = None,
+    on_pass: Callable[[str, Graph], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Built:
+    """Fill an existing, empty directory with model.onnx, the compiled library, manifest.json and the reports.
+
+    name: how the report calls the model; the path of `source` otherwise. A wrong result does not raise: the caller
+    looks at `Built.verification`; nor does a failed compiler: what was built before it is whole.
+    Raises UserError for bad input.
+    """
+    from attnrewrite.frontend.onnx import write
+
+    target = check_options(options)
+    pipeline = pipeline_of(options.passes)
+    stages = Stages(progress)
+    rewritten = directory / MODEL_NAME
+
+    outcome = rewrite(source, pipeline, options.input_shapes, stages, on_pass)
+    with stages.stage("write", "writing the rewritten model"):
+        write(outcome.graph, rewritten, inline=options.inline)
+    report = replace(
+        report_of(name or str(source), outcome, stages),
+        target=options.target,
+        precision=options.precision if options.compile and target is not None else None,
+    )
+    del outcome  # its graph holds the weights
+
+    compiler_error: CompilerError | None = None
+    if options.compile and target is not None:
+        with stages.stage("compile", f"compiling for {options.target}"):
+            try:
+                report = replace(report, compile=_compile(rewritten, target, directory, options))
+            except CompilerError as error:
+                compiler_error = error
+                report = replace(report, compile={"target": options.target, "error": str(error)})
+
+    verification = None
+    if options.verify:
+        with stages.stage("verify", "verifying"):
+            compiled = directory if report.compile is not None and compiler_error is None else None
+            verification = verify(source, rewritten, options, compiled=compiled)
+        report = replace(report, verification=verification.to_json())
+    report = replace(report, seconds=dict(stages.seconds))
+    write_reports(report, directory, source)
+    return Built(report, verification, compiler_error)
+
+
+def verify(
+    source: Path, rewritten: Path, options: Options, *, compiled: Path | None = None, trials: int = 3
+) -> Verification:
+    """Exact and numeric verification; the compiled library too where it can run here."""
+    from attnrewrite.verify.numeric import verify_models
+
+    precision: Precision = "fp16" if options.precision == "fp16" else "fp32"
+    return verify_models(
+        source,
+        rewritten,
+        trials=trials,
+        compiled=compiled,
+        compiled_precision=precision,
+        input_shapes=options.input_shapes,
+        threads=options.threads,
+    )
+
+
+def verify_artifact(
+    original: Path, rewritten: Path, *, trials: int, input_shapes: InputShapes, threads: int | None
+) -> Verification:
+    """Verify a rewritten model, or an artifact directory with its library, against the original file."""
+    if not rewritten.is_dir():
+        check_model_path(rewritten)
+        return verify(original, rewritten, Options(input_shapes=input_shapes, threads=threads), trials=trials)
+    report, _ = read_report(rewritten)
+    options = Options(
+        target=report.target, precision=report.precision or "fp32", input_shapes=input_shapes, threads=threads
+    )
+    compiled = rewritten if holds_library(rewritten) else None
+    return verify(original, rewritten / MODEL_NAME, options, compiled=compiled, trials=trials)
+
+
+def runner_of(directory: Path, threads: int | None) -> Runner:
+    """The library of an artifact, or its rewritten model in ONNX Runtime where it has none.
+
+    Raises UserError where the directory is no artifact or does not load on this machine.
+    """
+    from attnrewrite.verify.runners import CompiledRunner, OnnxRunner, RunnerError
+
+    try:
+        if holds_library(directory):
+            return CompiledRunner(directory, threads)
+        return OnnxRunner(directory / MODEL_NAME, threads)
+    except RunnerError as error:
+        raise UserError(f"{directory} does not load on this machine: {error}") from error
+
+
+def run_once(runner: Runner, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Raises UserError where the model refuses the inputs."""
+    from attnrewrite.verify.runners import RunnerError
+
+    try:
+        return runner.run(inputs)
+    except RunnerError as error:
+        raise UserError(f"the model does not run on these inputs: {error}") from error
+
+
+def write_reports(report: Report, directory: Path, source: Path) -> None:
+    """report.json and report.html. The former also names every file, by which a later run knows them."""
+    from attnrewrite.report.html import to_html
+
+    (directory / PAGE_NAME).write_text(to_html(report), encoding="utf-8")
+    document = report.to_json() | {
+        "source_sha256": sha256_of(source),
+        "generator": GENERATOR,
+        "version": attnrewrite.__version__,
+        "files": sorted(path.name for path in directory.iterdir()),
+    }
+    (directory / REPORT_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_report(directory: Path) -> tuple[Report, dict[str, Any]]:
+    """The report of an artifact directory and the document it was read from. Raises UserError where there is none."""
+    path = directory / REPORT_NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Report.from_json(document), document
+    except OSError as error:
+        raise UserError(f"{directory} holds no {REPORT_NAME}: it is not an output of optimize") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def holds_library(directory: Path) -> bool:
+    """Whether optimize compiled into the directory."""
+    report, _ = read_report(directory)
+    return report.compile is not None and "error" not in report.compile
+
+
+def runs_here(report: Report) -> bool:
+    """Whether the report is of an artifact whose library this machine can load by itself."""
+    compiled = report.compile
+    return compiled is not None and "error" not in compiled and compiled["target"].split(":")[0] == "cpu"
+
+
+def default_directory(model: Path, target: str) -> Path:
+    """Beside the input: swin.onnx for cuda:sm_90 gives swin-cuda-sm_90."""
+    return model.with_name(f"{model.stem}-{target.replace(':', '-')}")
+
+
+def check_options(options: Options) -> Target | None:
+    """The target as lowering knows it, None where none is asked for. Raises UserError for options that mean nothing."""
+    from attnrewrite.lowering.targets import parse_target
+
+    if options.precision not in PRECISIONS:
+        raise UserError(f"there is no precision {options.precision!r}; the precisions are {', '.join(PRECISIONS)}")
+    pipeline_of(options.passes)
+    if options.target is None:
+        if options.tvm_target is not None:
+            raise UserError("--tvm-target changes a target: name one with --target")
+        return None
+    return parse_target(options.target, options.tvm_target)
+
+
+def _compile(rewritten: Path, target: Target, directory: Path, options: Options) -> dict[str, Any]:
+    """Compile into the directory; what lowering reports, as JSON. Raises CompilerError."""
+    from attnrewrite.lowering.compile import compile_model
+
+    start = time.perf_counter()
+    compiled = compile_model(rewritten, target, directory, precision=options.precision, threads=options.threads)
+    figures = asdict(compiled)
+    return {"target": options.target, "seconds": round(time.perf_counter() - start, 3)} | figures
