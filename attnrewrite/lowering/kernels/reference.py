@@ -21,7 +21,8 @@ def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
     """Softmax; NaN where every logit is -inf."""
     with np.errstate(invalid="ignore"):
         weights = np.exp(logits - logits.max(axis=axis, keepdims=True))
-    return weights / weights.sum(axis=axis, keepdims=True)
+    normalised: np.ndarray = weights / weights.sum(axis=axis, keepdims=True)
+    return normalised
 
 
 def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
@@ -64,7 +65,8 @@ def slide_attention(spec: SlideAttention, operands: Operands, dtype: DTypeLike =
         logits = logits + operands["bias"].astype(dtype)[:, None, :]
     values = values.reshape(batch, heads, -1, *values.shape[2:])
     out = np.einsum("bhpj,bhipj->bhip", softmax(logits, axis=-1), values)
-    return out.reshape(operands["value"].shape).astype(operands["query"].dtype)
+    result: np.ndarray = out.reshape(operands["value"].shape).astype(operands["query"].dtype)
+    return result
 
 
 def _windows(
@@ -89,7 +91,7 @@ def _neighbours(
     batch, channels = feature_map.shape[:2]
     pixels = geometry.pixels()  # [pixels, K]
     flat = feature_map.reshape(batch, channels, -1).astype(dtype)
-    slots = np.where(pixels == PADDING, 0.0, flat[:, :, pixels]).astype(dtype)
+    slots: np.ndarray = np.where(pixels == PADDING, 0.0, flat[:, :, pixels]).astype(dtype)
     if kernel is not None:
         taps = _row_per_channel(kernel.reshape(*kernel.shape[:2], -1), channels).astype(dtype)  # [C, K, K]
         slots = np.einsum("bcpt,cjt->bcpj", slots, taps)
@@ -100,4 +102,5 @@ def _neighbours(
 
 def _row_per_channel(rows: np.ndarray, channels: int) -> np.ndarray:
     """[R, ...] -> [C, ...]: channel c uses row c mod R."""
-    return rows[np.arange(channels) % rows.shape[0]]
+    per_channel: np.ndarray = rows[np.arange(channels) % rows.shape[0]]
+    return per_channel

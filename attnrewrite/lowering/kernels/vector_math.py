@@ -108,7 +108,7 @@ def exp2(x: Expr) -> Expr:
 
 def exp(x: Expr) -> Expr:
     """e**x to 3e-7 relative where the result is a normal number; 0 below about -88, inf above 88.7."""
-    # Outside this range the result is 0 or inf anyway; inside it n fits the exponent, and both ends are reached exactly.
+    # At the ends of the range the result is 0 and inf; between them the remainder of n ln 2 keeps full precision.
     power = _not_above(_not_below(x * _f32(LOG2_E), -127.0), 128.0)
     n, bits = _round(power)
     inside = T.And(power > _f32(-127.0), power < _f32(128.0))
