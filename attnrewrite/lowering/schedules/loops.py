@@ -43,7 +43,29 @@ def parallel(extent: Expr, body: Callable[[Expr], Stmt], work: Expr) -> Stmt:
 
 
 def vectorized(lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
-    return loop(lanes, body, tirx.ForKind.VECTORIZED, "lane")
+    """One vector operation per statement of the body; what the body keeps per lane becomes a vector outside the loop."""
+    if lanes == 1:
+        return body(const(0))
+    lane = tirx.Var("lane", "int64")
+    inner = body(lane)
+    statements = [*inner.seq] if isinstance(inner, tirx.SeqStmt) else [inner]
+    kept = [s.buffer for s in statements if isinstance(s, tirx.AllocBuffer)]
+    # TVM does not widen allocations inside a vectorised loop.
+    wide = {buffer: local([lanes], str(buffer.dtype), buffer.name) for buffer in kept}
+
+    def load(node: Any) -> Any:
+        return tirx.BufferLoad(wide[node.source], [lane]) if node.source in wide else node
+
+    def write(node: Any) -> Any:
+        return tirx.BufferStore(wide[node.buffer], node.value, [lane]) if node.buffer in wide else node
+
+    rewritten = [
+        tvm_ffi.structural_map(s, [(ir.TensorLoad, load), (tirx.BufferStore, write)], order="post") if wide else s
+        for s in statements
+        if not isinstance(s, tirx.AllocBuffer)
+    ]
+    vector = tirx.For(lane, const(0), const(lanes), tirx.ForKind.VECTORIZED, seq(*rewritten))
+    return seq(*(tirx.AllocBuffer(buffer) for buffer in wide.values()), vector)
 
 
 def unrolled(extent: int, body: Callable[[Expr], Stmt]) -> Stmt:
@@ -135,7 +157,7 @@ _VECTOR_MATH: dict[str, Callable[..., Expr]] = {
 
 
 def share(value: Expr) -> tuple[list[Stmt], Expr]:
-    """Bind every subexpression object used more than once to a variable: (bindings in order, the value that uses them).
+    """Keep every subexpression object used more than once: (statements that compute them in order, the value in terms of them).
 
     Sharing is by object, so it undoes what building an expression from repeated operands does, and nothing more.
     """
@@ -158,9 +180,10 @@ def share(value: Expr) -> tuple[list[Stmt], Expr]:
             return rebuilt[node]
         result = _with_operands(node, [rebuild(operand) for operand in _operands(node)])
         if uses[node] > 1 and _operands(node):
-            var = tirx.Var("t", str(node.ty.dtype))
-            bindings.append(tirx.Bind(var, result))
-            result = var
+            # A buffer, not a bound variable: TVM's simplifier would put the expression back in every place it is used.
+            kept = local([1], str(node.ty.dtype), "t")
+            bindings.extend([tirx.AllocBuffer(kept), tirx.BufferStore(kept, result, [const(0)])])
+            result = tirx.BufferLoad(kept, [const(0)])
         rebuilt[node] = result
         return result
 

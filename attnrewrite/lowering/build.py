@@ -1,0 +1,123 @@
+"""From a Relax module to a shared library: the passes, in order, and the linker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import IRModule, relax, tirx
+from tvm.relax import transform
+
+from attnrewrite.errors import CompilerError
+from attnrewrite.lowering.kernels.vector_math import vector_unit
+from attnrewrite.lowering.packing import pack_weights
+from attnrewrite.lowering.targets import Target
+
+ENTRY = "main"
+
+
+@dataclass(frozen=True)
+class Built:
+    """kernels: functions in the library; attention_kernels: those of the two ops among them."""
+
+    executable: Any
+    kernels: int
+    attention_kernels: int
+
+
+def tvm_target(target: Target) -> tvm.target.Target:
+    """TVM's own target, with this machine's CPU wherever the description leaves the host open."""
+    description = dict(target.tvm)
+    if target.device == "cuda":
+        description["host"] = _with_host_cpu(description.get("host", {"kind": "llvm"}))
+    elif target.kind == "cpu":
+        description = _with_host_cpu(description)
+    try:
+        return tvm.target.Target(description)
+    except Exception as error:
+        raise CompilerError(f"TVM does not accept the target {description}: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _with_host_cpu(description: dict[str, Any]) -> dict[str, Any]:
+    if description.get("kind") != "llvm" or "mtriple" in description or "mcpu" in description:
+        return description
+    # Not the CPU's name: a container or an emulator may lack features the name promises; TVM asks the CPU itself.
+    cpu = tvm.get_global_func("target.llvm_get_system_cpu")()
+    return {**description, "mcpu": cpu}
+
+
+def build(mod: IRModule, target: tvm.target.Target) -> Built:
+    """The module compiled for the target: operators made loops, fused, scheduled, turned into machine code."""
+    on_cpu = target.kind.name == "llvm"
+    with target, tvm.transform.PassContext(opt_level=3):
+        mod = _apply(mod, transform.DecomposeOpsForInference(), transform.CanonicalizeBindings())
+        if on_cpu:
+            mod = pack_weights(mod, vector_unit(target))
+        mod = _apply(
+            mod,
+            transform.LegalizeOps(),
+            transform.AnnotateTIROpPattern(),
+            transform.FoldConstant(),
+            transform.FuseOps(),
+            transform.FuseTIR(),
+            transform.DeadCodeElimination(),
+            # Before scheduling: it recognises reshapes by their loops.
+            transform.RewriteDataflowReshape(),
+        )
+        mod = _schedule(mod, target)
+        kernels = [name.name_hint for name, func in mod.functions.items() if isinstance(func, tirx.PrimFunc)]
+        mod = _apply(
+            mod,
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        )
+        executable = relax.build(mod, target, relax_pipeline=None)
+    attention = [name for name in kernels if name.startswith(("flash_window_attention", "slide_attention"))]
+    return Built(executable, len(kernels), len(attention))
+
+
+def _apply(mod: IRModule, *passes: Any) -> IRModule:
+    return tvm.transform.Sequential(list(passes))(mod)
+
+
+def _schedule(mod: IRModule, target: tvm.target.Target) -> IRModule:
+    if target.kind.name == "llvm":
+        from attnrewrite.lowering.schedules import cpu
+
+        return cpu.schedule(mod, target)
+    from attnrewrite.lowering.schedules import gpu
+
+    return gpu.schedule(mod, target)
+
+
+def export(executable: Any, target: Target, path: Path) -> None:
+    """Link the library. Raises CompilerError with the linker's own words where that fails."""
+
+    def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
+        command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-o", output]
+        if target.link is not None:
+            command += ["-target", target.link]
+        if path.suffix == ".dylib":
+            command += ["-Wl,-undefined,dynamic_lookup"]
+        run = subprocess.run([*command, *objects, *(options or ())], capture_output=True, text=True, check=False)
+        if run.returncode:
+            lines = run.stderr.strip().splitlines() or ["no message"]
+            raise CompilerError(f"linking {path.name} failed: {lines[0]}")
+
+    link.output_format = path.suffix.removeprefix(".")  # type: ignore[attr-defined]
+    executable.export_library(str(path), fcompile=link)

@@ -1,0 +1,146 @@
+"""ONNX to Relax: TVM's own importer, plus converters for the two ops and for operators it gets wrong or slow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from tvm import IRModule, ir, relax, tirx
+from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
+from tvm.target import Target as TvmTarget
+
+from attnrewrite.errors import CompilerError
+from attnrewrite.functions.spec import DOMAIN, SPECS, FlashWindowAttention, Spec
+from attnrewrite.lowering.targets import Target
+
+Inputs = list[Any]  # relax.Expr, or None where an optional operand is missing
+
+
+def import_onnx(model: onnx.ModelProto, target: Target, tvm_target: TvmTarget) -> IRModule:
+    """A Relax module with the model as `main`; the two ops become calls of their kernels, scheduled for the target.
+
+    Raises CompilerError naming the operators that have no converter.
+    """
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 13)
+    return _Importer(target, tvm_target).from_onnx(_normalised(model.graph), opset)
+
+
+def _normalised(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """Names of symbolic extents become identifiers: TVM would read `batch-1` as a difference."""
+    for value in graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\W", "_", dim.dim_param)
+    return graph
+
+
+class _Importer(ONNXGraphImporter):  # type: ignore[misc]
+    """TVM's importer with this package's converters in front of its own."""
+
+    def __init__(self, target: Target, tvm_target: TvmTarget) -> None:
+        super().__init__({}, "float32")
+        self._target = target
+        self._tvm_target = tvm_target
+        self._kernels: dict[Any, ir.GlobalVar] = {}
+
+    def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
+        known = {*_get_convert_map(), *_CONVERTERS, "If", "Constant"}
+        missing = sorted({n.op_type for n in graph.node if n.op_type not in known and n.domain != DOMAIN})
+        missing += sorted({f"{n.domain}.{n.op_type}" for n in graph.node if n.domain not in ("", "ai.onnx", DOMAIN)})
+        if missing:
+            raise CompilerError(f"TVM's ONNX importer has no converter for {', '.join(dict.fromkeys(missing))}")
+
+    def _convert_operator(self, op_name: str, inputs: Inputs, attrs: dict[str, Any], opset: int) -> Any:
+        if op_name in SPECS:
+            return self.bb.normalize(self._attention(SPECS[op_name].from_attributes(attrs), inputs))
+        if op_name in _CONVERTERS:
+            converted = _CONVERTERS[op_name](self.bb, inputs, attrs)
+            if converted is not None:
+                return self.bb.normalize(converted)
+        return super()._convert_operator(op_name, inputs, attrs, opset)
+
+    def _attention(self, spec: Spec, inputs: Inputs) -> Any:
+        operands = {name: value for name, value in zip(spec.operands, inputs, strict=False) if value is not None}
+        arguments = [self.bb.emit(value) if isinstance(value, ir.Call) else value for value in operands.values()]
+        query = operands["query"].ty
+        dtype = str(query.dtype.dtype)
+        batch = query.shape[0]
+        symbolic = None if isinstance(batch, tirx.IntImm) else tirx.Var("batch", "int64")
+        extent = int(batch) if symbolic is None else symbolic
+        # Feature maps start with the batch; the other operands are the same for every image.
+        shapes = {
+            name: (extent, *map(int, [*value.ty.shape][1:]))
+            if name in ("query", "key", "value")
+            else tuple(map(int, value.ty.shape))
+            for name, value in operands.items()
+        }
+        key = (spec, tuple(shapes), tuple((s if symbolic is None else s[1:]) for s in shapes.values()), dtype)
+        if key not in self._kernels:
+            name = f"{_snake(spec.op_type)}_{len(self._kernels)}"
+            build = _kernel_builder(spec, self._target)
+            func = build(spec, tuple(operands), shapes, dtype, self._tvm_target, name)
+            # Operator fusion must leave it alone: it is written out already.
+            self._kernels[key] = self.bb.add_func(func.with_attr("op_pattern", 8).without_attr("global_symbol"), name)
+        value_shape = list(operands["value"].ty.shape)
+        shape = [batch, *value_shape[1:]]
+        return relax.call_tir(self._kernels[key], arguments, relax.TensorType(shape, dtype))
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _kernel_builder(spec: Spec, target: Target) -> Callable[..., tirx.PrimFunc]:
+    window = isinstance(spec, FlashWindowAttention)
+    if target.device == "cpu":
+        from attnrewrite.lowering.kernels import slide_cpu, window_cpu
+
+        return window_cpu.flash_window_attention if window else slide_cpu.slide_attention
+    from attnrewrite.lowering.kernels import slide_gpu, window_gpu
+
+    return window_gpu.flash_window_attention if window else slide_gpu.slide_attention
+
+
+def _constant(value: Any) -> np.ndarray | None:
+    return value.value.numpy() if isinstance(value, ir.GenericConst) else None
+
+
+def _gemm(bb: relax.BlockBuilder, inputs: Inputs, attrs: Mapping[str, Any]) -> Any:
+    """alpha A B + beta C, with everything that is constant folded, so that B can be packed."""
+    a, b, c = [*inputs, None][:3]
+    dtype = a.ty.dtype
+    alpha, beta = attrs.get("alpha", 1.0), attrs.get("beta", 1.0)
+    if attrs.get("transA", 0):
+        a = bb.emit(relax.op.permute_dims(a))
+    weights = _constant(b)
+    if weights is not None:
+        weights = weights.T if attrs.get("transB", 0) else weights
+        b = relax.const(np.ascontiguousarray(weights * weights.dtype.type(alpha)))
+    else:
+        b = bb.emit(relax.op.permute_dims(b)) if attrs.get("transB", 0) else b
+        if alpha != 1.0:
+            a = bb.emit(relax.op.multiply(a, relax.const(alpha, dtype)))
+    result = relax.op.matmul(a, b)
+    if c is None or beta == 0.0:
+        return result
+    if beta != 1.0:
+        bias = _constant(c)
+        c = relax.op.multiply(c, relax.const(beta, dtype)) if bias is None else relax.const(bias * bias.dtype.type(beta))
+    return relax.op.add(bb.emit(result), c)
+
+
+_CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]], Any]] = {"Gemm": _gemm}
+
+
+def load_onnx(path: Any) -> onnx.ModelProto:
+    """The model with its external data, without model-local functions: their nodes are converted as ops."""
+    model = onnx.load(str(path))
+    del model.functions[:]
+    return model
+
+
+__all__ = ["import_onnx", "load_onnx", "numpy_helper"]

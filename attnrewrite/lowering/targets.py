@@ -1,0 +1,170 @@
+"""What can be compiled for, as one table. Importing this does not import TVM."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attnrewrite.errors import UserError
+
+Kind = Literal["cpu", "arm", "metal", "cuda"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One compilation target.
+
+    name: as the user writes it, `kind` or `kind:chip`. tvm: the TVM target, as the JSON object its constructor takes; the
+    host's own CPU is filled in by the compiler where `tvm` names none. link: the zig target triple the library is
+    linked for, None for this machine. library: file name of what comes out. description: one line about that.
+    """
+
+    name: str
+    kind: Kind
+    chip: str | None
+    tvm: dict[str, Any] = field(hash=False)
+    link: str | None
+    library: str
+    description: str
+
+    @property
+    def device(self) -> str:
+        """The device type the artifact's tensors live on: cpu, metal or cuda."""
+        return "cpu" if self.kind == "arm" else self.kind
+
+    @property
+    def file_stem(self) -> str:
+        """The name as part of a directory name: `cuda:sm_90` -> `cuda-sm-90`."""
+        return "".join(c if c.isalnum() else "-" for c in self.name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "tvm": self.tvm, "link": self.link, "library": self.library}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Target:
+        """The target `to_json` wrote, whatever overrode its TVM part."""
+        return parse_target(document["name"], json.dumps(document["tvm"]))
+
+
+_LINUX_ARM = {"kind": "llvm", "mtriple": "aarch64-linux-gnu"}
+_MACOS_ARM = {"kind": "llvm", "mtriple": "arm64-apple-macos"}
+
+# chip -> LLVM's name of the core, and the extensions beyond its architecture's base that LLVM needs to be told of.
+_ARM_CHIPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cortex-a53": ("cortex-a53", ("+neon",)),
+    "cortex-a55": ("cortex-a55", ("+neon", "+fullfp16", "+dotprod")),
+    "cortex-a72": ("cortex-a72", ("+neon",)),
+    "cortex-a76": ("cortex-a76", ("+neon", "+fullfp16", "+dotprod")),
+    "cortex-a78": ("cortex-a78", ("+neon", "+fullfp16", "+dotprod")),
+    "neoverse-n1": ("neoverse-n1", ("+neon", "+fullfp16", "+dotprod")),
+    "neoverse-n2": ("neoverse-n2", ("+neon", "+fullfp16", "+dotprod")),
+    "neoverse-v1": ("neoverse-v1", ("+neon", "+fullfp16", "+dotprod")),
+    "neoverse-v2": ("neoverse-v2", ("+neon", "+fullfp16", "+dotprod")),
+    "apple-m1": ("apple-m1", ("+neon", "+fullfp16", "+dotprod")),
+    "apple-m2": ("apple-m2", ("+neon", "+fullfp16", "+dotprod")),
+}
+
+# chip -> bytes of shared memory a block may use without opting in to more.
+_CUDA_CHIPS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
+_DEFAULT_CUDA = "sm_80"
+
+_METAL_CHIPS = ("m1", "m2", "m3", "m4")
+
+_DESCRIPTIONS: dict[Kind, str] = {
+    "cpu": "shared library for this machine's CPU",
+    "arm": "aarch64 shared library (Linux; macOS for the apple chips), linked from any host",
+    "metal": "arm64 dylib for macOS with the Metal kernels inside",
+    "cuda": "shared library with the CUDA kernels inside, for the GPU architecture named",
+}
+
+
+def _cpu(chip: str | None) -> dict[str, Any]:
+    return {"kind": "llvm"}
+
+
+def _arm(chip: str | None) -> dict[str, Any]:
+    if chip is None:
+        return {**_LINUX_ARM, "mcpu": "generic", "mattr": ["+neon"]}
+    core, features = _ARM_CHIPS[chip]
+    base = _MACOS_ARM if chip.startswith("apple-") else _LINUX_ARM
+    return {**base, "mcpu": core, "mattr": list(features)}
+
+
+def _metal(chip: str | None) -> dict[str, Any]:
+    return {
+        "kind": "metal",
+        "max_threads_per_block": 1024,
+        "max_shared_memory_per_block": 32768,
+        "thread_warp_size": 32,
+        "host": {**_MACOS_ARM, "mcpu": f"apple-{chip or 'm1'}", "mattr": ["+neon"]},
+    }
+
+
+def _cuda(chip: str | None) -> dict[str, Any]:
+    return {
+        "kind": "cuda",
+        "arch": chip or _DEFAULT_CUDA,
+        "max_threads_per_block": 1024,
+        "max_shared_memory_per_block": 49152,
+        "thread_warp_size": 32,
+        "host": {"kind": "llvm"},
+    }
+
+
+_KINDS: dict[Kind, tuple[Any, tuple[str, ...]]] = {
+    "cpu": (_cpu, ()),
+    "arm": (_arm, tuple(_ARM_CHIPS)),
+    "metal": (_metal, _METAL_CHIPS),
+    "cuda": (_cuda, _CUDA_CHIPS),
+}
+
+
+def known_targets() -> list[str]:
+    """Every name `parse_target` takes, kinds first."""
+    return [*_KINDS, *(f"{kind}:{chip}" for kind, (_, chips) in _KINDS.items() for chip in chips)]
+
+
+def list_targets() -> list[Target]:
+    """Every known target, in the order of `known_targets`."""
+    return [parse_target(name) for name in known_targets()]
+
+
+def parse_target(text: str, tvm_target_json: str | None = None) -> Target:
+    """The target named `kind` or `kind:chip`; `tvm_target_json` (a JSON object) overrides fields of its TVM target.
+
+    Raises UserError for an unknown name, which lists the known ones, and for JSON that is not an object.
+    """
+    kind_text, _, chip_text = text.strip().lower().partition(":")
+    chip = chip_text or None
+    kind = next((k for k in _KINDS if k == kind_text), None)
+    if kind is None:
+        raise UserError(f"unknown target {text!r}; known are {', '.join(_KINDS)}, most with a chip, as in cuda:sm_90")
+    build, chips = _KINDS[kind]
+    if chip is not None and chip not in chips:
+        known = ", ".join(f"{kind}:{c}" for c in chips) or f"only {kind}"
+        raise UserError(f"unknown chip in target {text!r}; known are {known}")
+    tvm = build(chip)
+    if tvm_target_json is not None:
+        tvm = {**tvm, **_parse_json(tvm_target_json)}
+    apple = kind == "metal" or (chip or "").startswith("apple-")
+    return Target(
+        name=f"{kind}:{chip}" if chip else kind,
+        kind=kind,
+        chip=chip,
+        tvm=tvm,
+        link="aarch64-macos" if apple else "aarch64-linux-gnu" if kind == "arm" else None,
+        library="model.dylib" if apple or (kind == "cpu" and platform.system() == "Darwin") else "model.so",
+        description=_DESCRIPTIONS[kind],
+    )
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--tvm-target is not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"--tvm-target must be a JSON object such as {{\"mcpu\": \"znver4\"}}, got {text!r}")
+    return document
