@@ -95,21 +95,11 @@ def pipeline_of(passes: Passes | Pipeline | None) -> Pipeline:
 
     Raises UserError for an unknown name.
     """
-    from attnrewrite.pipeline import PASSES, Pipeline
+    from attnrewrite.pipeline import Pipeline, select
 
-    if passes is None:
-        return Pipeline(list(PASSES.values()))
-    if isinstance(passes, Pipeline):
-        return passes
-    chosen = []
-    for entry in passes:
-        if not isinstance(entry, str):
-            chosen.append(entry)
-        elif entry in PASSES:
-            chosen.append(PASSES[entry])
-        else:
-            raise UserError(f"there is no pass {entry!r}; the passes are {', '.join(PASSES)}")
-    return Pipeline(chosen)
+    if passes is None or isinstance(passes, Pipeline):
+        return passes or select()
+    return Pipeline([p for entry in passes for p in (select([entry]).passes if isinstance(entry, str) else (entry,))])
 
 
 def rewrite(

@@ -19,8 +19,8 @@ from attnrewrite.errors import UserError
 # In the order they are tried: the first `trials` of this cycle, each with numbers of its own.
 CASES = ("random", "large", "border", "constant")
 BATCHES = (1, 2, 3)
-# Amplitude of the case "large", by element size in bytes: half precision overflows early.
-LARGE = {2: 8.0, 4: 32.0, 8: 32.0}
+# Amplitudes of the case "large": the first at which the model is still well-conditioned is tried.
+LARGE = (32.0, 16.0, 8.0, 4.0, 2.0)
 # Ids and class numbers of inputs for which the model does not bound them.
 DEFAULT_UPPER = 2
 
@@ -122,10 +122,14 @@ def has_symbolic_batch(specs: Sequence[InputSpec], known: Mapping[str, Sequence[
 
 
 def make_inputs(
-    specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], case: str, rng: np.random.Generator
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    case: str,
+    rng: np.random.Generator,
+    amplitude: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """One array per input, of its dtype and of the shape given."""
-    return {spec.name: _fill(spec, shapes[spec.name], case, rng) for spec in specs}
+    """One array per input, of its dtype and of the shape given. amplitude: the standard deviation of normal noise."""
+    return {spec.name: _fill(spec, shapes[spec.name], case, rng, amplitude) for spec in specs}
 
 
 def nudged(inputs: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -139,7 +143,7 @@ def nudged(inputs: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[s
     return moved
 
 
-def _fill(spec: InputSpec, shape: tuple[int, ...], case: str, rng: np.random.Generator) -> np.ndarray:
+def _fill(spec: InputSpec, shape: tuple[int, ...], case: str, rng: np.random.Generator, amplitude: float) -> np.ndarray:
     if spec.dtype == np.bool_:
         return np.full(shape, True) if case == "constant" else rng.random(shape) < 0.5
     if spec.dtype.kind in "iu":
@@ -148,11 +152,9 @@ def _fill(spec: InputSpec, shape: tuple[int, ...], case: str, rng: np.random.Gen
         )
     if case == "constant":
         return np.ones(shape, spec.dtype)
-    array = rng.standard_normal(shape)
-    if case == "large":
-        array *= LARGE.get(spec.dtype.itemsize, 1.0)
-    elif case == "border":
-        array = np.where(_frame(shape), 4.0 * array, 0.0)
+    array = amplitude * rng.standard_normal(shape)
+    if case == "border":
+        array = np.where(_frame(shape), array, 0.0)
     return array.astype(spec.dtype)
 
 
