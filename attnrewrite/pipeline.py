@@ -149,7 +149,7 @@ def _verdict(site: str, node: Node, said: list[Record]) -> Site:
     """What the report says of a softmax: the rewrite, or the most telling of the declines."""
     records = [r for r in said if isinstance(r, Site)]
     rewritten = [r for r in records if r.verdict == "rewrite"]
-    telling = rewritten or [r for r in records if r.kind != "other"] or records
+    telling = rewritten or [r for r in records if r.kind != "other"] or [r for r in records if not r.foreign] or records
     if not telling:
         return Site(site, node.label, "other", "leave", "no pass of this run looks at softmaxes", node.label)
     return replace(telling[0], id=site, pass_name=telling[0].pass_name if rewritten else None)

@@ -89,7 +89,7 @@ def softmax_type(attention: Attention) -> int:
 def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site:
     """The report's row."""
     if isinstance(found, Decline):
-        return Site("", softmax.label, found.kind, "leave", found.reason, found.node)
+        return Site("", softmax.label, found.kind, "leave", found.reason, found.node, foreign=found.foreign)
     geometry, attention = found.geometry.merged(), found.maps.attention
     shifted = any(geometry.shift_size)
     size = "x".join(map(str, geometry.window_size))

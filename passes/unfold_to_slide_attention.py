@@ -84,7 +84,7 @@ def _shared(rows: np.ndarray | None, head_dim: int) -> np.ndarray | None:
 def record_slide_attention(softmax: Node, found: NeighborhoodMatch | Decline) -> Site:
     """The report's row."""
     if isinstance(found, Decline):
-        return Site("", softmax.label, found.kind, "leave", found.reason, found.node)
+        return Site("", softmax.label, found.kind, "leave", found.reason, found.node, foreign=found.foreign)
     geometry, attention = found.geometry, found.maps.attention
     learned = "learned shifts, " if found.key_kernel is not None or found.value_kernel is not None else ""
     size = "x".join(map(str, geometry.kernel_size))

@@ -14,7 +14,7 @@ from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, identity
-from attnrewrite.indexing.provenance import Provenance
+from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.indexing.rules import broadcast_index, sources
 from attnrewrite.localattention.contraction import Operand, is_contraction, operands
 from attnrewrite.localattention.site import Decline
@@ -111,12 +111,35 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
             query, key = one, other
     if query is None or key is None:
         return Decline("no operand of the logits depends on the key alone", contraction.label)
+    query, query_factor = _without_scale(facts, query)
+    key, key_factor = _without_scale(facts, key)
+    scale = scale * query_factor * key_factor
     head_dim = max(_extent_along(query.index, channel_axis), _extent_along(key.index, channel_axis))
     assert softmax.output.dtype is not None
     return Attention(
         softmax, output, query, key, value, scale, tuple(terms), key_axis, channel_axis, value_axes[0], num_keys, head_dim,
         softmax.output.dtype, logits,
     )  # fmt: skip
+
+
+def _without_scale(facts: Facts, operand: Operand) -> tuple[Operand, float]:
+    """An operand before it was multiplied by scalars, and the product of those."""
+    factor = 1.0
+    while True:
+        last = None
+        for last in provenances(operand.value, operand.index, facts.positions):
+            if last.domain is not None:
+                return operand, factor
+        node = None if last is None else last.value.producer
+        if last is None or node is None or node.domain != STANDARD_DOMAIN or node.op not in ("Mul", "Div"):
+            return operand, factor
+        a, b = node.required(0), node.required(1)
+        data, other = (b, a) if a.is_constant and node.op == "Mul" else (a, b)
+        if not other.is_constant or other.constant.size != 1 or data.is_constant:
+            return operand, factor
+        number = float(other.constant.reshape(-1)[0])
+        factor = factor * number if node.op == "Mul" else factor / number
+        operand = Operand(data, broadcast_index(last.index, data))
 
 
 def _both_ways(pair: tuple[Operand, Operand]) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:

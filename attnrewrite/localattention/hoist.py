@@ -205,11 +205,10 @@ class Hoister:
         """The node written on the feature map, for all features of its output."""
         axis = channel_axis_of(node)
         if axis is not None:
-            if axis != (split.features[-1] if split.features else axis):
+            own = Roles(split.tokens, tuple(sorted({*split.features, axis})))
+            if axis != own.features[-1]:
                 raise NotHoistable(f"{node.label} mixes an axis that is not the last feature axis")
             data = node.required(0)
-            own_features = split.features if split.features else (axis,)
-            own = Roles(split.tokens, own_features if axis in own_features else (*own_features, axis))
             inside, picked = self.hoist(data, _all_features(data, full, own, channel_axis), channel_axis, features, anchor)
             operand = self.features(inside, _vector(picked, channel_axis), f"{data.name}_map")
             return self._channelwise(node, operand, value, own, axis)

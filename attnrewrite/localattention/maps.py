@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,13 +63,15 @@ class Return:
 class SiteMaps:
     """A site between feature maps. Grid axes are the attention's; features: those that number heads and channels.
 
-    query: the one source whose map and the output's agree; keys, values: every candidate of theirs, nearest first.
+    query: the source whose map and the output's agree, queries: all such views of it; keys, values: every candidate of
+    theirs, nearest first.
     """
 
     attention: Attention
     features: frozenset[int]
     heads: tuple[int, ...]
     query: Source
+    queries: tuple[Source, ...]
     back: Return
     keys: tuple[Source, ...]
     values: tuple[Source, ...]
@@ -78,6 +80,11 @@ class SiteMaps:
     def token_axes(self) -> tuple[int, ...]:
         """Grid axes of the output that number windows and query tokens."""
         return tuple(a for a in range(len(self.attention.output_shape)) if a not in self.features)
+
+    def facing(self, other: Source) -> SiteMaps:
+        """The same maps with the query seen as a map of `other`'s axes, if one of its views has them."""
+        same = [q for q in self.queries if q.spatial == other.spatial]
+        return replace(self, query=same[0]) if same else self
 
 
 def count(extent: Extent) -> int:
@@ -104,9 +111,9 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     maps = _meet(facts, attention, features, found_sources["query"])
     if isinstance(maps, Decline):
         return maps
-    query, back = maps
-    keys, values = (_like_query(found_sources[name], query) for name in ("key", "value"))
-    return SiteMaps(attention, features, heads, query, back, keys, values)
+    queries, back = maps
+    keys, values = (_like_query(found_sources[name], queries[0]) for name in ("key", "value"))
+    return SiteMaps(attention, features, heads, queries[0], queries, back, keys, values)
 
 
 def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:
@@ -153,17 +160,17 @@ def as_source(candidate: Candidate, split: Roles) -> Source | None:
 
 def _meet(
     facts: Facts, attention: Attention, features: frozenset[int], queries: Sequence[Source]
-) -> tuple[Source, Return] | Decline:
-    """The last value behind the attention at which output pixel and query pixel are the same, and that query source."""
+) -> tuple[tuple[Source, ...], Return] | Decline:
+    """The last value behind the attention at which output pixel and query pixel are the same, and those query sources."""
     returns = _returns(facts, attention, features)
     for back in reversed(returns):
         for query in queries:
             if _agree(attention, features, query, back):
-                same = [q for q in queries if q.candidate.depth == query.candidate.depth and _agree(attention, features, q, back)]
+                same = [q for q in queries if _agree(attention, features, q, back)]
                 fitting = [r for r in returns if _agree(attention, features, query, r)]
                 first = min(r.depth for r in fitting)
                 return (
-                    min(same, key=lambda q: _spelled_out(len(q.spatial))),
+                    tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
                     min((r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1)),
                 )
     where = returns[-1].value.name if returns else attention.output.name

@@ -134,31 +134,45 @@ def _shift_convolution(value: Value, index: tuple[Coordinate, ...], slot: int) -
 
 
 def _match(maps: SiteMaps, key: Shifted, value: Shifted) -> NeighborhoodMatch | Decline:
+    node = maps.attention.softmax.label
+    if key.kernel is None and not _moves_with_query(maps):
+        return Decline("the keys do not move with the query, so this is no neighbourhood", node, foreign=True)
+    nearest: Decline | None = None
+    for source in maps.keys:
+        found = _match_key(maps.facing(source), source, key, value)
+        if isinstance(found, NeighborhoodMatch):
+            return found
+        nearest = found
+    return nearest or Decline("the keys come from no feature map", node)
+
+
+def _moves_with_query(maps: SiteMaps) -> bool:
+    tokens, slot = frozenset(maps.token_axes), maps.attention.key_axis
+    return any(slot in c.depends_on() and c.depends_on() & tokens for k in maps.keys for c in k.candidate.index)
+
+
+def _match_key(maps: SiteMaps, key_source: Source, key: Shifted, value: Shifted) -> NeighborhoodMatch | Decline:
     attention, node = maps.attention, maps.attention.softmax.label
     spatial = maps.query.spatial
     queries = _query_table(maps)
     order = np.argsort(queries, kind="stable")
     if not np.array_equal(queries[order], np.arange(len(queries))):
         return Decline("the queries are not the pixels of the map, one each", node)
-    geometry: NeighborhoodGeometry | None = None
-    slots = np.arange(attention.num_keys)
-    chosen: dict[str, Source] = {}
-    for name, shifted, found in (("key", key, maps.keys), ("value", value, maps.values)):
-        fitted = _fit_operand(maps, name, shifted, found, order, spatial)
-        if isinstance(fitted, Decline):
-            return fitted
-        source, own, own_slots = fitted
-        if geometry is None:
-            geometry, slots = own, own_slots
-        elif geometry != own or not np.array_equal(slots, own_slots):
-            return Decline(f"keys lie in a {geometry.kernel_size} neighbourhood, values in another", node)
-        chosen[name] = source
-    assert geometry is not None
+    keys = _fit_operand(maps, "key", key, (key_source,), order, spatial)
+    if isinstance(keys, Decline):
+        return keys
+    values = _fit_operand(maps, "value", value, maps.values, order, spatial)
+    if isinstance(values, Decline):
+        return values
+    _, geometry, slots = keys
+    value_source, value_geometry, value_slots = values
+    if geometry != value_geometry or not np.array_equal(slots, value_slots):
+        return Decline(f"keys lie in a {geometry.kernel_size} neighbourhood, values in another", node)
     bias = _logit_bias(maps, slots)
     if isinstance(bias, Decline):
         return bias
     return NeighborhoodMatch(
-        maps, geometry, chosen["key"], chosen["value"], bias,
+        maps, geometry, key_source, value_source, bias,
         _per_slot(key.kernel, maps, attention.channel_axis, slots, geometry.kernel_size),
         _per_slot(key.bias, maps, attention.channel_axis, slots, None),
         _per_slot(value.kernel, maps, attention.value_axis, slots, geometry.kernel_size),
@@ -182,7 +196,8 @@ def _fit_operand(
     nearest: Decline | None = None
     for source in found:
         if source.spatial != spatial:
-            nearest = nearest or Decline(f"the {name}s come from a {source.spatial} map, the queries from a {spatial} map", node)
+            maps_of = f"the {name}s come from a {source.spatial} map, the queries from a {spatial} map"
+            nearest = nearest or Decline(maps_of, node, foreign=True)
             continue
         if any(f.number for _, f in source.candidate.fills) or any(depth for depth, _ in source.candidate.fills):
             nearest = nearest or Decline(f"{name}s outside the map are not zero", node)

@@ -47,7 +47,6 @@ class SiteRewriter:
         candidate, roles = source.candidate, source.roles
         map_ = hoister.source_map(source.value, roles, self.batch)
         anchor = Anchor(source.value, candidate.index, roles, roles.features, map_)
-        hoister.padded = {}
         try:
             found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
             axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
@@ -55,6 +54,8 @@ class SiteRewriter:
             padding = None
             if candidate.fills:
                 padding = hoister.padding_vector(hoister.laid_out(result, channels_first=False))
+                if padding is None:
+                    raise NotHoistable(f"what the padding of {operand.value.name} becomes is not known")
         except (NotHoistable, IndexingError) as error:
             raise Declined(Decline(str(error), operand.value.name)) from error
         return Emitted(result, padding if padding is not None and padding.any() else None)

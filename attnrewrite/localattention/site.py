@@ -11,11 +11,15 @@ Verdict = Literal["rewrite", "leave"]
 
 @dataclass(frozen=True)
 class Decline:
-    """A legal model part that is not rewritten: why, and at which node the proof stopped."""
+    """A legal model part that is not rewritten: why, and at which node the proof stopped.
+
+    foreign: the site is plainly not of the kind this matcher looks for, so another matcher's reason tells more.
+    """
 
     reason: str
     node: str
     kind: Kind = "other"
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,12 @@ class Site:
     bias: Literal["none", "constant", "tensor"] | None = None
     mask: Literal["none", "shift", "constant", "tensor"] | None = None
     pass_name: str | None = None
+    foreign: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The site as the JSON report writes it: `pass` for pass_name, unread fields left out."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        del fields["foreign"]
         if "pass_name" in fields:
             fields["pass"] = fields.pop("pass_name")
         return fields

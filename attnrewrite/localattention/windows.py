@@ -43,7 +43,7 @@ def match_windows(maps: SiteMaps) -> WindowMatch | Decline:
     nearest: Decline | None = None
     for key in maps.keys:
         try:
-            found = _match_key(maps, key)
+            found = _match_key(maps.facing(key), key)
         except IndexingError as error:
             found = Decline(str(error), node)
         if isinstance(found, WindowMatch):
@@ -69,7 +69,7 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
         size = "x".join(map(str, maps.query.spatial))
         return Decline(f"global attention: every token of the {size} map attends all {keys.shape[1]} keys", node, "global")
     if queries.shape[1] == 1:
-        return Decline("every query has keys of its own, so these are no windows", node)
+        return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     if key.spatial != maps.query.spatial:
         return Decline(f"queries come from a {maps.query.spatial} map, keys from a {key.spatial} map", node)
     if queries.shape[1] != keys.shape[1]:
