@@ -28,7 +28,7 @@ demo: setup $(MODEL)
 
 $(MODEL): $(STAMP)
 	mkdir -p $(OUT)
-	$(BIN)/python examples/export_swin.py --output $(MODEL)
+	$(BIN)/python examples/export_swin.py --timm -o $(MODEL)
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS)

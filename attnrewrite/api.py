@@ -79,6 +79,7 @@ class Result:
         """Arrays by input name in, arrays by output name out.
 
         Runs the compiled library where it is one for this machine, else the rewritten model in ONNX Runtime.
+        Raises UserError where the model refuses the inputs.
         """
         from attnrewrite.verify.runners import CompiledRunner, OnnxRunner
 
@@ -88,8 +89,7 @@ class Result:
             else:
                 runner = OnnxRunner(self.directory / artifact.MODEL_NAME, threads)
             self._runner = (threads, runner)
-        outputs: dict[str, np.ndarray] = self._runner[1].run(inputs)
-        return outputs
+        return artifact.run_once(self._runner[1], inputs)
 
 
 def inspect(

@@ -8,6 +8,7 @@ put into it are carried over.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from attnrewrite.errors import UserError
 
 GENERATOR = "attnrewrite"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_ours(directory: Path, marker: str) -> bool:
@@ -44,7 +46,12 @@ def staged_directory(destination: Path, marker: str, inputs: tuple[Path, ...] = 
             stage.chmod(0o777 & ~_umask())
         except OSError as error:
             raise _unwritable(destination, error) from error
-        yield stage
+        try:
+            yield stage
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise _unwritable(destination, error) from error
+            raise
         try:
             _swap(stage, destination, marker)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_nothing_is_left_after_a_failure(tmp_path, error):
     with pytest.raises(error), staged_directory(tmp_path / "a" / "b" / "out", MARKER) as stage:
         write(stage, model="new")
         raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_said_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="out: No space left on device"), staged_directory(tmp_path / "out", MARKER):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
