@@ -232,7 +232,9 @@ class NeighborhoodSpelling:
 
     @property
     def expected(self) -> Expected:
-        return Expected("neighborhood", self.geometry, "constant" if self.bias or self.key_bias else "none", "none")
+        """The biases of learned kernels count: they reach the logits through the key."""
+        biased = self.bias or self.key_bias or self.learned != "no"
+        return Expected("neighborhood", self.geometry, "constant" if biased else "none", "none")
 
     def shape(self, batch: int | str) -> list[int | str]:
         size = self.geometry.feature_size
