@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 from tvm import IRModule, ir, relax, tirx
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
 from tvm.target import Target as TvmTarget
@@ -136,11 +136,32 @@ def _gemm(bb: relax.BlockBuilder, inputs: Inputs, attrs: Mapping[str, Any]) -> A
 _CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]], Any]] = {"Gemm": _gemm}
 
 
-def load_onnx(path: Any) -> onnx.ModelProto:
+def load_onnx(path: Path) -> onnx.ModelProto:
     """The model with its external data, without model-local functions: their nodes are converted as ops."""
     model = onnx.load(str(path))
     del model.functions[:]
     return model
 
 
-__all__ = ["import_onnx", "load_onnx", "numpy_helper"]
+def interface_names(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
+    """Names of the inputs (not those that only name weights) and outputs, in the order the compiled function has them."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value.name for value in model.graph.input if value.name not in weights]
+    return inputs, [value.name for value in model.graph.output]
+
+
+def interface(mod: IRModule, inputs: list[str], outputs: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """name, dtype and shape of every input and output of `main`."""
+    main = mod["main"]
+    result = main.ret_ty
+    results = list(result.fields) if isinstance(result, ir.TupleType) else [result]
+    taken = [_tensor(name, var.ty) for name, var in zip(inputs, main.params, strict=True)]
+    return taken, [_tensor(name, ty) for name, ty in zip(outputs, results, strict=True)]
+
+
+def _tensor(name: str, ty: relax.TensorType) -> dict[str, Any]:
+    if ty.shape is None or not isinstance(ty.shape, relax.ShapeExpr):
+        shape: list[int | str] = ["?"] * max(int(ty.ndim), 0)
+    else:
+        shape = [int(e) if isinstance(e, tirx.IntImm) else str(e) for e in ty.shape]
+    return {"name": name, "dtype": str(ty.dtype.dtype), "shape": shape}

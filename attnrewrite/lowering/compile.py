@@ -1,0 +1,159 @@
+"""Compile a rewritten model into a library, in a process of its own.
+
+A fault inside TVM or LLVM ends the process it happens in and cannot be caught, so that process is a child: the caller
+gets one sentence, whatever happened. Importing this does not import TVM.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import attnrewrite
+from attnrewrite.errors import CompilerError, UserError
+from attnrewrite.lowering.targets import Target
+from attnrewrite.runtime import Manifest, Tensor, write_manifest
+
+# TVM's Python interface changes with every release.
+TVM_VERSION = "0.27.0.post1"
+
+PRECISIONS = ("fp32", "fp16")
+
+REQUEST_NAME = "request.json"
+RESULT_NAME = "result.json"
+
+# Of the child's standard error, what is kept as a detail of the error raised.
+DETAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What one compilation made.
+
+    kernels: functions in the library, attention_kernels: those of the two ops among them. seconds: by stage.
+    peak_memory_bytes: of the compiling process.
+    """
+
+    target: str
+    library: str
+    entry: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    kernels: int
+    attention_kernels: int
+    library_bytes: int
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+
+def compile_model(
+    model_path: Path,
+    target: Target,
+    output_dir: Path,
+    *,
+    precision: str = "fp32",
+    threads: int | None = None,
+    source_sha256: str = "",
+) -> CompileReport:
+    """Compile an ONNX file (standard operators, and nodes of domain `attnrewrite`) into `output_dir`.
+
+    Writes the library and manifest.json there, or nothing. precision: what the model computes in; inputs and outputs
+    keep their dtypes. threads: what the manifest says to run with; None: all cores. source_sha256: for the manifest,
+    of the model before rewriting. Raises CompilerError, with the compiler's last words as a note, and UserError for a
+    precision that is not known.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
+    check_tvm_version()
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".compile-") as name:
+        work = Path(name)
+        request = {"model": str(model_path.resolve()), "target": target.to_json(), "precision": precision}
+        (work / REQUEST_NAME).write_text(json.dumps(request), encoding="utf-8")
+        _run_child(work, model_path, target)
+        report = _report(json.loads((work / RESULT_NAME).read_text(encoding="utf-8")), target)
+        library = output_dir / report.library
+        shutil.move(work / report.library, library)
+    manifest = Manifest(
+        target=target.name,
+        device=target.device,
+        library=report.library,
+        entry=report.entry,
+        inputs=report.inputs,
+        outputs=report.outputs,
+        versions=report.versions,
+        source_sha256=source_sha256,
+        threads=threads,
+    )
+    write_manifest(output_dir, manifest)
+    return report
+
+
+def check_tvm_version() -> None:
+    """Raises CompilerError unless the installed TVM is the one this package is written for."""
+    try:
+        installed = importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        raise CompilerError(f"compiling needs apache-tvm {TVM_VERSION}: pip install apache-tvm=={TVM_VERSION}") from None
+    if installed != TVM_VERSION:
+        raise CompilerError(
+            f"compiling needs apache-tvm {TVM_VERSION}, found {installed}: pip install apache-tvm=={TVM_VERSION}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what a library is made by and runs on."""
+    return {"attnrewrite": attnrewrite.__version__, "apache-tvm": TVM_VERSION}
+
+
+def _run_child(work: Path, model_path: Path, target: Target) -> None:
+    """Raises CompilerError unless the child left a result."""
+    package_root = str(Path(attnrewrite.__file__).resolve().parents[1])
+    path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, "-m", "attnrewrite.lowering.child", str(work)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    result = work / RESULT_NAME
+    answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    if run.returncode == 0 and "error" not in answer:
+        return
+    what = f"{model_path.name} for {target.name}"
+    if "error" in answer:
+        sentence = f"compiling {what} failed: {answer['error']}"
+    elif run.returncode < 0:
+        sentence = f"the compiler crashed ({_signal_name(-run.returncode)}) while compiling {what}"
+    else:
+        sentence = f"the compiler stopped with exit code {run.returncode} while compiling {what}"
+    error = CompilerError(sentence)
+    if tail := run.stderr.strip().splitlines()[-DETAIL_LINES:]:
+        error.add_note("\n".join(tail))
+    raise error
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _report(result: dict[str, Any], target: Target) -> CompileReport:
+    tensors = {
+        key: tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in result.pop(key)) for key in ("inputs", "outputs")
+    }
+    return CompileReport(target=target.name, library=target.library, versions=versions(), **tensors, **result)

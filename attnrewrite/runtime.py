@@ -1,0 +1,199 @@
+"""Load an artifact directory and run it. Needs NumPy and the TVM runtime, nothing else of this package's dependencies.
+
+    model = load("swin-cpu/")
+    model.run({"x": array}, threads=1)["logits"]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnrewrite.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output. A symbolic extent is the text of its expression: `batch`, `64*batch`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says of a compiled library.
+
+    device: cpu, metal or cuda, where its tensors live. threads: how many to use where the caller does not say.
+    """
+
+    target: str
+    device: str
+    library: str
+    entry: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    source_sha256: str = ""
+    threads: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Manifest:
+        fields = {key: value for key, value in document.items() if key != "format"}
+        for key in ("inputs", "outputs"):
+            fields[key] = tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in fields[key])
+        return cls(**fields)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.to_json(), indent=2)
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises UserError where the directory holds no manifest this version can read."""
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory with a compiled model")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{directory} holds no {MANIFEST_NAME}, so no compiled model") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}, the one this version reads")
+    try:
+        return Manifest.from_json(document)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+class LoadedModel:
+    """A compiled model in memory. Calls of one instance must not overlap; the thread count is the process's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.manifest = read_manifest(directory)
+        self._devices = _devices(self.manifest)
+        self._function = _entry(directory / self.manifest.library, self.manifest, self._devices)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return self.manifest.outputs
+
+    def run(self, inputs: Mapping[str, Any], threads: int | None = None) -> dict[str, np.ndarray]:
+        """Outputs by name. inputs: NumPy arrays, or tensors that speak DLPack, by name, of the dtypes `inputs` says.
+
+        threads: of the CPU; None leaves the manifest's choice, or all cores. Raises UserError where names, dtypes or
+        shapes are not the model's.
+        """
+        arrays = self._checked(inputs)
+        threads = threads if threads is not None else self.manifest.threads
+        if threads is not None:
+            set_threads(threads)
+        results = self._function(*(_to_device(array, self._devices[0]) for array in arrays))
+        values = [results] if hasattr(results, "numpy") else list(results)
+        return {tensor.name: value.numpy() for tensor, value in zip(self.outputs, values, strict=True)}
+
+    def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        expected = [tensor.name for tensor in self.inputs]
+        if missing := [name for name in expected if name not in inputs]:
+            raise UserError(f"input {missing[0]!r} is missing; the model takes {', '.join(map(str, self.inputs))}")
+        if unknown := [name for name in inputs if name not in expected]:
+            raise UserError(f"the model has no input {unknown[0]!r}; it takes {', '.join(map(str, self.inputs))}")
+        symbols: dict[str, int] = {}
+        return [_checked_array(tensor, inputs[tensor.name], symbols) for tensor in self.inputs]
+
+
+def load(directory: str | Path) -> LoadedModel:
+    """The model of an artifact directory. Raises UserError where it cannot run on this machine, and says why."""
+    return LoadedModel(Path(directory))
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of every model of the process from now on. Raises UserError unless positive."""
+    import tvm
+
+    if threads < 1:
+        raise UserError(f"the number of threads must be at least 1, got {threads}")
+    all_cores = 1  # of the runtime's affinity modes, the one for equal cores
+    tvm.get_global_func("runtime.config_threadpool")(all_cores, threads)
+
+
+def _checked_array(tensor: Tensor, value: Any, symbols: dict[str, int]) -> np.ndarray:
+    """The array of one input; `symbols` collects the extents its symbolic dimensions stand for."""
+    array = value if isinstance(value, np.ndarray) else _from_dlpack(tensor, value)
+    if array.dtype != np.dtype(tensor.dtype):
+        raise UserError(f"input {tensor.name!r} must be {tensor.dtype}, got {array.dtype}")
+    if array.ndim != len(tensor.shape):
+        raise UserError(f"input {tensor.name!r} must have {_shape(tensor.shape)}, got {_shape(array.shape)}")
+    for expected, found in zip(tensor.shape, array.shape, strict=True):
+        if isinstance(expected, str):
+            expected = symbols.setdefault(expected, found)
+        if expected != found or found == 0:
+            raise UserError(f"input {tensor.name!r} must have {_shape(tensor.shape)}, got {_shape(array.shape)}")
+    return np.ascontiguousarray(array)
+
+
+def _from_dlpack(tensor: Tensor, value: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(value)
+    except (AttributeError, TypeError, BufferError, RuntimeError) as error:
+        kind = type(value).__name__
+        raise UserError(f"input {tensor.name!r} must be a NumPy array or a DLPack tensor, got {kind}: {error}") from None
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return f"shape [{', '.join(map(str, shape))}]"
+
+
+def _devices(manifest: Manifest) -> list[Any]:
+    import tvm
+
+    device = tvm.device(manifest.device, 0)
+    if not device.exist:
+        raise UserError(f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device")
+    return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
+
+
+def _entry(library: Path, manifest: Manifest, devices: Sequence[Any]) -> Any:
+    """The model's function; it is looked up once, because a lookup costs as much as a small kernel."""
+    import tvm
+    from tvm import relax
+
+    if not library.exists():
+        raise UserError(f"{library.parent} holds no {library.name}, which its manifest names")
+    try:
+        machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), list(devices))
+        return machine[manifest.entry]
+    except Exception as error:  # whatever TVM's loader raises
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"{library} is compiled for {manifest.target} and cannot be loaded on this machine: {first}"
+        ) from error
+
+
+def _to_device(array: np.ndarray, device: Any) -> Any:
+    import tvm
+
+    return tvm.runtime.tensor(array, device)
+
