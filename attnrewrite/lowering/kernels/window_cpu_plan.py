@@ -179,16 +179,21 @@ def _value_block(value_dim: int, unit: VectorUnit) -> tuple[int, int]:
 
 
 def _logit_block(tokens: int, unit: VectorUnit) -> tuple[int, int]:
-    """(vectors of queries, keys) of the register block that wastes least on padding and on loads."""
-    # Two products and two loads start per cycle, a product takes four cycles: fewer than 8 sums would wait for it.
+    """(vectors of queries, keys) of the register block that wastes least on padding, loads and gathering anew."""
 
     def cost(vectors: int, key_rows: int) -> float:
-        work = ceil_to_multiple(tokens, vectors * unit.lanes) * ceil_to_multiple(tokens, key_rows)
+        tile = vectors * unit.lanes
+        products = ceil_to_multiple(tokens, tile) * ceil_to_multiple(tokens, key_rows)
         loads_per_product = 1 / vectors + 1 / key_rows
+        # Two products start per cycle and take four: fewer than 8 sums would wait for each other.
         exposed_latency = max(0, 8 - vectors * key_rows) / 8
-        return work * (1 + 0.25 * loads_per_product + exposed_latency)
+        # Every tile gathers all keys and values.
+        gathered = 2 * tokens * -(-tokens // tile)
+        return products * (1 + 0.25 * loads_per_product + exposed_latency) + gathered
 
-    blocks = [(v, k) for v in range(1, 7) for k in range(1, unit.accumulators // v + 1)]
+    # The registers that the sums leave free hold the vectors of queries and one broadcast key.
+    free = unit.accumulators // 3 - 1
+    blocks = [(v, k) for v in range(1, 7) for k in range(1, unit.accumulators // v + 1) if v <= free]
     return min(blocks, key=lambda block: cost(*block))
 
 
