@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from attnrewrite.graph import Graph
     from attnrewrite.pipeline import Pipeline
-    from attnrewrite.runtime import Model
+    from attnrewrite.runtime import LoadedModel
     from attnrewrite.verify.numeric import Verification
 
     ModelLike = str | os.PathLike[str] | onnx.ModelProto
@@ -161,7 +161,7 @@ def optimize(
     return Result(home, built, source.inputs)
 
 
-def load(directory: str | os.PathLike[str]) -> Model:
+def load(directory: str | os.PathLike[str]) -> LoadedModel:
     """A saved artifact, ready to run: `load("out/").run({"x": array}, threads=1)`. See attnrewrite.runtime."""
     from attnrewrite import runtime
 

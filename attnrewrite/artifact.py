@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MODEL_NAME = "model.onnx"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
-MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16")
 
 InputShapes = Mapping[str, Sequence[int | str]]

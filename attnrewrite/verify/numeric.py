@@ -70,7 +70,7 @@ class Difference:
     def __str__(self) -> str:
         if self.what:
             return self.what
-        if not self.at and self.error == 0:
+        if self.error == 0:
             return "equal"
         index = ", ".join(map(str, self.at))
         share = f"{self.error:.2e} of scale {self.scale:.4g}"
@@ -287,6 +287,8 @@ def _reference(
             notes.append(f"the original itself does not run at batch {batch}")
             continue
         done.append(_Trial(case, batch, inputs, expected, sensitivity))
+    silent = [name for name in runner.outputs if done and not any(np.any(trial.expected[name]) for trial in done)]
+    notes += [f"the original's output {name} is zero on every input tried, which proves little" for name in silent]
     return done, notes
 
 

@@ -61,9 +61,18 @@ class CompiledRunner:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(self._model.run(dict(inputs), threads=self._threads))
+            return self._model.run(self._converted(inputs), threads=self._threads)
         except Exception as error:
             raise RunnerError(_one_line(error)) from error
+
+
+    def _converted(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A library of another precision than the model's takes floats of its own."""
+        wanted = {tensor.name: np.dtype(tensor.dtype) for tensor in self._model.inputs}
+        return {
+            name: array.astype(wanted[name]) if array.dtype.kind == "f" and name in wanted else array
+            for name, array in inputs.items()
+        }
 
 
 def _one_line(error: Exception) -> str:

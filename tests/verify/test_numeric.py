@@ -162,6 +162,13 @@ def test_half_precision_has_a_tolerance_of_its_own(tmp_path):
     assert all(c.tolerance >= TOLERANCE["rewritten", "fp16"] for c in verification.comparisons)
 
 
+def test_output_that_is_always_zero_is_noted(tmp_path):
+    path = tiny.save(tmp_path / "model.onnx", tiny.linear(factor=0.0))
+    assert verify_models(path, path, threads=1).notes == (
+        "the original's output y is zero on every input tried, which proves little",
+    )
+
+
 def test_no_tolerance_reaches_a_percent():
     assert max(*TOLERANCE.values(), *CEILING.values()) < 1e-2
 
