@@ -269,10 +269,15 @@ class _WindowKernel:
         spec, tiling, operands = self.spec, self.tiling, self.frame.operands
         zero = tirx.const(0.0, ACCUMULATOR)
         penalised = spec.mask_value is not None and any(spec.geometry.shift_size)
-        query_regions = [T.bind(self.window.region(self.query_token(i))) for i in range(tiling.queries) if penalised]
+        if penalised:
+            # In registers rather than in bound variables: the latter keep TVM's region analysis busy for seconds.
+            query_regions, key_region = registers(tiling.queries, "int32"), registers(1, "int32")
+            for i in range(tiling.queries):
+                store(query_regions, [i], self.window.region(self.query_token(i)))
         for j in range(tiling.keys):
             key = self.key_token(first_key, j)
-            key_region = T.bind(self.window.region(key)) if penalised else None
+            if penalised:
+                store(key_region, [0], self.window.region(key))
             key_inside = self.in_window(key, tiling.tile_keys)
             for i in range(tiling.queries):
                 query, at = self.query_token(i), i * tiling.keys + j
@@ -286,7 +291,7 @@ class _WindowKernel:
                     value = value + choose(both_inside, load(mask, index).astype(ACCUMULATOR), zero)
                 if penalised:
                     penalty = tirx.const(spec.mask_value, ACCUMULATOR)
-                    value = value + tirx.Select(query_regions[i] != key_region, penalty, zero)
+                    value = value + tirx.Select(query_regions[i] != key_region[0], penalty, zero)
                 store(self.logits, [at], choose(key_inside, value, tirx.const(LOWEST, ACCUMULATOR)))
 
     def shared_or_own(self, per_window: tirx.Buffer) -> Expr:
