@@ -1,7 +1,7 @@
 """CUDA kernels become machine code here: nvcc or NVRTC is found, run, and its cubin put into the library.
 
-TVM writes CUDA source. Where it has no CUDA runtime at hand it would leave that source in the library, to be compiled on
-the device by whatever is installed there. So the source is compiled while the library is built: `embedded_cubins`
+TVM writes CUDA source. Where it has no CUDA runtime at hand it would leave that source in the library, to be compiled
+on the device by whatever is installed there. So the source is compiled while the library is built: `embedded_cubins`
 answers TVM's last call before it packs the source with the cubin in its place, and `finish` corrects the one word in
 the linked library that still calls it source. What comes out is what TVM writes on a machine with a GPU.
 """
@@ -71,7 +71,7 @@ class Nvcc:
         with tempfile.TemporaryDirectory() as folder:
             text, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
             text.write_text(source)
-            command = [self.path, "-cubin", f"-arch={arch}", "-O3", "-w", text, "-o", cubin]
+            command = [str(self.path), "-cubin", f"-arch={arch}", "-O3", "-w", str(text), "-o", str(cubin)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 raise CompilerError(f"nvcc failed for {arch}: {_first_error(run.stderr)}")

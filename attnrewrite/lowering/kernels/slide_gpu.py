@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
 
 THREADS = 128
 MAX_SLOTS_IN_REGISTERS = 64
-MAX_CHANNELS_IN_REGISTERS = 32
+CARRIED_CHANNELS = 32
 UNROLLED_TAPS = 9
 STAGED_BYTES = 16384  # per threadgroup: leaves room for others on the same core
 
@@ -96,12 +96,13 @@ def choose_tiling(
     num_groups = ceil_div(slots, MAX_SLOTS_IN_REGISTERS)
     group = ceil_div(slots, num_groups)
     groups = tuple(range(s, min(s + group, slots)) for s in range(0, slots, group))
-    # Results stay in registers from group to group; with one group they are written channel by channel.
-    value_block = value_dim if num_groups == 1 else _largest_divisor(value_dim, MAX_CHANNELS_IN_REGISTERS)
+    # Sums are carried from group to group in shared memory; with one group they are written as they come.
+    value_block = value_dim if num_groups == 1 else _largest_divisor(value_dim, CARRIED_CHANNELS)
+    carried_bytes = 0 if num_groups == 1 else value_block * THREADS * 4
     one_channel = math.prod(halo) * operand_bytes
-    if one_channel > limits.shared_bytes:
+    if one_channel > limits.shared_bytes - carried_bytes:
         return SlideTiling(tile, halo, 0, groups, value_block)
-    at_most = max(1, min(STAGED_BYTES, limits.shared_bytes) // one_channel)
+    at_most = max(1, min(STAGED_BYTES, limits.shared_bytes - carried_bytes) // one_channel)
     staged = _largest_divisor(math.gcd(head_dim, value_block), at_most)
     return SlideTiling(tile, halo, staged, groups, value_block)
 
@@ -134,10 +135,10 @@ class _SlideKernel:
         bounds = zip(self.pixel, extents, tiling.tile, strict=True)
         self.on_map = every([True if e % t == 0 else p < e for p, e, t in bounds])
 
-        grouped = len(tiling.slot_groups) > 1
         self.logits = registers(max(map(len, tiling.slot_groups)))
-        self.results = registers(tiling.value_block if grouped else 1)
-        self.maximum, self.total, self.rescale, self.factor = (registers(1) for _ in range(4))
+        self.maximum, self.total, self.rescale, self.factor, self.sum = (registers(1) for _ in range(5))
+        if len(tiling.slot_groups) > 1:
+            self.carried = T.alloc_buffer((tiling.value_block * THREADS,), ACCUMULATOR, scope="shared")
         if tiling.staged_channels:
             staged_count = tiling.staged_channels * math.prod(tiling.halo)
             self.staged = T.alloc_buffer((staged_count,), frame.output.dtype, scope="shared")
@@ -146,17 +147,10 @@ class _SlideKernel:
         groups = self.tiling.slot_groups
         store(self.maximum, [0], tirx.const(LOWEST, ACCUMULATOR))
         store(self.total, [0], tirx.const(0.0, ACCUMULATOR))
-        fill(self.results, self.results.shape[0].value, 0.0)
         for slots in groups:
             self.compute_logits(slots)
             self.update_softmax(slots)
-            if len(groups) == 1:
-                self.write_weighted_values(slots)
-            else:
-                self.accumulate_weighted_values(slots)
-        if len(groups) > 1:
-            for channel in range(self.tiling.value_block):
-                self.write(channel, self.results[channel])
+            self.add_weighted_values(slots, first=slots is groups[0], last=slots is groups[-1])
 
     # Operands.
 
@@ -265,30 +259,24 @@ class _SlideKernel:
             store(self.logits, [j], tirx.exp(self.logits[j] - self.maximum[0]))
             store(self.total, [0], self.total[0] + self.logits[j])
 
-    def write_weighted_values(self, slots: range) -> None:
-        """Every channel of the head in turn: sum over slots, divide, write."""
-        step = self.tiling.staged_channels or self.value_dim
-        with T.serial(self.value_dim // step) as chunk:
-            first = self.head * self.value_dim + chunk * step
-            with self.staged_chunk("value", first) as tap_of, T.serial(step) as channel:
-                store(self.results, [0], tirx.const(0.0, ACCUMULATOR))
-                self.add_weighted_value(0, slots, first + channel, channel, tap_of)
-                self.write(chunk * step + channel, self.results[0])
-
-    def accumulate_weighted_values(self, slots: range) -> None:
-        """The same for one group of slots of several, in registers; channels are unrolled so that they can stay there."""
+    def add_weighted_values(self, slots: range, first: bool, last: bool) -> None:
+        """Every channel of the block in turn: its sum over these slots, on top of that over the groups before."""
         block = self.tiling.value_block
         step = self.tiling.staged_channels or block
-        for start in range(0, block, step):
-            first = self.head * self.value_dim + self.first_value + start
-            with self.staged_chunk("value", first) as tap_of:
-                for channel in range(step):
-                    at = start + channel
-                    store(self.results, [at], self.results[at] * self.rescale[0])
-                    self.add_weighted_value(at, slots, first + channel, channel, tap_of)
+        with T.serial(block // step) as chunk:
+            first_row = self.head * self.value_dim + self.first_value + chunk * step
+            with self.staged_chunk("value", first_row) as tap_of, T.serial(step) as channel:
+                carried_at = (chunk * step + channel) * THREADS + self.frame.thread
+                before = tirx.const(0.0, ACCUMULATOR) if first else load(self.carried, [carried_at]) * self.rescale[0]
+                store(self.sum, [0], before)
+                self.add_weighted_value(slots, first_row + channel, channel, tap_of)
+                if last:
+                    self.write(first_row + channel, self.sum[0])
+                else:
+                    store(self.carried, [carried_at], self.sum[0])
 
-    def add_weighted_value(self, at: int, slots: range, row: Expr, channel: Expr, tap_of: Taps) -> None:
-        """results[at] += sum over the slots of weight * value_j, for the channel `row` counted over all heads."""
+    def add_weighted_value(self, slots: range, row: Expr, channel: Expr, tap_of: Taps) -> None:
+        """sum += sum over the slots of weight * value_j, for the channel `row` counted over all heads."""
         operands, group = self.frame.operands, range(len(slots))
         if "value_kernel" in operands:
             with self.every_tap() as taps:
@@ -297,19 +285,19 @@ class _SlideKernel:
                     for j in group:
                         weight = self.logits[j] * self.parameter("value_kernel", row, slots[j], *tap)
                         store(self.factor, [0], self.factor[0] + weight)
-                    store(self.results, [at], self.results[at] + self.factor[0] * tap_of(channel, tap))
+                    store(self.sum, [0], self.sum[0] + self.factor[0] * tap_of(channel, tap))
         else:
             for j, tap in zip(group, self.slot_taps(slots), strict=True):
-                store(self.results, [at], self.results[at] + self.logits[j] * tap_of(channel, tap))
+                store(self.sum, [0], self.sum[0] + self.logits[j] * tap_of(channel, tap))
         if "value_bias" in operands:
             for j in group:
                 bias = self.parameter("value_bias", row, slots[j])
-                store(self.results, [at], self.results[at] + self.logits[j] * bias)
+                store(self.sum, [0], self.sum[0] + self.logits[j] * bias)
 
-    def write(self, channel: Expr, result: Expr) -> None:
+    def write(self, row: Expr, result: Expr) -> None:
+        """The output of one channel, counted over all heads."""
         frame = self.frame
-        row = self.head * self.value_dim + self.first_value + channel
-        with nullcontext() if self.on_map is True else when(self.on_map):
+        with when(self.on_map):
             value = (result / self.total[0]).astype(frame.output.dtype)
             store(frame.output, [frame.batch, row, *self.pixel], value)
 
