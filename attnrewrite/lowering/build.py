@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def _with_host_cpu(description: dict[str, Any]) -> dict[str, Any]:
     # Not the CPU's name: a container or an emulator may lack features the name promises; TVM asks the CPU itself.
     cpu = tvm.get_global_func("target.llvm_get_system_cpu")()
     return {**description, "mcpu": cpu}
+
+
+@contextmanager
+def device_compiler(target: Target, description: tvm.target.Target) -> Iterator[Callable[[Path], None]]:
+    """While open, device code is compiled for the target's GPU; what it yields is called on the linked library.
+
+    Raises CompilerError where the GPU's compiler is missing.
+    """
+    if target.device != "cuda":
+        yield lambda library: None
+        return
+    from attnrewrite.lowering.cuda_compiler import embedded_cubins
+
+    with embedded_cubins(str(description.attrs["arch"])) as cubins:
+        yield cubins.finish
 
 
 def build(mod: IRModule, target: tvm.target.Target) -> Built:
@@ -102,14 +118,19 @@ def _schedule(mod: IRModule, target: tvm.target.Target) -> IRModule:
         return cpu.schedule(mod, target)
     from attnrewrite.lowering.schedules import gpu
 
-    return gpu.schedule(mod, target)
+    mod = gpu.schedule(mod, target)
+    for name, func in mod.functions.items():
+        # TVM's generic schedule calls every function `main`; the module's own names come with the last passes.
+        if isinstance(func, tirx.PrimFunc) and "global_symbol" in func.attrs:
+            mod[name] = func.without_attr("global_symbol")
+    return mod
 
 
 def export(executable: Any, target: Target, path: Path) -> None:
     """Link the library. Raises CompilerError with the linker's own words where that fails."""
 
     def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
-        command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-o", output]
+        command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-s", "-o", output]
         if target.link is not None:
             command += ["-target", target.link]
         if path.suffix == ".dylib":

@@ -61,11 +61,13 @@ def compile_request(request: dict[str, Any], work: Path, timed: Any) -> dict[str
         mod = importer.import_onnx(model, target, tvm_target)
         del model
         inputs, outputs = importer.interface(mod, *names)
-    with timed("compiling"):
-        built = build.build(mod, tvm_target)
     library = work / target.library
-    with timed("linking"):
-        build.export(built.executable, target, library)
+    with build.device_compiler(target, tvm_target) as finish:
+        with timed("compiling"):
+            built = build.build(mod, tvm_target)
+        with timed("linking"):
+            build.export(built.executable, target, library)
+            finish(library)
     return {
         "entry": build.ENTRY,
         "inputs": inputs,

@@ -81,28 +81,29 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         key = (spec, tuple(shapes), tuple((s if symbolic is None else s[1:]) for s in shapes.values()), dtype)
         if key not in self._kernels:
             name = f"{_snake(spec.op_type)}_{len(self._kernels)}"
-            build = _kernel_builder(spec, self._target)
-            func = build(spec, tuple(operands), shapes, dtype, self._tvm_target, name)
+            func = self._kernel(spec, shapes, dtype, name)
             # Operator fusion must leave it alone: it is written out already.
             self._kernels[key] = self.bb.add_func(func.with_attr("op_pattern", 8).without_attr("global_symbol"), name)
         value_shape = list(operands["value"].ty.shape)
         shape = [batch, *value_shape[1:]]
         return relax.call_tir(self._kernels[key], arguments, relax.TensorType(shape, dtype))
 
+    def _kernel(self, spec: Spec, shapes: Mapping[str, tuple[Any, ...]], dtype: str, name: str) -> tirx.PrimFunc:
+        window = isinstance(spec, FlashWindowAttention)
+        present = tuple(shapes)
+        if self._target.device == "cpu":
+            from attnrewrite.lowering.kernels import slide_cpu, window_cpu
+
+            build = window_cpu.flash_window_attention if window else slide_cpu.slide_attention
+            return build(spec, present, shapes, dtype, self._tvm_target, name)
+        from attnrewrite.lowering.kernels import slide_gpu, window_gpu
+
+        build = window_gpu.flash_window_attention if window else slide_gpu.slide_attention
+        return build(spec, present, [*shapes.values()], dtype, self._tvm_target, name)
+
 
 def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-def _kernel_builder(spec: Spec, target: Target) -> Callable[..., tirx.PrimFunc]:
-    window = isinstance(spec, FlashWindowAttention)
-    if target.device == "cpu":
-        from attnrewrite.lowering.kernels import slide_cpu, window_cpu
-
-        return window_cpu.flash_window_attention if window else slide_cpu.slide_attention
-    from attnrewrite.lowering.kernels import slide_gpu, window_gpu
-
-    return window_gpu.flash_window_attention if window else slide_gpu.slide_attention
 
 
 def _constant(value: Any) -> np.ndarray | None:
