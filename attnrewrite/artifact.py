@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 MODEL_NAME = "model.onnx"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
-PRECISIONS = ("fp32", "fp16")
 
 InputShapes = Mapping[str, Sequence[int | str]]
 Passes = Sequence["Pass | str"]
@@ -156,39 +156,43 @@ def build(
         write(outcome.graph, rewritten, inline=options.inline)
     report = replace(
         report_of(name or str(source), outcome, stages),
-        target=options.target,
+        target=target.name if target is not None else None,
         precision=options.precision if options.compile and target is not None else None,
     )
     del outcome  # its graph holds the weights
 
+    source_sha256 = sha256_of(source)
     compiler_error: CompilerError | None = None
     if options.compile and target is not None:
         with stages.stage("compile", f"compiling for {options.target}"):
             try:
-                report = replace(report, compile=_compile(rewritten, target, directory, options))
+                report = replace(report, compile=_compile(rewritten, target, directory, options, source_sha256))
             except CompilerError as error:
                 compiler_error = error
-                report = replace(report, compile={"target": options.target, "error": str(error)})
+                report = replace(report, compile={"target": target.name, "error": str(error)})
 
     verification = None
     if options.verify:
         with stages.stage("verify", "verifying"):
-            compiled = directory if report.compile is not None and compiler_error is None else None
-            verification = verify(source, rewritten, options, compiled=compiled)
+            verification = verify(source, rewritten, options, report)
         report = replace(report, verification=verification.to_json())
     report = replace(report, seconds=dict(stages.seconds))
-    write_reports(report, directory, source)
+    write_reports(report, directory, source_sha256)
     return Built(report, verification, compiler_error)
 
 
 def verify(
-    source: Path, rewritten: Path, options: Options, *, compiled: Path | None = None, trials: int = 3
+    source: Path, rewritten: Path, options: Options, report: Report | None = None, *, trials: int = 3
 ) -> Verification:
-    """Exact and numeric verification; the compiled library too where it can run here."""
+    """Exact and numeric verification of a rewritten model and, where this machine can run it, of its library.
+
+    report: of the artifact that the rewritten model is part of.
+    """
     from attnrewrite.verify.numeric import verify_models
 
-    precision: Precision = "fp16" if options.precision == "fp16" else "fp32"
-    return verify_models(
+    compiled = rewritten.parent if report is not None and runs_here(report) else None
+    precision: Precision = "fp16" if report is not None and report.precision == "fp16" else "fp32"
+    verification = verify_models(
         source,
         rewritten,
         trials=trials,
@@ -197,21 +201,22 @@ def verify(
         input_shapes=options.input_shapes,
         threads=options.threads,
     )
+    if report is not None and has_library(report) and compiled is None:
+        note = f"the library for {report.target} was not run: this machine cannot run it"
+        verification = replace(verification, notes=(*verification.notes, note))
+    return verification
 
 
 def verify_artifact(
     original: Path, rewritten: Path, *, trials: int, input_shapes: InputShapes, threads: int | None
 ) -> Verification:
     """Verify a rewritten model, or an artifact directory with its library, against the original file."""
-    if not rewritten.is_dir():
-        check_model_path(rewritten)
-        return verify(original, rewritten, Options(input_shapes=input_shapes, threads=threads), trials=trials)
-    report, _ = read_report(rewritten)
-    options = Options(
-        target=report.target, precision=report.precision or "fp32", input_shapes=input_shapes, threads=threads
-    )
-    compiled = rewritten if holds_library(rewritten) else None
-    return verify(original, rewritten / MODEL_NAME, options, compiled=compiled, trials=trials)
+    options = Options(input_shapes=input_shapes, threads=threads)
+    if rewritten.is_dir():
+        report, _ = read_report(rewritten)
+        return verify(original, rewritten / MODEL_NAME, options, report, trials=trials)
+    check_model_path(rewritten)
+    return verify(original, rewritten, options, trials=trials)
 
 
 def runner_of(directory: Path, threads: int | None) -> Runner:
@@ -221,8 +226,9 @@ def runner_of(directory: Path, threads: int | None) -> Runner:
     """
     from attnrewrite.verify.runners import CompiledRunner, OnnxRunner, RunnerError
 
+    report, _ = read_report(directory)
     try:
-        if holds_library(directory):
+        if has_library(report):
             return CompiledRunner(directory, threads)
         return OnnxRunner(directory / MODEL_NAME, threads)
     except RunnerError as error:
@@ -239,13 +245,13 @@ def run_once(runner: Runner, inputs: Mapping[str, np.ndarray]) -> dict[str, np.n
         raise UserError(f"the model does not run on these inputs: {error}") from error
 
 
-def write_reports(report: Report, directory: Path, source: Path) -> None:
+def write_reports(report: Report, directory: Path, source_sha256: str) -> None:
     """report.json and report.html. The former also names every file, by which a later run knows them."""
     from attnrewrite.report.html import to_html
 
     (directory / PAGE_NAME).write_text(to_html(report), encoding="utf-8")
     document = report.to_json() | {
-        "source_sha256": sha256_of(source),
+        "source_sha256": source_sha256,
         "generator": GENERATOR,
         "version": attnrewrite.__version__,
         "files": sorted(path.name for path in directory.iterdir()),
@@ -270,16 +276,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def holds_library(directory: Path) -> bool:
-    """Whether optimize compiled into the directory."""
-    report, _ = read_report(directory)
+def has_library(report: Report) -> bool:
+    """Whether the report is of an artifact with a compiled library."""
     return report.compile is not None and "error" not in report.compile
 
 
 def runs_here(report: Report) -> bool:
-    """Whether the report is of an artifact whose library this machine can load by itself."""
-    compiled = report.compile
-    return compiled is not None and "error" not in compiled and compiled["target"].split(":")[0] == "cpu"
+    """Whether this machine can run the library: a CPU's on the machine it was made for, a GPU's where there is one."""
+    if report.compile is None or "error" in report.compile:
+        return False
+    kind = report.compile["target"].partition(":")[0]
+    if kind in ("cuda", "metal"):
+        import tvm
+
+        return bool(tvm.device(kind, 0).exist)
+    return kind == "cpu" or (kind == "arm" and platform.machine() == "aarch64" and platform.system() == "Linux")
 
 
 def default_directory(model: Path, target: str) -> Path:
@@ -289,6 +300,7 @@ def default_directory(model: Path, target: str) -> Path:
 
 def check_options(options: Options) -> Target | None:
     """The target as lowering knows it, None where none is asked for. Raises UserError for options that mean nothing."""
+    from attnrewrite.lowering.compile import PRECISIONS
     from attnrewrite.lowering.targets import parse_target
 
     if options.precision not in PRECISIONS:
@@ -301,11 +313,27 @@ def check_options(options: Options) -> Target | None:
     return parse_target(options.target, options.tvm_target)
 
 
-def _compile(rewritten: Path, target: Target, directory: Path, options: Options) -> dict[str, Any]:
-    """Compile into the directory; what lowering reports, as JSON. Raises CompilerError."""
+def _compile(rewritten: Path, target: Target, directory: Path, options: Options, source_sha256: str) -> dict[str, Any]:
+    """Compile into the directory; what the report says of it. Raises CompilerError."""
     from attnrewrite.lowering.compile import compile_model
 
     start = time.perf_counter()
-    compiled = compile_model(rewritten, target, directory, precision=options.precision, threads=options.threads)
-    figures = asdict(compiled)
-    return {"target": options.target, "seconds": round(time.perf_counter() - start, 3)} | figures
+    compiled = compile_model(
+        rewritten,
+        target,
+        directory,
+        precision=options.precision,
+        threads=options.threads,
+        source_sha256=source_sha256,
+    )
+    return {
+        "target": compiled.target,
+        "library": compiled.library,
+        "bytes": compiled.library_bytes,
+        "seconds": round(time.perf_counter() - start, 3),
+        "stages": compiled.seconds,
+        "kernels": compiled.kernels,
+        "attention_kernels": compiled.attention_kernels,
+        "peak_memory_bytes": compiled.peak_memory_bytes,
+        "versions": compiled.versions,
+    }

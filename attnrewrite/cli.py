@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -195,7 +195,8 @@ def optimize(
     if not quiet and not as_json:
         typer.echo(f"\nWritten to {destination}", err=True)
     if built.compiler_error is not None:
-        fail(f"{built.compiler_error}; {destination} holds the rewritten model and the report", EXIT_COMPILER)
+        sentence = f"{built.compiler_error}; {destination} holds the rewritten model and the report"
+        fail(sentence, EXIT_COMPILER, built.compiler_error)
 
 
 @app.command()
@@ -338,10 +339,11 @@ def parse_shapes(texts: list[str] | None) -> dict[str, tuple[int | str, ...]]:
     return shapes
 
 
-def fail(sentence: str, code: int) -> None:
+def fail(sentence: str, code: int, error: BaseException | None = None) -> NoReturn:
     """One sentence on standard error (after the traceback, if that is asked for), and the exit code."""
-    if os.environ.get("ATTNREWRITE_DEBUG") and sys.exc_info()[0] is not None:
-        traceback.print_exc()
+    error = error or sys.exception()
+    if os.environ.get("ATTNREWRITE_DEBUG") and error is not None:
+        traceback.print_exception(error)
     typer.echo(f"attnrewrite: {' '.join(sentence.split())}", err=True)
     raise SystemExit(code)
 

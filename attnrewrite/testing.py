@@ -48,10 +48,14 @@ def assert_equivalent(
         before = _as_path(original, Path(folder) / "original.onnx")
         after = rewritten.directory if isinstance(rewritten, api.Result) else rewritten
         after_path = _as_path(after, Path(folder) / "rewritten.onnx")
-        compiled = after_path if after_path.is_dir() and artifact.holds_library(after_path) else None
+        compiled = None
+        if after_path.is_dir():
+            report, _ = artifact.read_report(after_path)
+            compiled = after_path if artifact.runs_here(report) else None
+            after_path /= artifact.MODEL_NAME
         verification = verify_models(
             before,
-            after_path / artifact.MODEL_NAME if after_path.is_dir() else after_path,
+            after_path,
             trials=trials,
             compiled=compiled,
             input_shapes=input_shapes,

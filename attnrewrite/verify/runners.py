@@ -65,7 +65,6 @@ class CompiledRunner:
         except Exception as error:
             raise RunnerError(_one_line(error)) from error
 
-
     def _converted(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A library of another precision than the model's takes floats of its own."""
         wanted = {tensor.name: np.dtype(tensor.dtype) for tensor in self._model.inputs}
