@@ -134,7 +134,7 @@ def export(executable: Any, target: Target, path: Path) -> None:
         if target.link is not None:
             command += ["-target", target.link]
         if path.suffix == ".dylib":
-            command += ["-Wl,-undefined,dynamic_lookup"]
+            command += ["-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{path.name}"]
         run = subprocess.run([*command, *objects, *(options or ())], capture_output=True, text=True, check=False)
         if run.returncode:
             lines = run.stderr.strip().splitlines() or ["no message"]
