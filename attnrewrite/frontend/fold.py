@@ -72,7 +72,7 @@ def _fold_node(node: Node, content: Contents, contents: dict[Value, np.ndarray],
         return False
     try:
         results = evaluate(node, [content(v) for v in node.inputs], opset)
-    except (NonAffine, ValueError, TypeError):
+    except (NonAffine, ValueError, TypeError, IndexError):
         return False
     read = sum(v.nbytes for v in node.inputs if v is not None and v.is_constant)
     if sum(r.nbytes for r in results) > read + GROWTH_LIMIT_BYTES:

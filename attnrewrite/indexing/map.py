@@ -90,14 +90,14 @@ def reshape(index: Index, out_shape: Shape, in_shape: Shape) -> Index:
     Axes are grouped where the products of extents agree, so that only coordinates of one group mix.
     """
     result: list[Coordinate] = []
-    for outs, ins in _groups(out_shape, in_shape):
+    for outs, ins in axis_groups(out_shape, in_shape):
         coordinates = index[outs.start : outs.stop]
         extents = out_shape[outs.start : outs.stop]
         result.extend(_regroup(coordinates, extents, in_shape[ins.start : ins.stop], index))
     return tuple(result)
 
 
-def _groups(out_shape: Shape, in_shape: Shape) -> list[tuple[range, range]]:
+def axis_groups(out_shape: Shape, in_shape: Shape) -> list[tuple[range, range]]:
     """Smallest runs of axes with equal products, in order."""
     groups: list[tuple[range, range]] = []
     i = j = 0

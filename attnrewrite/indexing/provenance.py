@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from attnrewrite.graph import Value
-from attnrewrite.indexing.map import Coordinate, Index, IndexingError
+from attnrewrite.indexing.map import Coordinate, Index, IndexingError, reduced
 from attnrewrite.indexing.rules import Fill, Read, sources
 
 
@@ -91,6 +91,7 @@ def _merge(a: Read, b: Read) -> Read:
             coordinates.append(one)
         else:
             coordinates.append(Coordinate(np.where(a.where, one.values, other.values), one.batch))
-    where: np.ndarray | None = a.where | b.where
-    assert where is not None
-    return Read(a.value, tuple(coordinates), None if where.all() else where)
+    where: np.ndarray = a.where | b.where
+    if not where.all():
+        return Read(a.value, tuple(coordinates), where)
+    return Read(a.value, tuple(Coordinate(reduced(c.values), c.batch) for c in coordinates))

@@ -138,7 +138,7 @@ def concat(node: Node, output: Value, index: Index) -> Sources:
     for k in range(len(node.inputs)):
         value = node.required(k)
         extent = _extent(value, axis, "a concatenation")
-        where = (position >= offset) & (position < offset + extent)
+        where = reduced((position >= offset) & (position < offset + extent))
         if where.any():
             local = Coordinate(np.where(where, position - offset, 0))
             parts.append(Read(value, _with(index, axis, local), where))
@@ -285,7 +285,7 @@ def where(node: Node, output: Value, index: Index) -> Sources | None:
     if condition is None:
         return None
     own = broadcast_index(index, node.required(0))
-    chosen = condition[tuple(c.static("a selection") for c in own)].astype(bool)
+    chosen = reduced(condition[tuple(c.static("a selection") for c in own)].astype(bool))
     parts = Sources()
     for k, taken in ((1, chosen), (2, ~chosen)):
         value = node.required(k)
@@ -328,7 +328,8 @@ def one_hot_convolution(node: Node, output: Value, index: Index) -> Sources | No
     inside: np.ndarray = np.ones((1,) * filters.ndim, bool)
     moved = [index[0], Coordinate(reduced(filters // (weight.shape[0] // _extent(data, 1, "a convolution"))))]
     for axis in range(spatial):
-        position = index[2 + axis].static("a convolution") * strides[axis] + taps[axis][filters] * dilations[axis] - pads[axis]
+        tap = reduced(taps[axis][filters]) * dilations[axis]
+        position = index[2 + axis].static("a convolution") * strides[axis] + tap - pads[axis]
         within = (position >= 0) & (position < _extent(data, 2 + axis, "a convolution"))
         inside = inside & within
         moved.append(Coordinate(np.where(within, position, 0)))

@@ -13,10 +13,10 @@ import numpy as np
 from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
-from attnrewrite.indexing.map import Index, IndexingError, identity
+from attnrewrite.indexing.map import Index, IndexingError, axis_groups, identity, reshape
 from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.indexing.rules import broadcast_index, sources
-from attnrewrite.localattention.contraction import Operand, is_contraction, operands
+from attnrewrite.localattention.contraction import Operand, is_contraction, operands, product_of
 from attnrewrite.localattention.site import Decline
 
 
@@ -34,7 +34,11 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """softmax(scale * query . key + terms) . value, on the grid [*output axes, keys, channels]."""
+    """softmax(scale * query . key + terms) . value, on the grid [*output axes, keys, channels].
+
+    output_shape: the output's axes as the grid numbers them: an axis that holds several (windows and heads, say) is split
+    as the model itself splits it afterwards.
+    """
 
     softmax: Node
     output: Value
@@ -50,15 +54,11 @@ class Attention:
     head_dim: int
     softmax_dtype: np.dtype
     logits: Value
+    output_shape: tuple[Extent, ...]
 
     @property
     def grid_rank(self) -> int:
         return self.channel_axis + 1
-
-    @property
-    def output_shape(self) -> tuple[Extent, ...]:
-        assert self.output.shape is not None
-        return self.output.shape
 
 
 def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
@@ -77,8 +77,9 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
         return consumer
     output = consumer.output
     assert output.shape is not None
-    key_axis, channel_axis = len(output.shape), len(output.shape) + 1
-    index = identity(output.shape, channel_axis + 1)
+    output_shape = _split_axes(facts, output)
+    key_axis, channel_axis = len(output_shape), len(output_shape) + 1
+    index = reshape(identity(output_shape, channel_axis + 1), output_shape, output.shape)
     weights, value = None, None
     for one, other in _both_ways(operands(consumer, index, key_axis)):
         found = _pull_to(softmax.output, one.value, one.index)
@@ -118,8 +119,26 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     assert softmax.output.dtype is not None
     return Attention(
         softmax, output, query, key, value, scale, tuple(terms), key_axis, channel_axis, value_axes[0], num_keys, head_dim,
-        softmax.output.dtype, logits,
+        softmax.output.dtype, logits, output_shape,
     )  # fmt: skip
+
+
+def _split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
+    """The output's extents, each axis split as the first Reshape behind it splits it (through transposes)."""
+    assert output.shape is not None
+    axes = list(range(len(output.shape)))  # axes[i]: the output's axis that axis i of the current value is
+    node = facts.only_user(output)
+    while node is not None and node.op == "Transpose":
+        axes = [axes[p] for p in node.attributes.get("perm") or list(range(len(axes)))[::-1]]
+        node = facts.only_user(node.output)
+    splits: dict[int, tuple[Extent, ...]] = {}
+    if node is not None and node.op == "Reshape" and node.output.shape is not None and node.input(0) is not None:
+        before = node.required(0).shape
+        assert before is not None
+        for outs, ins in axis_groups(node.output.shape, before):
+            if len(ins) == 1 and len(outs) > 1:
+                splits[axes[ins.start]] = tuple(node.output.shape[o] for o in outs)
+    return tuple(e for a, extent in enumerate(output.shape) for e in splits.get(a, (extent,)))
 
 
 def _without_scale(facts: Facts, operand: Operand) -> tuple[Operand, float]:
@@ -165,8 +184,12 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
             return Decline(f"the attention probabilities {what}, so they must exist in memory", softmax.label)
         if is_contraction(user):
             return user
-        if user.op == "Mul" and (after := facts.only_user(user.output)) is not None and is_contraction(after):
-            return after
+        if user.op == "Mul":
+            after = facts.only_user(user.output)
+            while after is not None and after.op == "Cast":
+                after = facts.only_user(after.output)
+            if after is not None and product_of(after) is user:
+                return after
         if user.domain != STANDARD_DOMAIN or user.op not in REARRANGING or user.required(0) is not value:
             return Decline(f"the probabilities go into {user.op}, not into a sum over values", user.label)
         value = user.outputs[0]

@@ -30,10 +30,19 @@ def is_contraction(node: Node | None) -> bool:
         return False
     if node.op in ("MatMul", "Einsum"):
         return len(node.inputs) == 2 and not any(node.required(k).is_constant for k in range(2))
-    if node.op == "ReduceSum":
-        factor = node.required(0).producer
-        return factor is not None and factor.op == "Mul" and not any(v is None or v.is_constant for v in factor.inputs)
-    return False
+    return product_of(node) is not None
+
+
+def product_of(node: Node) -> Node | None:
+    """The Mul of two computed tensors that a ReduceSum sums, casts between them aside; None where there is none."""
+    if node.op != "ReduceSum" or node.domain != STANDARD_DOMAIN:
+        return None
+    factor = node.required(0).producer
+    while factor is not None and factor.op == "Cast":
+        factor = factor.required(0).producer
+    if factor is None or factor.op != "Mul" or any(v is None or v.is_constant for v in factor.inputs):
+        return None
+    return factor
 
 
 def operands(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
@@ -106,8 +115,10 @@ def _einsum(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
 
 
 def _sum_of_products(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
-    product = node.required(0)
-    assert product.shape is not None and product.producer is not None
+    factor = product_of(node)
+    assert factor is not None
+    product = factor.output
+    assert product.shape is not None
     rank = len(product.shape)
     axes = node.constant(1)
     if axes is None:
@@ -120,7 +131,7 @@ def _sum_of_products(node: Node, index: Index, axis: int) -> tuple[Operand, Oper
     full: list[Coordinate] = []
     for a in range(rank):
         full.append(positions[summed.index(a)] if a in summed else kept.pop(0))
-    a_value, b_value = product.producer.required(0), product.producer.required(1)
+    a_value, b_value = factor.required(0), factor.required(1)
     return (
         Operand(a_value, broadcast_index(tuple(full), a_value)),
         Operand(b_value, broadcast_index(tuple(full), b_value)),

@@ -18,7 +18,7 @@ from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.evaluate import evaluate
 from attnrewrite.graph import Node, Value
-from attnrewrite.indexing.map import Coordinate, Index, dependencies
+from attnrewrite.indexing.map import Coordinate, Index, dependencies, reshape
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.tokens import Roles, channel_axis_of, full_range, per_token_inputs, roles
@@ -29,7 +29,7 @@ class NotHoistable(ValueError):
     """A per-token operator could not be written on the feature map; the message names it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class FeatureMap:
     """A tensor [B, *S, F], or [B, F, *S] if channels_first, with F the row-major product of its source's feature axes."""
 
@@ -47,9 +47,13 @@ class FeatureMap:
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """Where the walk ends: a value read at `index`, and the feature map that stands for it."""
+    """Where the walk ends: a value seen in `shape` and read at `index`, and the feature map that stands for it.
+
+    roles, feature_order: its token axes, and its feature axes in the order of the map's features.
+    """
 
     value: Value
+    shape: Shape
     index: Index
     roles: Roles
     feature_order: tuple[int, ...]
@@ -62,7 +66,7 @@ class Hoister:
     def __init__(self, facts: Facts, spatial: tuple[int, ...], made_by: str) -> None:
         self.facts, self.graph, self.spatial, self.made_by = facts, facts.graph, spatial, made_by
         self.nodes: list[Node] = []
-        self.padded: dict[Value, float] = {}
+        self.padded: dict[FeatureMap, float] = {}
         self._full: dict[tuple[Value, Value], FeatureMap] = {}
         self._maps: dict[Value, FeatureMap] = {}
         self._converted: dict[tuple[Value, bool], Value] = {}
@@ -96,7 +100,7 @@ class Hoister:
         if list(permutation) == list(range(len(permutation))):
             return value
         shape = tuple(value.shape[p] for p in permutation)
-        return self.emit("Transpose", [value], shape, f"{value.name}_t", perm=list(permutation))
+        return self.emit("Transpose", [value], shape, f"{value.name}_t", perm=[int(p) for p in permutation])
 
     def laid_out(self, map_: FeatureMap, *, channels_first: bool) -> Value:
         """The map's tensor in the wanted layout."""
@@ -167,9 +171,11 @@ class Hoister:
         last = None
         for last in provenances(value, index, self.facts.positions):
             if last.value is anchor.value:
-                self._same_tokens(last.index, anchor, last.domain)
-                flat = _flat_features(anchor.value, last.index, anchor.feature_order)
-                self._note_padding(anchor.map.value, last.fills)
+                assert anchor.value.shape is not None
+                seen = reshape(last.index, anchor.value.shape, anchor.shape)
+                self._same_tokens(seen, anchor, last.domain)
+                flat = _flat_features(anchor.shape, seen, anchor.feature_order)
+                self._note_padding(anchor.map, last.fills)
                 return anchor.map, flat
         assert last is not None
         node = last.value.producer
@@ -178,19 +184,20 @@ class Hoister:
         split = roles(last.value, last.index, features)
         if split is None:
             raise NotHoistable(f"{node.label} mixes tokens and channels")
-        flat = _flat_features(last.value, last.index, split.features)
+        assert last.value.shape is not None
+        flat = _flat_features(last.value.shape, last.index, split.features)
         key = (last.value, anchor.map.value)
         if key not in self._full:
             full = _all_features(last.value, last.index, split, channel_axis)
             self._full[key] = self._operator(node, last.value, full, split, channel_axis, features, anchor)
         map_ = self._full[key]
-        self._note_padding(map_.value, last.fills)
+        self._note_padding(map_, last.fills)
         return map_, flat
 
-    def _note_padding(self, value: Value, fills: Sequence[Any]) -> None:
+    def _note_padding(self, map_: FeatureMap, fills: Sequence[Any]) -> None:
         for fill in fills:
-            if self.padded.setdefault(value, fill.number) != fill.number:
-                raise NotHoistable(f"{value.name} is padded with two different numbers")
+            if self.padded.setdefault(map_, fill.number) != fill.number:
+                raise NotHoistable(f"{map_.value.name} is padded with two different numbers")
 
     def _same_tokens(self, index: Index, anchor: Anchor, domain: np.ndarray | None) -> None:
         for axis in anchor.roles.tokens:
@@ -309,9 +316,10 @@ class Hoister:
     def padding_vector(self, result: Value) -> np.ndarray | None:
         """What a padded token's features become in `result`: the hoisted operators run on the padding. None if never padded."""
         known: dict[Value, np.ndarray] = {}
-        for value, number in self.padded.items():
-            assert value.shape is not None and value.dtype is not None
-            known[value] = np.full([1] * (len(value.shape) - 1) + [int(value.shape[-1])], number, value.dtype)  # type: ignore[arg-type]
+        for map_, number in self.padded.items():
+            shape = [1] * (len(self.spatial) + 2)
+            shape[1 if map_.channels_first else -1] = map_.num_features
+            known[map_.value] = np.full(shape, number, map_.value.dtype)
         for node in self.nodes:
             if node.output in known or not any(v in known for v in node.inputs if v is not None):
                 continue
@@ -340,14 +348,13 @@ def _vector(array: np.ndarray, channel_axis: int) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _flat_features(value: Value, index: Index, axes: Sequence[int]) -> np.ndarray:
+def _flat_features(shape: Shape, index: Index, axes: Sequence[int]) -> np.ndarray:
     """Row-major position among the feature axes that each grid point reads."""
-    assert value.shape is not None
     flat: np.ndarray = np.zeros((1,) * index[0].values.ndim, np.int64)
     for axis in axes:
-        extent = value.shape[axis]
+        extent = shape[axis]
         if isinstance(extent, Dim):
-            raise NotHoistable(f"{value.name} has a symbolic feature axis")
+            raise NotHoistable(f"the feature axis of extent {extent} is symbolic")
         flat = flat * extent + index[axis].static("a feature")
     return flat
 

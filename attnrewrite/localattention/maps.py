@@ -16,7 +16,7 @@ import numpy as np
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
-from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity
+from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity, reshape
 from attnrewrite.indexing.rules import RULES
 from attnrewrite.localattention.attention import Attention, Operand
 from attnrewrite.localattention.geometry import PADDING
@@ -64,7 +64,7 @@ class SiteMaps:
     """A site between feature maps. Grid axes are the attention's; features: those that number heads and channels.
 
     query: the source whose map and the output's agree, queries: all such views of it; keys, values: every candidate of
-    theirs, nearest first.
+    theirs, nearest first; sources: of all three, in the order of the walk.
     """
 
     attention: Attention
@@ -75,6 +75,7 @@ class SiteMaps:
     back: Return
     keys: tuple[Source, ...]
     values: tuple[Source, ...]
+    sources: dict[str, tuple[Source, ...]]
 
     @property
     def token_axes(self) -> tuple[int, ...]:
@@ -111,9 +112,11 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     maps = _meet(facts, attention, features, found_sources["query"])
     if isinstance(maps, Decline):
         return maps
-    queries, back = maps
+    queries, back, moved_again = maps
+    if moved_again:
+        return Decline("the output is rearranged once more, to other pixels than its queries came from", moved_again)
     keys, values = (_like_query(found_sources[name], queries[0]) for name in ("key", "value"))
-    return SiteMaps(attention, features, heads, queries[0], queries, back, keys, values)
+    return SiteMaps(attention, features, heads, queries[0], queries, back, keys, values, {n: tuple(s) for n, s in found_sources.items()})
 
 
 def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:
@@ -160,7 +163,7 @@ def as_source(candidate: Candidate, split: Roles) -> Source | None:
 
 def _meet(
     facts: Facts, attention: Attention, features: frozenset[int], queries: Sequence[Source]
-) -> tuple[tuple[Source, ...], Return] | Decline:
+) -> tuple[tuple[Source, ...], Return, str | None] | Decline:
     """The last value behind the attention at which output pixel and query pixel are the same, and those query sources."""
     returns = _returns(facts, attention, features)
     for back in reversed(returns):
@@ -169,12 +172,49 @@ def _meet(
                 same = [q for q in queries if _agree(attention, features, q, back)]
                 fitting = [r for r in returns if _agree(attention, features, query, r)]
                 first = min(r.depth for r in fitting)
+                chosen = min((r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1))
+                moved_again = [r for r in returns if r not in fitting and _follows(facts, chosen, r)]
                 return (
                     tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
-                    min((r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1)),
+                    chosen,
+                    moved_again[0].value.name if moved_again else None,
                 )
     where = returns[-1].value.name if returns else attention.output.name
     return Decline("the output does not return to the pixels its queries came from", where)
+
+
+def _follows(facts: Facts, one: Return, other: Return) -> bool:
+    """Whether `other` lies behind `one` and holds as many tokens: then it is the same map, rearranged."""
+    assert one.value.shape is not None and other.value.shape is not None
+    tokens = [math.prod(count(r.value.shape[a]) for a in r.roles.tokens) for r in (one, other)]  # type: ignore[index]
+    return facts.positions[other.value] > facts.positions[one.value] and tokens[0] == tokens[1]
+
+
+def rearranged_before(maps: SiteMaps, name: str, chosen: Source) -> str | None:
+    """The value from which the tokens of the chosen map are rearranged once more, before anything joins them; None if none.
+
+    A map of as many tokens in another order (a roll, a flip, windows of a folded batch) belongs to the site: what is left
+    of it would remain in the graph.
+    """
+    attention = maps.attention
+    axes = [*maps.token_axes, *([] if name == "query" else [attention.key_axis])]
+    shape = (*attention.output_shape, attention.num_keys, 1)
+    own = flat_pixels(chosen.candidate, chosen.roles.tokens, shape, axes)
+    total = tokens_of(chosen)
+    later = False
+    for source in maps.sources[name]:
+        later = later or source.candidate is chosen.candidate
+        if not later or source.candidate.joins != chosen.candidate.joins or tokens_of(source) != total:
+            continue
+        if not np.array_equal(flat_pixels(source.candidate, source.roles.tokens, shape, axes), own):
+            return source.value.name
+    return None
+
+
+def tokens_of(source: Source) -> int:
+    """Tokens of a source the grid enumerates, batch included."""
+    assert source.value.shape is not None
+    return math.prod(count(source.value.shape[a]) for a in source.roles.tokens)
 
 
 def _spelled_out(axes: int) -> tuple[bool, int]:
@@ -213,7 +253,11 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
         if candidate.domain is not None:
             return None
         if candidate.value is attention.output:
-            index = candidate.index
+            assert attention.output.shape is not None
+            try:
+                index = reshape(candidate.index, attention.output.shape, attention.output_shape)
+            except IndexingError:
+                return None
             tokens = dependencies([c for a, c in enumerate(index) if a not in features])
             own_features |= dependencies([c for a, c in enumerate(index) if a in features]) - {channel_axis}
             split = _split_axes(value, tokens, own_features)

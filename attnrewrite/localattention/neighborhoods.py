@@ -20,7 +20,7 @@ from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import Attention, Operand, constant_at
 from attnrewrite.localattention.geometry import NeighborhoodGeometry
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, read_maps
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, read_maps, rearranged_before
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.windows import grouped
 
@@ -168,6 +168,9 @@ def _match_key(maps: SiteMaps, key_source: Source, key: Shifted, value: Shifted)
     value_source, value_geometry, value_slots = values
     if geometry != value_geometry or not np.array_equal(slots, value_slots):
         return Decline(f"keys lie in a {geometry.kernel_size} neighbourhood, values in another", node)
+    left_over = rearranged_before(maps, "query", maps.query)
+    if left_over is not None:
+        return Decline("the query tokens are rearranged in a way that the output does not undo", left_over)
     bias = _logit_bias(maps, slots)
     if isinstance(bias, Decline):
         return bias

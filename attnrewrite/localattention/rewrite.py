@@ -17,6 +17,7 @@ from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoi
 from attnrewrite.localattention.maps import SiteMaps, Source, count, spread
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.windows import grouped
+from attnrewrite.localattention.tokens import Roles
 from attnrewrite.pipeline import Declined
 
 
@@ -46,7 +47,8 @@ class SiteRewriter:
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         candidate, roles = source.candidate, source.roles
         map_ = hoister.source_map(source.value, roles, self.batch)
-        anchor = Anchor(source.value, candidate.index, roles, roles.features, map_)
+        assert source.value.shape is not None
+        anchor = Anchor(source.value, source.value.shape, candidate.index, roles, roles.features, map_)
         try:
             found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
             axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
@@ -105,7 +107,7 @@ class SiteRewriter:
         channel_axis = len(back.value.shape)
         order = (*maps.heads, attention.value_axis)
         tokens = tuple(a for a in range(len(attention.output_shape)) if a not in maps.features)
-        anchor = Anchor(attention.output, back.index, type(back.roles)(tokens, order), order, map_)
+        anchor = Anchor(attention.output, attention.output_shape, back.index, Roles(tokens, order), order, map_)
         own = identity(back.value.shape, channel_axis + 1)
         features = frozenset(back.roles.features) | {channel_axis}
         try:

@@ -25,8 +25,8 @@ from attnrewrite.ops import NORMALISATIONS, POINTWISE, REDUCTIONS
 class Candidate:
     """A value all of the operand comes from, and the map by which it is read.
 
-    depth: how many per-token operators lie between it and the operand. fills: elements that come from padding below it,
-    with the depth at which they are padded.
+    depth: how many per-token operators lie between it and the operand; joins: how many of them read several computed
+    tensors. fills: elements that come from padding below it, with the depth at which they are padded.
     """
 
     value: Value
@@ -34,6 +34,7 @@ class Candidate:
     domain: np.ndarray | None
     fills: tuple[tuple[int, Fill], ...]
     depth: int
+    joins: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ def candidates(value: Value, index: Index, channel_axis: int, positions: Mapping
     Where an operator reads two computed tensors (x / norm(x)), the way of the one computed last is followed; that the
     other comes from the same tokens is proved when the operator is hoisted.
     """
-    depth = 0
+    depth = joins = 0
     fills: tuple[tuple[int, Fill], ...] = ()
     domain: np.ndarray | None = None
     while True:
@@ -130,7 +131,7 @@ def candidates(value: Value, index: Index, channel_axis: int, positions: Mapping
             for last in provenances(value, index, positions):
                 inside = last.domain if domain is None else domain if last.domain is None else last.domain & domain
                 found = fills + tuple((depth, f) for f in last.fills)
-                yield Candidate(last.value, last.index, inside, found, depth)
+                yield Candidate(last.value, last.index, inside, found, depth, joins)
         except IndexingError:
             return
         if last is None or last.value.producer is None:
@@ -142,6 +143,7 @@ def candidates(value: Value, index: Index, channel_axis: int, positions: Mapping
             return
         if not inputs:
             return
+        joins += len(inputs) > 1
         value, index = max(inputs, key=lambda pair: (_elements(pair[0]), positions.get(pair[0], -1)))
         depth += 1
 

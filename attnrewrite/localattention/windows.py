@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnrewrite.indexing.map import IndexingError, dependencies, first_difference
+from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.attention import has_fully_masked_row
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, spread
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, rearranged_before, spread
 from attnrewrite.localattention.site import Decline
 
 
@@ -64,7 +64,10 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     tables = _tables(maps, key, window_axes, query_axes)
     if isinstance(tables, Decline):
         return tables
-    queries, keys, batch = tables
+    queries, keys, element = tables
+    left_over = rearranged_before(maps, "query", maps.query)
+    if left_over is not None:
+        return Decline("the tokens are rearranged before the attention in a way that its output does not undo", left_over)
     if len(queries) == 1:
         size = "x".join(map(str, maps.query.spatial))
         return Decline(f"global attention: every token of the {size} map attends all {keys.shape[1]} keys", node, "global")
@@ -87,37 +90,40 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
         if difference is not None:
             detail = f"window {difference.at[0]} reads pixel {difference.found}, its queries come from pixel {difference.expected}"
         return Decline(f"the keys are not those of the queries' window: {detail}", node)
-    value = _matching_value(maps, keys, window_axes, key.spatial, batch)
+    value = _matching_value(maps, keys, window_axes, key.spatial, element)
     if isinstance(value, Decline):
         return value
-    terms = _terms(maps, window_axes, query_axes, batch)
+    for name, source in (("key", key), ("value", value)):
+        left_over = rearranged_before(maps, name, source)
+        if left_over is not None:
+            return Decline(f"the {name} tokens are rearranged before the windows in a way that the output does not undo", left_over)
+    terms = _terms(maps, window_axes, query_axes, element)
     if isinstance(terms, Decline):
         return terms
     ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
-    bias, mask, mask_value = _split_terms(ordered, geometry)
+    bias, mask, mask_value = _split_terms(ordered, geometry, maps.attention.softmax_dtype)
     return WindowMatch(maps, geometry, key, value, bias, mask, mask_value)
 
 
-Tables = tuple[np.ndarray, np.ndarray, int]
+Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _tables(maps: SiteMaps, key: Source, window_axes: list[int], query_axes: list[int]) -> Tables | Decline:
-    """Pixels of queries [nW, N] and keys [nW, M] of one batch element, and how many elements the rows enumerate."""
+    """Pixels of queries [nW, N] and keys [nW, M] of one batch element, and the rows of each element, int64 [B, nW]."""
     queries = _pixels(maps, maps.query, window_axes, query_axes, keys=False)
     keys = _pixels(maps, key, window_axes, [], keys=True)
-    batch = _static_batch(maps.query)
-    per_element = len(queries) // batch
+    batch, extent = _static_batch(maps.query), math.prod(maps.query.spatial)
     node = maps.attention.softmax.label
     if len(queries) % batch or len(keys) != len(queries):
         return Decline("the windows do not divide evenly over the batch", node)
+    element = np.argsort(queries.max(axis=1) // extent, kind="stable").reshape(batch, -1)
     for table, source in ((queries, maps.query), (keys, key)):
-        extent = math.prod(source.spatial)
-        elements = table.reshape(batch, per_element, -1)
-        offset = np.arange(batch)[:, None, None] * extent
-        local = np.where(elements == PADDING, PADDING, elements - offset)
+        offset = np.arange(batch)[:, None, None] * math.prod(source.spatial)
+        rows = table[element]
+        local = np.where(rows == PADDING, PADDING, rows - offset)
         if _static_batch(source) != batch or (local != local[:1]).any():
             return Decline("windows reach from one batch element into another", node)
-    return queries[:per_element], keys[:per_element], batch
+    return queries[element[0]], keys[element[0]], element
 
 
 def _static_batch(source: Source) -> int:
@@ -135,24 +141,25 @@ def _pixels(maps: SiteMaps, source: Source, window_axes: list[int], inner_axes: 
 
 
 def _matching_value(
-    maps: SiteMaps, keys: np.ndarray, window_axes: list[int], spatial: tuple[int, ...], batch: int
+    maps: SiteMaps, keys: np.ndarray, window_axes: list[int], spatial: tuple[int, ...], element: np.ndarray
 ) -> Source | Decline:
     difference = None
     for value in maps.values:
-        if value.spatial != spatial or _static_batch(value) != batch:
+        if value.spatial != spatial or _static_batch(value) != len(element):
             continue
         try:
-            found = _pixels(maps, value, window_axes, [], keys=True)[: len(keys)]
+            rows = _pixels(maps, value, window_axes, [], keys=True)[element]
         except IndexingError:
             continue
-        different = first_difference(found, keys)
+        offset = np.arange(len(element))[:, None, None] * math.prod(spatial)
+        different = first_difference(np.where(rows == PADDING, PADDING, rows - offset), keys[None])
         if different is None:
             return value
         difference = difference or different
     node = maps.attention.softmax.label
     if difference is None:
         return Decline("the values come from no feature map like that of the keys", node)
-    at, found_pixel, expected = difference.at, difference.found, difference.expected
+    at, found_pixel, expected = difference.at[1:], difference.found, difference.expected
     return Decline(f"token {at} takes its key from pixel {expected} and its value from pixel {found_pixel}", node)
 
 
@@ -267,7 +274,7 @@ def _token_order(table: np.ndarray, geometry: WindowGeometry) -> np.ndarray | No
     return order if np.array_equal(table[:, order], expected) else None
 
 
-def _terms(maps: SiteMaps, window_axes: list[int], query_axes: list[int], batch: int) -> list[np.ndarray] | Decline:
+def _terms(maps: SiteMaps, window_axes: list[int], query_axes: list[int], element: np.ndarray) -> list[np.ndarray] | Decline:
     """The constant terms as arrays [nW or 1, nH or 1, N or 1, M or 1] of one batch element."""
     attention = maps.attention
     if any(t.lowest for t in attention.terms) and has_fully_masked_row(attention.terms, attention.key_axis):
@@ -277,12 +284,12 @@ def _terms(maps: SiteMaps, window_axes: list[int], query_axes: list[int], batch:
         arrays = term.values.reshape(term.values.shape + (1,) * (attention.grid_rank - term.values.ndim))
         groups = [window_axes, list(maps.heads), query_axes, [attention.key_axis]]
         flat = grouped(arrays, groups, attention)
-        if flat.shape[0] > 1 and batch > 1:
-            elements = flat.reshape(batch, -1, *flat.shape[1:])
+        if flat.shape[0] > 1:
+            elements = flat[element]
             if (elements != elements[:1]).any():
                 return Decline("the mask differs between batch elements", term.node.label)
             flat = elements[0]
-        found.append(flat)
+        found.append(reduced(flat))
     return found
 
 
@@ -316,7 +323,10 @@ def _reordered(term: np.ndarray, windows: np.ndarray, queries: np.ndarray, keys:
     return term
 
 
-def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry) -> tuple[np.ndarray | None, np.ndarray | None, float | None]:
+Split = tuple[np.ndarray | None, np.ndarray | None, float | None]
+
+
+def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dtype) -> Split:
     """(bias, mask, mask_value): what all windows share, or has heads, apart from what differs between windows alone."""
     tokens = geometry.tokens_per_window
     per_window = [t for t in terms if t.shape[0] > 1 and t.shape[1] == 1]
@@ -324,6 +334,8 @@ def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry) -> tuple[np.
     bias = None
     if others:
         total = sum(others[1:], others[0])
+        if total.shape[0] > 1 and not per_window and (parts := _bias_and_shift_mask(total, geometry, dtype)) is not None:
+            return np.broadcast_to(parts[0], (*parts[0].shape[:2], tokens, tokens)), None, parts[1]
         if total.any():
             bias = np.broadcast_to(total, (*total.shape[:2], tokens, tokens))
     mask = None
@@ -344,3 +356,18 @@ def _shift_mask_value(mask: np.ndarray, geometry: WindowGeometry) -> float | Non
         return None
     penalty = mask[crosses][0]
     return float(penalty) if penalty and np.array_equal(mask, np.where(crosses, penalty, 0.0)) else None
+
+
+def _bias_and_shift_mask(total: np.ndarray, geometry: WindowGeometry, dtype: np.dtype) -> tuple[np.ndarray, float] | None:
+    """(bias, penalty) of a constant that is a bias plus the shift mask, added in `dtype`; None where it is not exactly that."""
+    crosses = geometry.crosses_regions()
+    plain = np.flatnonzero(~crosses.any(axis=(1, 2)))
+    if not crosses.any() or not len(plain) or total.shape[2:] != crosses.shape[1:]:
+        return None
+    bias = total[plain[:1]]
+    where = np.broadcast_to(crosses[:, None], total.shape)
+    penalty = float(np.round(np.median((total - bias)[where]), 3))
+    if not np.isfinite(penalty):
+        return None
+    rebuilt = np.where(where, bias.astype(dtype) + np.asarray(penalty, dtype), bias)
+    return (bias, penalty) if np.array_equal(rebuilt, total) else None
