@@ -182,29 +182,55 @@ def build(
 
 
 def verify(
-    source: Path, rewritten: Path, options: Options, report: Report | None = None, *, trials: int = 3
+    source: Path,
+    rewritten: Path,
+    options: Options,
+    report: Report | None = None,
+    *,
+    trials: int = 3,
+    emulate: bool = False,
 ) -> Verification:
     """Exact and numeric verification of a rewritten model and, where this machine can run it, of its library.
 
-    report: of the artifact that the rewritten model is part of.
+    report: of the artifact that the rewritten model is part of. emulate: take the time that an emulator needs, which
+    is fetched where it is missing; otherwise it is used where it is at hand, for one run.
     """
     from attnrewrite.verify.numeric import verify_models
 
-    compiled = rewritten.parent if report is not None and runs_here(report) else None
+    load: Callable[[], Runner] | str | None = None
+    if report is not None and has_library(report):
+        load = _loader(report, rewritten.parent, options.threads, emulate)
     precision: Precision = "fp16" if report is not None and report.precision == "fp16" else "fp32"
     verification = verify_models(
         source,
         rewritten,
         trials=trials,
-        compiled=compiled,
+        compiled=load if callable(load) else None,
         compiled_precision=precision,
+        compiled_trials=None if emulate or (report is not None and runs_here(report)) else 1,
         input_shapes=options.input_shapes,
         threads=options.threads,
     )
-    if report is not None and has_library(report) and compiled is None:
-        note = f"the library for {report.target} was not run: this machine cannot run it"
-        verification = replace(verification, notes=(*verification.notes, note))
+    if isinstance(load, str):
+        verification = replace(verification, notes=(*verification.notes, load))
     return verification
+
+
+def _loader(report: Report, directory: Path, threads: int | None, emulate: bool) -> Callable[[], Runner] | str:
+    """How to run an artifact's library on this machine, or a sentence on why it is not run."""
+    from attnrewrite.verify.runners import CompiledRunner, EmulatedRunner
+
+    if runs_here(report):
+        return lambda: CompiledRunner(directory, threads)
+    if (report.target or "").partition(":")[0] != "arm" or "apple" in (report.target or ""):
+        return f"the library for {report.target} was not run: this machine has no such device"
+    from attnrewrite.lowering.qemu import Missing, find_emulator
+
+    emulator = find_emulator(prepare=emulate)
+    if isinstance(emulator, Missing):
+        hint = "" if emulate else "; `attnrewrite verify` prepares one where it can"
+        return f"the library for {report.target} was not run, for want of an emulator: {emulator.reason}{hint}"
+    return lambda: EmulatedRunner(emulator, directory)
 
 
 def verify_artifact(
@@ -214,7 +240,7 @@ def verify_artifact(
     options = Options(input_shapes=input_shapes, threads=threads)
     if rewritten.is_dir():
         report, _ = read_report(rewritten)
-        return verify(original, rewritten / MODEL_NAME, options, report, trials=trials)
+        return verify(original, rewritten / MODEL_NAME, options, report, trials=trials, emulate=True)
     check_model_path(rewritten)
     return verify(original, rewritten, options, trials=trials)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -21,6 +22,7 @@ from attnrewrite.artifact import InputShapes
 from attnrewrite.localattention.site import Kind
 from attnrewrite.report import Report
 from attnrewrite.verify.numeric import verify_models
+from attnrewrite.verify.runners import CompiledRunner
 
 if TYPE_CHECKING:
     import onnx
@@ -51,7 +53,8 @@ def assert_equivalent(
         compiled = None
         if after_path.is_dir():
             report, _ = artifact.read_report(after_path)
-            compiled = after_path if artifact.runs_here(report) else None
+            if artifact.runs_here(report):
+                compiled = partial(CompiledRunner, after_path, threads)
             after_path /= artifact.MODEL_NAME
         verification = verify_models(
             before,

@@ -36,7 +36,7 @@ from attnrewrite.verify.inputs import (
     nudged,
     resolve_shapes,
 )
-from attnrewrite.verify.runners import CompiledRunner, OnnxRunner, Runner, RunnerError
+from attnrewrite.verify.runners import OnnxRunner, Runner, RunnerError
 
 Candidate = Literal["rewritten", "compiled"]
 Precision = Literal["fp32", "fp16"]
@@ -192,9 +192,9 @@ def verify_models(
     rewritten: Path | str,
     *,
     trials: int = 3,
-    compiled: Path | str | None = None,
+    compiled: Callable[[], Runner] | None = None,
     compiled_precision: Precision = "fp32",
-    compiled_runner: Callable[[], Runner] | None = None,
+    compiled_trials: int | None = None,
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     threads: int | None = None,
     seed: int = SEED,
@@ -202,17 +202,12 @@ def verify_models(
 ) -> Verification:
     """Run the original and its rewritten (and compiled) forms on the same inputs and compare every output.
 
-    original, rewritten: ONNX files; rewritten may also be an artifact directory, whose library is then compared too
-    where it runs on this machine. compiled: such a directory. compiled_runner: loads it where it does not run here by
-    itself (an emulator). trials: how many inputs; they go through `CASES` of attnrewrite.verify.inputs and, where the
-    batch is symbolic, through batches 1, 2 and 3. tolerance: in place of the derived one. One model is in memory at a
-    time.
+    original, rewritten: ONNX files. compiled: loads the library made of the rewritten one. trials: how many inputs;
+    they go through `CASES` of attnrewrite.verify.inputs and, where the batch is symbolic, through batches 1, 2 and 3.
+    compiled_trials: the library gets only the first of them. tolerance: in place of the derived one. One model is in memory at a time.
     Raises UserError where the original does not run. A wrong result raises nothing: see `Verification.passed`.
     """
     original, rewritten = Path(original), Path(rewritten)
-    if rewritten.is_dir():
-        compiled = compiled or rewritten
-        rewritten = rewritten / "model.onnx"
     model = interface(original)
     shapes = _known_shapes(model, interface(rewritten), input_shapes or {})
     precision: Precision = "fp16" if model.half_precision else "fp32"
@@ -223,13 +218,12 @@ def verify_models(
     loaders: list[tuple[Candidate, Precision, Callable[[], Runner]]] = [
         ("rewritten", precision, lambda: OnnxRunner(rewritten, threads))
     ]
-    if compiled is not None or compiled_runner is not None:
-        load = compiled_runner or (lambda: CompiledRunner(Path(compiled or rewritten), threads))
-        loaders.append(("compiled", "fp16" if "fp16" in (precision, compiled_precision) else "fp32", load))
+    if compiled is not None:
+        loaders.append(("compiled", "fp16" if "fp16" in (precision, compiled_precision) else "fp32", compiled))
     for candidate, of_precision, load in loaders:
         try:
             runner = load()
-            for trial in reference:
+            for trial in reference[: compiled_trials if candidate == "compiled" else None]:
                 comparisons += _compare_trial(candidate, of_precision, runner.run(trial.inputs), trial, tolerance)
             del runner
         except RunnerError as error:
