@@ -181,6 +181,8 @@ SLIDES = {
     "row of one pixel": (slide_spec((9, 1), (3, 3)), {}),
     "row of fifteen pixels": (slide_spec((4, 15), (3, 3)), {}),
     "row of sixteen pixels": (slide_spec((4, 16), (3, 3)), {}),
+    "two strips across": (slide_spec((3, 300), (3, 3)), {"d": 8, "batch": 1}),
+    "four strips across": (slide_spec((7, 1000), (3, 5), (1, 3)), {"d": 4, "batch": 1}),
     "bias": (slide_spec((11, 18), (3, 3)), {"optional": ("bias",)}),
     "key bias": (slide_spec((11, 18), (3, 3)), {"optional": ("key_bias",)}),
     "value bias": (slide_spec((11, 18), (3, 3)), {"optional": ("value_bias",)}),

@@ -13,7 +13,7 @@ The last tile of a row overlaps the one before it; a row shorter than a vector i
 shift kernels key_j and value_j are small convolutions, computed where they are used. Letters as in docs/ops.md.
 
 Stages are TVMScript, inlined into the kernel. A `feature_map` is a view [B, C, planes, rows, columns]; a `strip` is the
-bordered copy [channels of the head, kernel planes, rows, pitch] of a task.
+bordered copy [channels of the head, kernel planes, rows, columns] of a task.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from attnrewrite.lowering.kernels.vector_math import LOG2_E, vector_unit
 
 
 class Tile(NamedTuple):
-    """Where a tile lies: its image, plane, first row and column in the map; `row` counts from the top of the strip.
+    """Where a tile lies: its image, plane, first row and column in the map; `row` and `column` count from the strip's.
 
     In the strip's copy all lies one border further down and right: a pixel's first slot stands at its own coordinates.
     """
@@ -41,6 +41,7 @@ class Tile(NamedTuple):
     image: Expr
     plane: Expr
     map_row: Expr
+    map_column: Expr
     row: Expr
     column: Expr
 
@@ -51,25 +52,25 @@ def of_channel(rows: Any, channel: Expr, *index: Expr) -> Expr:
 
 
 @T.inline
-def copy_strip(plan, strip, width, feature_map, image, first, plane, first_row):
-    """Copies `width` channels of the strip's rows and their border as float32; zero outside the map."""
-    for c, slot, row in T.grid(width, plan.kernel_planes, plan.copied_rows):
+def copy_strip(plan, strip, channels, feature_map, image, first, plane, first_row, first_column):
+    """Copies `channels` channels of the strip and their border as float32; zero outside the map."""
+    for c, slot, row in T.grid(channels, plan.kernel_planes, plan.copied_rows):
         y = T.meta_var(first_row + row - plan.row_border)
         source, inside = T.meta_var(plan.neighbour_plane(plane, slot))
+        begin, end = T.meta_var(plan.columns_in_map(first_column))
+        to_strip = T.meta_var(plan.column_border - first_column)
         if T.And(inside, T.And(y >= 0, y < plan.height)):
-            if plan.column_border > 0:
-                for x in T.vectorized(plan.column_border):
-                    strip[c, slot, row, x] = T.float32(0)
-            for tile in range(plan.column_tiles):
+            for x in range(begin + to_strip):
+                strip[c, slot, row, x] = T.float32(0)
+            for vector in range(T.ceildiv(end - begin, plan.stored_lanes)):
+                x = T.meta_var(T.min(begin + vector * plan.stored_lanes, end - plan.stored_lanes))
                 for lane in T.vectorized(plan.stored_lanes):
-                    strip[c, slot, row, plan.column_border + plan.first_column(tile) + lane] = T.cast(
-                        feature_map[image, first + c, source, y, plan.first_column(tile) + lane], "float32"
-                    )
-            if plan.pitch > plan.column_border + plan.width:
-                for x in T.vectorized(plan.pitch - plan.column_border - plan.width):
-                    strip[c, slot, row, plan.column_border + plan.width + x] = T.float32(0)
+                    pixel = T.meta_var(feature_map[image, first + c, source, y, x + lane])
+                    strip[c, slot, row, x + to_strip + lane] = T.cast(pixel, "float32")
+            for x in range(plan.copied_columns - (end + to_strip)):
+                strip[c, slot, row, end + to_strip + x] = T.float32(0)
         else:
-            for x in range(plan.pitch):
+            for x in range(plan.copied_columns):
                 strip[c, slot, row, x] = T.float32(0)
 
 
@@ -80,7 +81,7 @@ def gather_queries(plan, tile, queries, feature_map, first):
         for i in T.unroll(plan.rows):
             y = T.meta_var(T.min(tile.map_row + i * plan.row_step, plan.height - 1))
             for lane in T.vectorized(plan.stored_lanes):
-                query = T.meta_var(feature_map[tile.image, first + c, tile.plane, y, tile.column + lane])
+                query = T.meta_var(feature_map[tile.image, first + c, tile.plane, y, tile.map_column + lane])
                 queries[c, i, lane] = T.cast(query, "float32") * T.float32(plan.scale)
 
 
@@ -184,7 +185,7 @@ def store_rows(plan, tile, output, channel, acc, c, reciprocal):
         y = T.meta_var(tile.map_row + i * plan.row_step)
         if y < plan.height:
             for lane in T.vectorized(plan.stored_lanes):
-                output[tile.image, channel, tile.plane, y, tile.column + lane] = T.cast(
+                output[tile.image, channel, tile.plane, y, tile.map_column + lane] = T.cast(
                     acc[i, c, lane] * reciprocal[i, lane], plan.dtype
                 )
 
@@ -296,19 +297,21 @@ def slide_attention(
         v = planes(value_map, value_channels)
         o = planes(output_map, value_channels)
         for task in T.parallel(batch * plan.num_heads * plan.planes * plan.strips):
-            keys = T.alloc_buffer((plan.head_dim, plan.kernel_planes, plan.copied_rows, plan.pitch), "float32")
-            values = T.alloc_buffer((plan.value_dim, plan.kernel_planes, plan.copied_rows, plan.pitch), "float32")
+            keys = T.alloc_buffer((plan.head_dim, plan.kernel_planes, plan.copied_rows, plan.copied_columns), "float32")
+            values = T.alloc_buffer(
+                (plan.value_dim, plan.kernel_planes, plan.copied_rows, plan.copied_columns), "float32"
+            )
             queries = T.alloc_buffer((plan.head_dim, plan.rows, plan.lanes), "float32")
             weights = T.alloc_buffer((plan.slots, plan.rows, plan.lanes), "float32")
             reciprocal = T.alloc_buffer((plan.rows, plan.lanes), "float32")
-            strip_row: T.let = T.cast(task % plan.strips, "int32") * plan.strip
+            strip_row, strip_column = T.meta_var(plan.strip_origin(T.cast(task % plan.strips, "int32")))
             plane: T.let = T.cast(task // plan.strips % plan.planes, "int32")
             head: T.let = T.cast(task // (plan.strips * plan.planes) % plan.num_heads, "int32")
             image: T.let = task // (plan.strips * plan.planes * plan.num_heads)
             query_channel: T.let = head * plan.head_dim
             value_channel: T.let = head * plan.value_dim
-            copy_strip(plan, keys, plan.head_dim, k, image, query_channel, plane, strip_row)
-            copy_strip(plan, values, plan.value_dim, v, image, value_channel, plane, strip_row)
+            copy_strip(plan, keys, plan.head_dim, k, image, query_channel, plane, strip_row, strip_column)
+            copy_strip(plan, values, plan.value_dim, v, image, value_channel, plane, strip_row, strip_column)
             for c, i in T.grid(plan.head_dim, plan.rows):
                 for lane in T.vectorized(plan.lanes):
                     queries[c, i, lane] = T.float32(0)
@@ -316,7 +319,7 @@ def slide_attention(
                 row: T.let = plan.first_row(t)
                 column: T.let = plan.first_column(column_tile)
                 map_row: T.let = strip_row + row
-                tile = T.meta_var(Tile(image, plane, map_row, row, column))
+                tile = T.meta_var(Tile(image, plane, map_row, strip_column + column, row, column))
                 if map_row < plan.height:
                     gather_queries(plan, tile, queries, q, query_channel)
                     if kernel_of_keys is None:

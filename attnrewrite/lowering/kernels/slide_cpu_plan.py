@@ -11,13 +11,15 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from attnrewrite.functions.spec import SlideAttention
-from attnrewrite.localattention.geometry import Sizes
+from attnrewrite.localattention.geometry import Sizes, ceil_to_multiple
 from attnrewrite.lowering.kernels.vector_math import LOG2_E, VectorUnit
 
 # Rows of one tile at most: more would only lengthen the code.
 _MAX_ROWS = 4
 # The strip of a task is at least this many times as high as its halo, which neighbouring strips copy again.
 _STRIP_PER_HALO = 4
+# A wider map is cut, so that the memory of a thread stays bounded.
+_WIDEST_STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class SlidePlan:
     """Sizes of one kernel; scale carries the factor log2(e).
 
     The spatial sizes have one entry per axis: at least two (rows and columns), of extent 1 where the map, of map_axes
-    axes, has fewer. A tile is `rows` rows by `lanes` columns, a strip strip_tiles such tiles one below the other. The
-    register block of the logits is rows by scored_rows kernel rows, that of the output rows by `channels`.
+    axes, has fewer. A tile is `rows` rows by `lanes` columns; a strip is strip_tiles tiles high, strip_columns columns
+    wide. The register block of the logits is rows by scored_rows kernel rows, that of the output rows by `channels`.
     """
 
     map_axes: int
@@ -43,6 +45,7 @@ class SlidePlan:
     scored_rows: int
     channels: int
     strip_tiles: int
+    strip_columns: int
 
     @property
     def height(self) -> int:
@@ -95,27 +98,46 @@ class SlidePlan:
 
     @property
     def column_tiles(self) -> int:
-        return -(-self.width // self.lanes)
+        return -(-self.strip_columns // self.lanes)
 
     @property
-    def strip(self) -> int:
-        """Rows of one task."""
+    def strip_rows(self) -> int:
         return self.strip_tiles * self.rows
 
     @property
+    def strips_down(self) -> int:
+        return -(-self.height // self.strip_rows)
+
+    @property
+    def strips_across(self) -> int:
+        return -(-self.width // self.strip_columns)
+
+    @property
     def strips(self) -> int:
-        return -(-self.height // self.strip)
+        return self.strips_down * self.strips_across
 
     @property
     def copied_rows(self) -> int:
-        return self.strip + 2 * self.row_border
+        return self.strip_rows + 2 * self.row_border
 
     @property
-    def pitch(self) -> int:
-        return max(self.width, self.lanes) + 2 * self.column_border
+    def copied_columns(self) -> int:
+        return self.strip_columns + 2 * self.column_border
+
+    def strip_origin(self, strip: Expr) -> tuple[Expr, Expr]:
+        """First (row, column) of a strip; the last one across overlaps the one before it."""
+        across = strip % self.strips_across
+        column = T.min(across * self.strip_columns, max(self.width - self.strip_columns, 0))
+        return strip // self.strips_across * self.strip_rows, column
+
+    def columns_in_map(self, first_column: Expr) -> tuple[Expr, Expr]:
+        """[first, end) of the columns a strip copies from the map; the others of its copy are border."""
+        first = T.max(first_column - self.column_border, 0)
+        return first, T.min(first_column + self.strip_columns + self.column_border, self.width)
 
     def first_column(self, tile: Expr) -> Expr:
-        return T.min(tile * self.lanes, max(self.width - self.lanes, 0))
+        """Column of the strip the tile starts at; the last tile overlaps the one before it."""
+        return T.min(tile * self.lanes, self.strip_columns - self.lanes)
 
     def first_row(self, tile: Expr) -> Expr:
         """Row of the strip the tile starts at; its other rows follow row_step apart."""
@@ -182,4 +204,14 @@ def plan_slide(
         scored_rows=scored_rows,
         channels=channels,
         strip_tiles=groups * dilation[-2],
+        strip_columns=_strip_columns(feature_size[-1], lanes, kernel_size[-1] // 2 * dilation[-1]),
     )
+
+
+def _strip_columns(width: int, lanes: int, border: int) -> int:
+    """Columns of a strip: the whole map, or a cut of a wide one that computes the fewest columns twice."""
+    widest = max(_WIDEST_STRIP, 8 * border)
+    if width <= widest:
+        return max(width, lanes)
+    cuts = range(-(-width // widest), -(-2 * width // widest) + 1)
+    return min((ceil_to_multiple(-(-width // cut), lanes) for cut in cuts), key=lambda w: (-(-width // w) * w, -w))
