@@ -204,7 +204,8 @@ def verify_models(
 
     original, rewritten: ONNX files. compiled: loads the library made of the rewritten one. trials: how many inputs;
     they go through `CASES` of attnrewrite.verify.inputs and, where the batch is symbolic, through batches 1, 2 and 3.
-    compiled_trials: the library gets only the first of them. tolerance: in place of the derived one. One model is in memory at a time.
+    compiled_trials: the library gets only so many, the first ones. tolerance: in place of the derived one. One model
+    is in memory at a time.
     Raises UserError where the original does not run. A wrong result raises nothing: see `Verification.passed`.
     """
     original, rewritten = Path(original), Path(rewritten)
