@@ -51,12 +51,14 @@ def compile_request(request: dict[str, Any], work: Path, timed: Any) -> dict[str
     with timed("loading TVM"):
         from attnrewrite.lowering import build, importer
         from attnrewrite.lowering.precision import to_half
+        from attnrewrite.lowering.split_linear import split_linear
     target = Target.from_json(request["target"])
     tvm_target = build.tvm_target(target)
     with timed("importing"):
         model = importer.load_onnx(Path(request["model"]))
         if request["precision"] == "fp16":
             to_half(model)
+        split_linear(model)
         names = importer.interface_names(model)
         mod = importer.import_onnx(model, target, tvm_target)
         del model

@@ -264,14 +264,26 @@ def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  
         vectorized(width, lambda l: store(sums, _as(stage.init, dtype), [l])),
         store(total, _as(stage.init, dtype), [const(0)]),
         nest(outer, step),
-        loop(
-            width,
-            lambda l: store(
-                total, combine(stage.combine, tirx.BufferLoad(total, [0]), tirx.BufferLoad(sums, [l])), [const(0)]
-            ),
+        *_halvings(sums, width, stage.combine),
+        store(
+            total, combine(stage.combine, tirx.BufferLoad(total, [0]), tirx.BufferLoad(sums, [const(0)])), [const(0)]
         ),
         put(_as(tirx.BufferLoad(total, [0]), str(stage.buffer.dtype)), where),
     )
+
+
+def _halvings(sums: tirx.Buffer, width: int, how: str) -> list[Stmt]:
+    """Combine all lanes into the first, half of them at a time; width is a power of two."""
+    steps = []
+    while width > 1:
+        width //= 2
+
+        def halve(lane: Expr, apart: int = width) -> Stmt:
+            halves = tirx.BufferLoad(sums, [lane]), tirx.BufferLoad(sums, [lane + apart])
+            return tirx.BufferStore(sums, combine(how, *halves), [lane])
+
+        steps.append(vectorized(width, halve))
+    return steps
 
 
 def _reduce_scalar(stage: Stage, where: Bound, put) -> Stmt:  # type: ignore[no-untyped-def]
