@@ -237,6 +237,9 @@ def verify_artifact(
     original: Path, rewritten: Path, *, trials: int, input_shapes: InputShapes, threads: int | None
 ) -> Verification:
     """Verify a rewritten model, or an artifact directory with its library, against the original file."""
+    from attnrewrite.frontend.onnx import read
+
+    read(original, input_shapes or None)  # says what is wrong with a bad file better than ONNX Runtime does
     options = Options(input_shapes=input_shapes, threads=threads)
     if rewritten.is_dir():
         report, _ = read_report(rewritten)
