@@ -19,6 +19,8 @@ Source
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 
@@ -75,6 +77,7 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
             site.constant_operand(key.padding, "key_padding", dtype),
             site.constant_operand(value.padding, "value_padding", dtype),
         ],
+        replace(maps, keys=(match.key,), values=(match.value,)),
         channels_first=False,
     )
 

@@ -17,6 +17,8 @@ Source
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from attnrewrite.facts import Facts
@@ -69,6 +71,7 @@ def rewrite_slide_attention(facts: Facts, match: NeighborhoodMatch) -> None:
             site.constant_operand(_shared(match.value_kernel, value_dim), "value_kernel", dtype),
             site.constant_operand(_shared(match.value_bias, value_dim), "value_bias", dtype),
         ],
+        replace(maps, keys=(match.key,), values=(match.value,)),
         channels_first=True,
     )
 

@@ -337,3 +337,23 @@ def spread(array: np.ndarray, kept: Sequence[tuple[int, int]]) -> np.ndarray:
         raise IndexingError("the tokens read differ from channel to channel or head to head")
     moved = array.transpose(order + rest).reshape([array.shape[a] for a in order])
     return np.broadcast_to(moved, [e for _, e in kept])
+
+
+def grouped(array: np.ndarray, groups: list[list[int]], attention: Attention) -> np.ndarray:
+    """Collect grid axes into one axis per group; a group the array does not depend on keeps extent 1."""
+    kept = []
+    result_shape = []
+    for group in groups:
+        extents = [array.shape[a] for a in group]
+        if all(e == 1 for e in extents):
+            result_shape.append(1)
+            kept += [(a, 1) for a in group]
+            continue
+        full = [_grid_extent(attention, a) for a in group]
+        result_shape.append(math.prod(full))
+        kept += list(zip(group, full, strict=True))
+    return spread(array, kept).reshape(result_shape)
+
+
+def _grid_extent(attention: Attention, axis: int) -> int:
+    return attention.num_keys if axis == attention.key_axis else count(attention.output_shape[axis])

@@ -20,9 +20,8 @@ from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import Attention, Operand, constant_at
 from attnrewrite.localattention.geometry import NeighborhoodGeometry
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, read_maps, rearranged_before
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, rearranged_before
 from attnrewrite.localattention.site import Decline
-from attnrewrite.localattention.windows import grouped
 
 
 @dataclass(frozen=True, eq=False)

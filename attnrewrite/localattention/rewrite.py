@@ -14,9 +14,9 @@ from attnrewrite.graph import Value
 from attnrewrite.indexing.map import IndexingError, identity
 from attnrewrite.localattention.attention import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
-from attnrewrite.localattention.maps import SiteMaps, Source, count, spread
+from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
+from attnrewrite.localattention.proof import check
 from attnrewrite.localattention.site import Decline
-from attnrewrite.localattention.windows import grouped
 from attnrewrite.localattention.tokens import Roles
 from attnrewrite.pipeline import Declined
 
@@ -85,8 +85,8 @@ class SiteRewriter:
         with np.errstate(over="ignore"):
             return self.hoister.constant(np.ascontiguousarray(array).astype(dtype), stem)
 
-    def finish(self, spec: Spec, operands: list[Value | None], *, channels_first: bool) -> None:
-        """Emit the op, bring its output to where the model's returns, and let the model read that."""
+    def finish(self, spec: Spec, operands: list[Value | None], proved: SiteMaps, *, channels_first: bool) -> None:
+        """Emit the op, prove it against the site's maps, bring its output to where the model's returns, and use that."""
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         while operands and operands[-1] is None:
             operands.pop()
@@ -98,6 +98,8 @@ class SiteRewriter:
         output = hoister.emit(spec.op_type, operands, shape, f"{attention.output.name}_local", DOMAIN, **attributes)
         returned = self._return(FeatureMap(output, channels_first))
         graph = self.facts.graph
+        assert output.producer is not None
+        check(proved, output.producer, graph.opset, self.hoister.made_by)
         graph.nodes.extend(hoister.nodes)
         graph.replace_uses(maps.back.value, returned)
 

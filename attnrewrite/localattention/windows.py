@@ -16,7 +16,7 @@ import numpy as np
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.attention import has_fully_masked_row
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, rearranged_before, spread
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, rearranged_before
 from attnrewrite.localattention.site import Decline
 
 
@@ -291,29 +291,6 @@ def _terms(maps: SiteMaps, window_axes: list[int], query_axes: list[int], elemen
             flat = elements[0]
         found.append(reduced(flat))
     return found
-
-
-def grouped(array: np.ndarray, groups: list[list[int]], attention: object) -> np.ndarray:
-    """Collect grid axes into one axis per group; a group the array does not depend on keeps extent 1."""
-    kept = []
-    result_shape = []
-    for group in groups:
-        extents = [array.shape[a] for a in group]
-        if all(e == 1 for e in extents):
-            result_shape.append(1)
-            kept += [(a, 1) for a in group]
-            continue
-        full = [_grid_extent(attention, a) for a in group]
-        result_shape.append(math.prod(full))
-        kept += list(zip(group, full, strict=True))
-    return spread(array, kept).reshape(result_shape)
-
-
-def _grid_extent(attention: object, axis: int) -> int:
-    from attnrewrite.localattention.attention import Attention
-
-    assert isinstance(attention, Attention)
-    return attention.num_keys if axis == attention.key_axis else count(attention.output_shape[axis])
 
 
 def _reordered(term: np.ndarray, windows: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -1,0 +1,266 @@
+"""The proof of a replacement, apart from its match: maps pulled back through the body that was emitted.
+
+The match says which closed form a site has. Here nobody asks for closed forms: the body of the new node is read as any graph
+is, and for every output pixel the pixels of its keys and values, and what is added to its logits, must be those of the
+original. Pixels are compared as integers, the order of keys aside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from attnrewrite.errors import PassError
+from attnrewrite.facts import Facts
+from attnrewrite.frontend.fold import fold
+from attnrewrite.functions import body_of, operands_of, spec_of
+from attnrewrite.functions.spec import FlashWindowAttention
+from attnrewrite.graph import Graph, Node, Value
+from attnrewrite.indexing.map import Coordinate, Index, identity
+from attnrewrite.indexing.provenance import provenances
+from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.geometry import PADDING
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps
+from attnrewrite.localattention.site import Decline
+
+
+class NotProved(Exception):
+    """The emitted body does not read what the original reads; the message says where they part."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What a site reads, per output pixel of one batch element, row-major.
+
+    keys, values: int64 [P, K], flat pixel or PADDING; terms: float64 [nH or 1, P or 1, K] added to the logits. The K slots
+    of a pixel are in the order of (key, value, terms), so equal sets are equal arrays.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    terms: np.ndarray
+
+    def difference(self, other: Reads, dtype: np.dtype) -> str | None:
+        """Where the two part, in one sentence; None where they are equal (terms: to two roundings of dtype)."""
+        for name, one, two in (("key", self.keys, other.keys), ("value", self.values, other.values)):
+            if one.shape != two.shape:
+                return f"{one.shape[0]} pixels read {one.shape[1]} {name}s in the original, {two.shape} in the replacement"
+            if (differs := one != two).any():
+                pixel, slot = (int(i) for i in np.argwhere(differs)[0])
+                return f"output pixel {pixel} reads {name} pixel {one[pixel, slot]} in the original, {two[pixel, slot]} now"
+        one, two = np.broadcast_arrays(self.terms, other.terms)
+        with np.errstate(invalid="ignore"):
+            off = np.where(one == two, 0.0, np.abs(one - two))
+        scale = np.abs(np.where(np.isfinite(one), one, 0.0)).max(initial=0.0)
+        if not (off <= 2 * np.finfo(dtype).eps * max(scale, 1e-30)).all():
+            return f"the logits are offset by up to {float(np.nanmax(off)):g} from the original's"
+        return None
+
+
+def prove(maps: SiteMaps, node: Node, opset: int) -> None:
+    """Raise NotProved unless the node's body reads what the original site reads."""
+    if isinstance(spec_of(node), FlashWindowAttention):
+        difference = original_reads(maps).difference(_window_reads(node, opset), maps.attention.softmax_dtype)
+        if difference is not None:
+            raise NotProved(difference)
+    else:
+        _prove_slots(maps, node, opset)
+
+
+def original_reads(maps: SiteMaps) -> Reads:
+    """The reads of a site as its graph says, key and value taken from the same maps as the query's pixels."""
+    attention = maps.attention
+    shape, axes = attention.output_shape, list(maps.token_axes)
+    pixels = math.prod(maps.query.spatial)
+    batch = _enumerated_batch(maps.query)
+    rows = flat_pixels(maps.query.candidate, maps.query.roles.tokens, shape, axes).reshape(-1)
+    order = np.full(batch * pixels, -1, np.int64)
+    order[rows[rows != PADDING]] = np.flatnonzero(rows != PADDING)
+    order = order[:pixels]
+    if (order < 0).any():
+        raise NotProved(f"no query is computed for pixel {int(np.argmax(order < 0))}")
+    tables = []
+    for sources in (maps.keys, maps.values):
+        source = next(s for s in sources if math.prod(s.spatial) == pixels and _enumerated_batch(s) == batch)
+        flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, attention.num_keys)])
+        tables.append(flat.reshape(len(rows), -1)[order])
+    terms = np.zeros((1, 1, attention.num_keys))
+    for term in attention.terms:
+        values = term.values.reshape(term.values.shape + (1,) * (attention.grid_rank - term.values.ndim))
+        flat = grouped(values, [list(maps.heads), axes, [attention.key_axis]], attention)
+        flat = flat[:, order] if flat.shape[1] > 1 else flat
+        terms = terms + flat
+    return _in_order(tables[0], tables[1], terms)
+
+
+def _enumerated_batch(source: Source) -> int:
+    assert source.value.shape is not None
+    return count(source.value.shape[0]) if source.has_batch else 1
+
+
+def _in_order(keys: np.ndarray, values: np.ndarray, terms: np.ndarray) -> Reads:
+    """Sort the slots of every pixel by key, value and first head's term."""
+    terms = np.broadcast_to(terms, (terms.shape[0], terms.shape[1], keys.shape[1]))
+    first = np.broadcast_to(terms[0], keys.shape)
+    order = np.lexsort((first, values, keys), axis=-1)
+    sorted_terms = np.take_along_axis(np.broadcast_to(terms, (len(terms), *keys.shape)), order[None], axis=-1)
+    return Reads(np.take_along_axis(keys, order, -1), np.take_along_axis(values, order, -1), sorted_terms)
+
+
+def _window_reads(node: Node, opset: int) -> Reads:
+    """The reads of the emitted body, its constant operands filled in; padding operands add values, not pixels."""
+    names = [n for n in operands_of(node) if not n.endswith("_padding")]
+    bare = Node(node.op, [operands_of(node).get(n) for n in ("query", "key", "value", "bias", "mask")], [], node.attributes, "", node.domain)
+    body = body_of(bare, opset)
+    formal = dict(zip(names, body.inputs, strict=True))
+    for name in ("bias", "mask"):
+        if name in formal:
+            formal[name].set_constant(operands_of(node)[name].constant)
+    fold(body)
+    facts = Facts(body)
+    softmax = next(n for n in body.nodes if n.op == "Softmax")
+    attention = read_attention(facts, softmax)
+    maps = attention if isinstance(attention, Decline) else read_maps(facts, attention)
+    if isinstance(maps, Decline):
+        raise NotProved(f"the emitted body cannot be read: {maps.reason}")
+    query, key, value = (formal[n] for n in ("query", "key", "value"))
+    chosen = {}
+    for name, target, sources in (("query", query, maps.queries), ("key", key, maps.keys), ("value", value, maps.values)):
+        found = [s for s in sources if s.value is target]
+        if not found:
+            raise NotProved(f"the emitted body's {name} does not come from its operand alone")
+        chosen[name] = found[0]
+    if maps.back.value.shape is None or body.outputs[0].shape != query.shape[:-1] + body.outputs[0].shape[-1:]:  # type: ignore[index,operator]
+        raise NotProved("the emitted body does not return to the map of its query")
+    return original_reads(replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],)))
+
+
+def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
+    """SlideAttention: slot by slot, the pixel that the body's keys and values read."""
+    body = body_of(node, opset)
+    inputs = dict(zip(operands_of(node), body.inputs, strict=True))
+    facts = Facts(body)
+    pixels = math.prod(maps.query.spatial)
+    found = {name: [_slot_pixels(facts, v, inputs, name, j) for j, v in enumerate(slots)] for name, slots in _slots(body).items()}
+    keys, values = (np.stack(found[n], axis=1) for n in ("key", "value"))
+    if keys.shape != (pixels, maps.attention.num_keys) or values.shape != keys.shape:
+        raise NotProved("the emitted body does not have the original's slots")
+    learned = {n: f"{n}_kernel" in inputs for n in ("key", "value")}
+    bare = Reads(keys, values, np.zeros((1, 1, keys.shape[1])))
+    reads = _original_slots(maps, learned)
+    for name, one, two in (("key", reads.keys, bare.keys), ("value", reads.values, bare.values)):
+        mine, theirs = (np.sort(t, axis=1) for t in (one, two))
+        if not np.array_equal(mine, theirs):
+            pixel, slot = (int(i) for i in np.argwhere(mine != theirs)[0])
+            raise NotProved(f"output pixel {pixel} reads {name} pixel {mine[pixel, slot]} in the original, {theirs[pixel, slot]} now")
+
+
+def _original_slots(maps: SiteMaps, learned: dict[str, bool]) -> Reads:
+    """Original reads; where a shift is learned the original reads the pixel itself in every slot, as the body's kernels do."""
+    attention = maps.attention
+    shape, axes = attention.output_shape, list(maps.token_axes)
+    pixels = math.prod(maps.query.spatial)
+    rows = flat_pixels(maps.query.candidate, maps.query.roles.tokens, shape, axes).reshape(-1)
+    order = np.argsort(rows, kind="stable")[:pixels]
+    tables = []
+    for name, sources in (("key", maps.keys), ("value", maps.values)):
+        source = next(s for s in sources if s.spatial == maps.query.spatial)
+        keys = 1 if learned[name] else attention.num_keys
+        flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, keys)])
+        table = flat.reshape(len(rows), keys)[order]
+        tables.append(np.broadcast_to(table, (pixels, attention.num_keys)))
+    return Reads(tables[0], tables[1], np.zeros((1, 1, attention.num_keys)))
+
+
+def _slots(body: Graph) -> dict[str, list[Value]]:
+    """The keys and values that the body multiplies with query and weights, slot by slot."""
+    softmax = next(n for n in body.nodes if n.op == "Softmax")
+    value = softmax.required(0)
+    while value.producer is not None and value.producer.op != "Concat":
+        value = value.producer.required(0)
+    assert value.producer is not None
+    keys = []
+    for score in value.producer.inputs:
+        assert score is not None and score.producer is not None
+        product = _through(score.producer.required(0), "Mul")
+        keys.append(product.required(1))
+    split = next(n for n in body.nodes if n.op == "Split")
+    weighted = {n.required(0): n.required(1) for n in body.nodes if n.op == "Mul" and n.required(0).producer is split}
+    return {"key": keys, "value": [weighted[o] for o in split.outputs]}
+
+
+def _through(value: Value, op: str) -> Node:
+    node = value.producer
+    while node is not None and node.op != op:
+        node = node.required(0).producer
+    assert node is not None
+    return node
+
+
+def _slot_pixels(facts: Facts, value: Value, inputs: dict[str, Value], name: str, slot: int) -> np.ndarray:
+    """int64 [P]: the pixel of the operand that the slot reads for every output pixel; channels must pass through."""
+    while True:
+        assert value.shape is not None
+        last = None
+        for last in _walk(value, facts):
+            if last[0] is inputs[name]:
+                return _pixels(last[1], inputs[name], last[2])
+        assert last is not None
+        node = last[0].producer
+        if node is not None and node.op == "Add":
+            value = node.required(0)  # the slot's bias
+        elif node is not None and node.op == "Conv" and node.required(0) is inputs[name]:
+            _check_kernel(facts, node.required(1), inputs[f"{name}_kernel"], slot)
+            return np.arange(math.prod(int(e) for e in inputs[name].shape[2:]))  # type: ignore[index,arg-type]
+        else:
+            raise NotProved(f"slot {slot} of the emitted body does not read its {name} operand")
+
+
+Step = tuple[Value, Index, np.ndarray | None]
+
+
+def _walk(value: Value, facts: Facts) -> Iterator[Step]:
+    assert value.shape is not None
+    for found in provenances(value, identity(value.shape), facts.positions):
+        yield found.value, found.index, found.domain
+
+
+def _pixels(index: Index, operand: Value, domain: np.ndarray | None) -> np.ndarray:
+    """Flat pixels of a channels-first operand read at an index whose grid is a [B, C, ...] tensor of the same pixels."""
+    assert operand.shape is not None
+    spatial = [int(e) for e in operand.shape[2:]]  # type: ignore[arg-type]
+    flat: np.ndarray = np.zeros((1,) * index[0].values.ndim, np.int64)
+    for extent, coordinate in zip(spatial, index[2:], strict=True):
+        flat = flat * extent + coordinate.values
+    if domain is not None:
+        flat = np.where(domain, flat, PADDING)
+    if not _passes_channels(index[0], index[1], operand):
+        raise NotProved("a slot reads another channel or batch element than it writes")
+    return np.broadcast_to(flat.reshape(-1), (math.prod(spatial),)) if flat.size == 1 else flat.reshape(-1)
+
+
+def _passes_channels(batch: Coordinate, channel: Coordinate, operand: Value) -> bool:
+    assert operand.shape is not None
+    enumerated, channels = count(operand.shape[0]), count(operand.shape[1])
+    flat = batch.values * channels + channel.values
+    return bool(np.array_equal(flat.reshape(-1), np.arange(enumerated * channels)))
+
+
+def _check_kernel(facts: Facts, weight: Value, kernel: Value, slot: int) -> None:
+    for value, index, _ in _walk(weight, facts):
+        if value is kernel:
+            slots = index[1].values
+            if slots.size == 1 and int(slots.reshape(-1)[0]) == slot:
+                return
+    raise NotProved(f"slot {slot} of the emitted body uses the kernel of another slot")
+
+
+def check(maps: SiteMaps, node: Node, opset: int, pass_name: str) -> None:
+    """As `prove`, for passes: a failure is a bug of ours."""
+    try:
+        prove(maps, node, opset)
+    except NotProved as error:
+        raise PassError(f"the pass {pass_name} emitted a replacement that is not the original: {error} ({node.label})") from error
