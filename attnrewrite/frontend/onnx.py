@@ -22,6 +22,7 @@ from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.opset import opset_of, raise_opset
+from attnrewrite.functions.spec import DOMAIN
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 
 gs.logger.G_LOGGER.severity = logging.ERROR
@@ -54,8 +55,7 @@ def read(model: str | Path | onnx.ModelProto, input_shapes: Mapping[str, Sequenc
     folder = path.parent if path is not None else Path()
     if path is not None:
         _check_external_data(proto, path)
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+    proto = _without_foreign_functions(proto)
     try:
         proto = raise_opset(proto)
         graph = _to_graph(gs.import_onnx(proto), proto, folder)
@@ -81,6 +81,15 @@ def _load(path: Path) -> onnx.ModelProto:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not proto.HasField("graph") or not proto.graph.output or not proto.opset_import:
         raise UserError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
+    return proto
+
+
+def _without_foreign_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model's own functions written out; the nodes of our two ops stay, their bodies are built anew."""
+    foreign = [(f.domain, f.name) for f in proto.functions if f.domain != DOMAIN]
+    if foreign:
+        proto = onnx.inliner.inline_selected_functions(proto, foreign)
+    del proto.functions[:]
     return proto
 
 

@@ -13,6 +13,7 @@ import onnx
 
 from attnrewrite.dims import Dim, Extent, NonAffine, Shape, product
 from attnrewrite.frontend.evaluate import python_slice, to_attribute
+from attnrewrite.functions.spec import DOMAIN, SPECS, SlideAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 
 Contents = Callable[[Value | None], np.ndarray | None]
@@ -171,6 +172,8 @@ SHAPE_RULES |= dict.fromkeys(COMPARISONS, pointwise)
 
 def infer(node: Node, contents: Contents, opset: int) -> Inferred:
     """(shape, dtype) of every output; None where unknown."""
+    if node.domain == DOMAIN:
+        return _local_op(node)
     if node.domain == STANDARD_DOMAIN and node.op in SHAPE_RULES:
         try:
             first = node.input(1 if node.op == "Where" else 0)
@@ -182,6 +185,15 @@ def infer(node: Node, contents: Contents, opset: int) -> Inferred:
         except (UnknownShape, NonAffine):
             return _onnx_inference(node, contents, opset)
     return _onnx_inference(node, contents, opset)
+
+
+def _local_op(node: Node) -> Inferred:
+    """The two ops return a map like the query's, with the channels of the value."""
+    query, value = node.required(0), node.required(2)
+    if query.shape is None or value.shape is None or node.op not in SPECS:
+        return [(None, query.dtype)]
+    axis = 1 if node.op == SlideAttention.op_type else len(query.shape) - 1
+    return [((*query.shape[:axis], value.shape[axis], *query.shape[axis + 1 :]), query.dtype)]
 
 
 def _onnx_inference(node: Node, contents: Contents, opset: int) -> Inferred:

@@ -1,0 +1,74 @@
+"""Two model files, compared exactly: each local attention op of the rewritten one against a site of the original.
+
+Sites and ops are met in topological order. An op proves a site where the integer maps pulled back through its emitted body
+equal those of the site (`localattention/proof.py`); an op that proves none fails, with the first difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnrewrite.facts import Facts
+from attnrewrite.functions import is_local_op
+from attnrewrite.graph import Graph, Node
+from attnrewrite.localattention.maps import SiteMaps
+from attnrewrite.localattention.neighborhoods import NeighborhoodMatch
+from attnrewrite.localattention.proof import NotProved, prove
+from attnrewrite.localattention.windows import WindowMatch
+from attnrewrite.pipeline import Pass, select
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op of the rewritten model: the softmax it stands for, or why it stands for none."""
+
+    node: str
+    site: str
+    passed: bool
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"node": self.node, "site": self.site, "passed": self.passed, "detail": self.detail}
+
+
+def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
+    """One check per local attention op of the rewritten graph. Folds the original's branches in place, as the passes do."""
+    pending = _sites(original)
+    checks = []
+    for node in rewritten.nodes:
+        if not is_local_op(node):
+            continue
+        failure = "the original has no such site"
+        for position, (softmax, maps) in enumerate(pending):
+            try:
+                prove(maps, node, rewritten.opset)
+            except NotProved as difference:
+                failure = f"{softmax.label}: {difference}" if position == 0 else failure
+                continue
+            checks.append(Check(node.label, softmax.label, True, "the integer maps are equal"))
+            del pending[: position + 1]
+            break
+        else:
+            checks.append(Check(node.label, pending[0][0].label if pending else "", False, failure))
+    return checks
+
+
+def _sites(graph: Graph) -> list[tuple[Node, SiteMaps]]:
+    """The local attention sites of a graph, in order, with the maps they are proved against."""
+    passes = {p.name: p for p in select().passes}
+    select(["fold-reparam-branches"]).run(graph)
+    facts = Facts(graph)
+    found: list[tuple[Node, SiteMaps]] = []
+    for node in graph.nodes:
+        for name in ("fuse-window-attention", "unfold-to-slide-attention"):
+            match = _match(passes[name], facts, node)
+            if match is not None:
+                found.append((node, replace(match.maps, keys=(match.key,), values=(match.value,))))
+                break
+    return found
+
+
+def _match(pass_: Pass, facts: Facts, node: Node) -> WindowMatch | NeighborhoodMatch | None:
+    found = pass_.match(facts, node)
+    return found if isinstance(found, WindowMatch | NeighborhoodMatch) else None
