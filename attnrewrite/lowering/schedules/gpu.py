@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
-from attnrewrite.lowering.schedules.contraction import can_follow, match_contraction
+from attnrewrite.lowering.schedules.contraction import Contraction, can_follow, match_contraction
 from attnrewrite.lowering.schedules.gpu_contraction import emit_contraction, worth_tiling
 from attnrewrite.lowering.schedules.gpu_emit import Device, rebuild
 from attnrewrite.lowering.schedules.gpu_rows import emit_rows, emit_stage, rows_fit
@@ -18,7 +20,10 @@ def schedule(mod: IRModule, target: Target) -> IRModule:
     """The module with every PrimFunc that is not scheduled yet scheduled for a `cuda` or `metal` target."""
     for name, func in mod.functions.items():
         if isinstance(func, tirx.PrimFunc) and isinstance(func.body, s_tir.SBlockRealize):
-            mod[name] = schedule_function(func, target)
+            scheduled = schedule_function(func, target)
+            # Both the IR builder and TVM's generic schedule name every function `main`.
+            named = "global_symbol" in func.attrs
+            mod[name] = scheduled if named else scheduled.without_attr("global_symbol")
     return mod
 
 
@@ -34,7 +39,7 @@ def schedule_function(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
         with target:
             fallback = dlight.gpu.Fallback().apply(func, target, False)
         scheduled = func if fallback is None else fallback.mod["main"]
-        return scheduled.with_attr("tirx.is_scheduled", True)
+        return scheduled.with_attrs({**func.attrs, "tirx.is_scheduled": True})
     operands = [param for param in func.params if isinstance(param, tirx.Buffer) or tirx.is_buffer_var(param)]
     stages = inline(parsed, operands)
     device = Device.of(target)
@@ -48,20 +53,30 @@ def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> N
     if not contractions and (shared := rows_fit(stages, operands, device.limits)):
         emit_rows(stages, operands, shared, device)
         return
-    epilogues = {}
-    for position, stage in enumerate(stages[:-1]):
-        later = stages[position + 1 :]
-        readers = [other for other in later if reads(other.value, stage.buffer)]
-        if stage.buffer in contractions and readers == later[:1] and can_follow(later[0], stage):
-            if not any(stage.buffer.same_as(operand) for operand in operands):
-                epilogues[stage.buffer] = later[0]
+    epilogues = _fusible_epilogues(stages, operands, contractions)
     fused = [epilogue.buffer for epilogue in epilogues.values()]
     for stage in stages:
-        stored = stage.buffer not in epilogues and not any(stage.buffer.same_as(operand) for operand in operands)
-        if stored:
+        if stage.buffer not in epilogues and not _is_one_of(stage.buffer, operands):
             T.add_to_parent(tirx.AllocBuffer(stage.buffer))
     for stage in stages:
         if stage.buffer in contractions:
             emit_contraction(contractions[stage.buffer], epilogues.get(stage.buffer), device)
         elif stage.buffer not in fused:
             emit_stage(stage, device)
+
+
+def _fusible_epilogues(
+    stages: list[Stage], operands: list[tirx.Buffer], contractions: Mapping[tirx.Buffer, Contraction]
+) -> dict[tirx.Buffer, Stage]:
+    """For each contraction whose result only the next stage reads, element by element: that stage."""
+    found: dict[tirx.Buffer, Stage] = {}
+    for position, stage in enumerate(stages[:-1]):
+        following, readers = stages[position + 1], [s for s in stages if reads(s.value, stage.buffer)]
+        needed_elsewhere = stage.buffer not in contractions or _is_one_of(stage.buffer, operands)
+        if not needed_elsewhere and readers == [following] and can_follow(following, stage):
+            found[stage.buffer] = following
+    return found
+
+
+def _is_one_of(buffer: tirx.Buffer, operands: list[tirx.Buffer]) -> bool:
+    return any(buffer.same_as(operand) for operand in operands)

@@ -104,8 +104,8 @@ def worth_tiling(contraction: Contraction) -> bool:
 def emit_contraction(contraction: Contraction, epilogue: Stage | None, device: Device) -> None:
     """One kernel launch: the product, and the element-wise stage that consumes it, if any."""
     extents = [count(axes) for axes in (contraction.batch, contraction.rows, contraction.columns)]
-    tile = choose_tile(*(e if isinstance(e, int) else None for e in extents), device)
     batch, rows, columns = extents
+    tile = choose_tile(_if_known(batch), _if_known(rows), _if_known(columns), device)
     row_tiles, column_tiles = ceil_div(rows, tile.rows), ceil_div(columns, tile.columns)
     blocks = simplify(const(1) * batch * row_tiles * column_tiles)
     with launch(blocks, (tile.threads_x, tile.threads_y)) as thread:
@@ -114,6 +114,10 @@ def emit_contraction(contraction: Contraction, epilogue: Stage | None, device: D
         ]
         at = list(bind_axes(grid, thread.block).values())
         _Product(contraction, epilogue, device, tile, thread).emit(*at)
+
+
+def _if_known(extent: Expr) -> int | None:
+    return extent if isinstance(extent, int) else None
 
 
 class _Product:

@@ -41,7 +41,10 @@ class Device:
 
 
 def rebuild(func: tirx.PrimFunc, emit: Callable[[], None]) -> tirx.PrimFunc:
-    """A function with the operands and attributes of `func` whose body is what `emit` adds to the open IR builder."""
+    """A function with the operands and attributes of `func` whose body is what `emit` adds to the open IR builder.
+
+    The IR builder insists on a name; it gives way to the function's own where that has one.
+    """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         for param in func.params:

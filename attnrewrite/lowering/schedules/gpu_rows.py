@@ -62,7 +62,7 @@ def _emit_reduction(stage: Stage, device: Device) -> None:
     steps, outputs = count(stage.reduction), count(stage.axes)
     along_output = bool(stage.axes) and _lane_axis(stage) is stage.axes[-1]
     many_outputs = not isinstance(outputs, int) or outputs >= MANY_OUTPUTS
-    if isinstance(steps, int) and steps < MANY_STEPS or along_output and many_outputs:
+    if (isinstance(steps, int) and steps < MANY_STEPS) or (along_output and many_outputs):
         parts = 1
     else:
         parts = 8 if along_output else SIMD

@@ -10,9 +10,12 @@ module of many, is called with CPU tensors, and symbolic shapes, launch extents 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import tvm
@@ -65,6 +68,22 @@ def emulate(module: tvm.IRModule, directory: Path, target: Target | None = None)
     return executable
 
 
+@contextlib.contextmanager
+def emulated_builds(directory: Path) -> Iterator[None]:
+    """While open, whatever builds for `metal_target()` (relax.build, too) gets a module that runs on the CPU."""
+    count = itertools.count()
+
+    def build(module: tvm.IRModule, target: Target, pipeline: object = None) -> tvm.runtime.Module:
+        return emulate(module, directory / str(next(count)), target)
+
+    original = tirx.build
+    tirx.build = build
+    try:
+        yield
+    finally:
+        tirx.build = original
+
+
 def compile_source(text: str, directory: Path) -> Path:
     """A shared library from C++ text, by the clang inside ziglang."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +97,7 @@ def compile_source(text: str, directory: Path) -> Path:
 
 
 def _translate(source: str) -> str:
-    """One translation unit, whose threadgroup arrays are slices of the emulator's shared memory, common to all fibers."""
+    """One translation unit; its threadgroup arrays are slices of the emulator's shared memory, common to all fibers."""
     union = _ARGUMENT_UNION.search(source)
     source = (union.group() if union else "") + _ARGUMENT_UNION.sub("", source)
     functions = re.split(r"(?=^// Function: )", source, flags=re.MULTILINE)

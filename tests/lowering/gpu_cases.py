@@ -1,0 +1,135 @@
+"""Specs the GPU kernels are tried on, small enough for the emulator. Extents of different axes differ on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention, Spec
+from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+
+Operands = dict[str, np.ndarray]
+
+BATCHED = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec and its operands; with `symbolic`, the kernel is built for any batch."""
+
+    spec: Spec
+    operands: Operands = field(repr=False)
+    symbolic: bool = False
+
+    def shapes(self, batch: Any) -> list[tuple[Any, ...]]:
+        """The operands' shapes, with `batch` in place of the batched ones' first extent where it is symbolic."""
+        return [
+            (batch, *operand.shape[1:]) if self.symbolic and name in BATCHED else operand.shape
+            for name, operand in self.operands.items()
+        ]
+
+
+def window(
+    feature: tuple[int, ...],
+    window_size: tuple[int, ...],
+    shift: tuple[int, ...],
+    heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    batch: int = 2,
+    bias: str = "",
+    mask: bool = False,
+    mask_value: float | None = None,
+    padding: bool = False,
+    shift_padded: bool = False,
+    symbolic: bool = False,
+    dtype: str = "float32",
+) -> Case:
+    """bias: "" | "shared" | "own" (one for each window). mask: a tensor with -inf, though never for a whole row."""
+    rng = np.random.default_rng(sum(feature) + head_dim)
+    value_dim = value_dim or head_dim
+    geometry = WindowGeometry(feature, window_size, shift, shift_padded)
+    tokens, windows = geometry.tokens_per_window, geometry.num_windows
+    operands = {
+        "query": 2 * rng.standard_normal((batch, *feature, heads * head_dim)),
+        "key": 2 * rng.standard_normal((batch, *feature, heads * head_dim)),
+        "value": rng.standard_normal((batch, *feature, heads * value_dim)),
+    }
+    if bias:
+        operands["bias"] = rng.standard_normal((1 if bias == "shared" else windows, heads, tokens, tokens))
+    if mask:
+        operands["mask"] = np.where(rng.random((windows, tokens, tokens)) < 0.4, -np.inf, 0.5)
+        operands["mask"][:, :, -1] = 0.0
+    if padding:
+        operands["key_padding"] = rng.standard_normal(heads * head_dim)
+        operands["value_padding"] = rng.standard_normal(heads * value_dim)
+    spec = FlashWindowAttention(geometry, heads, head_dim**-0.5, mask_value)
+    return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
+
+
+def slide(
+    feature: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    batch: int = 2,
+    bias: bool = False,
+    key_kernel: int = 0,
+    key_bias: int = 0,
+    value_kernel: int = 0,
+    value_bias: int = 0,
+    symbolic: bool = False,
+    dtype: str = "float32",
+) -> Case:
+    """key_kernel, key_bias, value_kernel, value_bias: how many rows the operand has; 0: it is absent."""
+    rng = np.random.default_rng(sum(feature) + head_dim)
+    value_dim = value_dim or head_dim
+    geometry = NeighborhoodGeometry(feature, kernel, dilation)
+    slots = geometry.keys_per_query
+    operands = {
+        "query": 2 * rng.standard_normal((batch, heads * head_dim, *feature)),
+        "key": 2 * rng.standard_normal((batch, heads * head_dim, *feature)),
+        "value": rng.standard_normal((batch, heads * value_dim, *feature)),
+    }
+    if bias:
+        operands["bias"] = rng.standard_normal((heads, slots))
+    if key_kernel:
+        operands["key_kernel"] = 0.3 * rng.standard_normal((key_kernel, slots, *kernel))
+    if key_bias:
+        operands["key_bias"] = rng.standard_normal((key_bias, slots))
+    if value_kernel:
+        operands["value_kernel"] = rng.standard_normal((value_kernel, slots, *kernel))
+    if value_bias:
+        operands["value_bias"] = rng.standard_normal((value_bias, slots))
+    spec = SlideAttention(geometry, heads, head_dim**-0.5)
+    return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
+
+
+WINDOWS = {
+    "shifted": window((14, 14), (7, 7), (3, 3), 2, 32, bias="shared", mask_value=-100.0, symbolic=True),
+    "half": window((14, 14), (7, 7), (3, 3), 2, 32, bias="shared", mask_value=-100.0, dtype="float16"),
+    "padded-then-shifted": window((13, 10), (4, 4), (2, 1), 2, 30, bias="own", padding=True, shift_padded=True),
+    "shifted-then-padded": window((13, 10), (4, 5), (2, 0), 2, 6, 10, padding=True, mask_value=-1.0),
+    "mask-tensor": window((8, 12), (4, 4), (0, 0), 3, 16, mask=True),
+    "keys-in-tiles": window((24, 24), (24, 24), (0, 0), 1, 30, batch=1),
+    "channels-in-chunks": window((9,), (3,), (1,), 2, 130, mask_value=-1.0),
+    "three-axes": window((4, 5, 6), (2, 3, 2), (1, 1, 0), 1, 8, mask_value=-1.0, padding=True),
+}
+
+SLIDES = {
+    "k3": slide((14, 17), (3, 3), (1, 1), 3, 32, bias=True, symbolic=True),
+    "k3-half": slide((14, 17), (3, 3), (1, 1), 2, 32, dtype="float16"),
+    "k7-dilated": slide((12, 13), (7, 7), (2, 2), 1, 16, batch=1, key_bias=16, value_bias=16, bias=True),
+    "learned-k3": slide((10, 9), (3, 3), (1, 1), 2, 8, key_kernel=8, key_bias=8, value_kernel=16, value_bias=16),
+    "learned-k5": slide((10, 9), (5, 5), (1, 1), 1, 6, 4, key_kernel=6, value_kernel=4),
+    "slots-in-groups": slide((20, 21), (13, 13), (2, 1), 2, 36, batch=1),
+    "one-axis": slide((40,), (9,), (3,), 1, 6),
+    "three-axes": slide((5, 6, 7), (3, 3, 3), (1, 1, 2), 1, 5, key_bias=5),
+    "halo-too-large": slide((60, 60), (3, 13), (20, 20), 1, 2, batch=1),
+}

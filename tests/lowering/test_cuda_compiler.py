@@ -1,0 +1,101 @@
+"""CUDA kernels compile and end up as cubins in the library; without a compiler one sentence says what to install."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from attnrewrite.errors import CompilerError  # noqa: E402
+from attnrewrite.lowering import cuda_compiler  # noqa: E402
+from tests.lowering.gpu_cases import SLIDES, WINDOWS, Case  # noqa: E402
+from tests.lowering.test_gpu_kernels import CUDA, kernel, symbol  # noqa: E402
+
+KERNELS: dict[str, Case] = {
+    **{f"window-{name}": WINDOWS[name] for name in ("shifted", "half", "keys-in-tiles")},
+    **{f"slide-{name}": SLIDES[name] for name in ("k3", "k3-half", "k7-dilated", "learned-k3", "slots-in-groups")},
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> cuda_compiler.CudaCompiler:
+    try:
+        return cuda_compiler.find_compiler()
+    except CompilerError as error:
+        pytest.skip(str(error))
+
+
+def module(cases: dict[str, Case]) -> Any:
+    return tvm.IRModule({symbol(name): kernel(case, CUDA, symbol(name)) for name, case in cases.items()})
+
+
+def test_kernels_become_a_cubin_in_the_library(compiler: cuda_compiler.CudaCompiler, tmp_path: Path) -> None:
+    library = tmp_path / "kernels.so"
+    with cuda_compiler.embedded_cubins("sm_90", compiler) as embedded:
+        built = tvm.tirx.build(module(KERNELS), CUDA.with_host(tvm.target.Target("llvm")))
+    built.export_library(str(library), fcompile=link)
+    embedded.finish(library)
+    (cubin,) = embedded.cubins
+    content = library.read_bytes()
+    assert cubin.startswith(b"\x7fELF")
+    assert all(symbol(name).encode() in cubin for name in KERNELS)
+    # The format word of the module that holds the cubin no longer says that it is source.
+    head = content[: content.index(cubin)]
+    assert re.findall(rb"\x04\x00{7}(cuda|cubn)", head)[-1] == b"cubn"
+
+
+def link(output: str, objects: list[str], *_: Any, **__: Any) -> None:
+    subprocess.run([sys.executable, "-m", "ziglang", "cc", "-shared", "-o", output, *objects], check=True)
+
+
+def test_a_library_without_the_kernels_is_an_error(tmp_path: Path) -> None:
+    library = tmp_path / "other.so"
+    library.write_bytes(b"\x7fELF" + bytes(100))
+    embedded = cuda_compiler.EmbeddedCubins("sm_90", [b"\x7fELFkernels"])
+    with pytest.raises(CompilerError, match=r"other\.so does not hold its CUDA kernels"):
+        embedded.finish(library)
+
+
+def test_an_unknown_architecture_is_one_sentence(compiler: cuda_compiler.CudaCompiler) -> None:
+    with (
+        pytest.raises(CompilerError, match="failed for sm_12345: ") as error,
+        cuda_compiler.embedded_cubins("sm_12345", compiler),
+    ):
+        tvm.tirx.build(module({"k3": SLIDES["k3"]}), CUDA)
+    assert "\n" not in str(error.value)
+
+
+def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.setattr(cuda_compiler, "_DEFAULT_TOOLKIT", tmp_path)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(CompilerError, match=r"no CUDA compiler found; install .* pip install nvidia-cuda-nvrtc"):
+        cuda_compiler.find_compiler()
+
+
+def test_compilers_are_found_where_they_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "site")])
+    monkeypatch.setattr(cuda_compiler, "_DEFAULT_TOOLKIT", tmp_path / "nothing")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    package = tmp_path / "site" / "nvidia" / "cu13"
+    (package / "lib").mkdir(parents=True)
+    (package / "include").mkdir()
+    (package / "lib" / "libnvrtc.so.13").touch()
+    found = cuda_compiler.find_compiler()
+    assert found == cuda_compiler.Nvrtc(package / "lib" / "libnvrtc.so.13", (package / "include",))
+
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert cuda_compiler.find_compiler() == cuda_compiler.Nvcc(toolkit / "bin" / "nvcc")

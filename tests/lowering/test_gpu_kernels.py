@@ -1,0 +1,137 @@
+"""The GPU kernels' Metal source, run on the CPU, against the NumPy references; and the limits of the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from tvm.target import Target  # noqa: E402
+
+from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
+from attnrewrite.lowering.kernels import reference, slide_gpu, window_gpu  # noqa: E402
+from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
+from tests.lowering import gpu_emulator  # noqa: E402
+from tests.lowering.gpu_cases import SLIDES, WINDOWS, Case  # noqa: E402
+
+# float32 sums of up to about 600 products of order 1, against a reference in float64.
+FLOAT32 = 1e-5
+# The result is rounded to float16 once, half an ulp of the largest; everything between is float32.
+FLOAT16 = 2.0**-11 * 1.1
+
+CUDA = Target({"kind": "cuda", "arch": "sm_90", "max_shared_memory_per_block": 49152, "thread_warp_size": 32})
+
+
+def kernel(case: Case, target: Target, name: str) -> Any:
+    build = (
+        window_gpu.flash_window_attention if isinstance(case.spec, FlashWindowAttention) else slide_gpu.slide_attention
+    )
+    shapes = case.shapes(tvm.tirx.Var("n", "int64"))
+    return build(case.spec, list(case.operands), shapes, str(case.operands["query"].dtype), target, name)
+
+
+def symbol(name: str) -> str:
+    return f"kernel_{name.replace('-', '_')}"
+
+
+def emulated(cases: Mapping[str, Case], directory: Any) -> Any:
+    """One module of all the kernels: their source is compiled together."""
+    target = gpu_emulator.metal_target()
+    functions = {symbol(name): kernel(case, target, symbol(name)) for name, case in cases.items()}
+    return gpu_emulator.emulate(tvm.IRModule(functions), directory, target)
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return emulated(WINDOWS, tmp_path_factory.mktemp("windows"))
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return emulated(SLIDES, tmp_path_factory.mktemp("slides"))
+
+
+def run(module: Any, name: str, case: Case, expected: np.ndarray) -> np.ndarray:
+    output = tvm.runtime.tensor(np.full(expected.shape, np.nan, expected.dtype))
+    module[symbol(name)](*(tvm.runtime.tensor(operand) for operand in case.operands.values()), output)
+    return output.numpy()
+
+
+def check(module: Any, name: str, case: Case, oracle: Callable[..., np.ndarray]) -> None:
+    expected = oracle(case.spec, case.operands)
+    got = run(module, name, case, expected)
+    scale = np.abs(expected).max()
+    tolerance = FLOAT32 if expected.dtype == np.float32 else FLOAT16
+    assert np.abs(got.astype(np.float64) - expected).max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_window_kernel_computes_its_reference(windows: Any, name: str) -> None:
+    check(windows, name, WINDOWS[name], reference.flash_window_attention)
+
+
+@pytest.mark.parametrize("name", SLIDES)
+def test_slide_kernel_computes_its_reference(slides: Any, name: str) -> None:
+    check(slides, name, SLIDES[name], reference.slide_attention)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_symbolic_batch_is_read_from_the_query(windows: Any, batch: int) -> None:
+    case = WINDOWS["shifted"]
+    operands = {name: np.repeat(value[:1], batch, axis=0) for name, value in case.operands.items()}
+    operands["bias"] = case.operands["bias"]
+    check(windows, "shifted", Case(case.spec, operands, symbolic=True), reference.flash_window_attention)
+
+
+def test_a_row_that_is_masked_altogether_gives_nan(windows: Any) -> None:
+    case = WINDOWS["mask-tensor"]
+    mask = case.operands["mask"].copy()
+    mask[2, 5] = -np.inf
+    masked = Case(case.spec, {**case.operands, "mask": mask})
+    expected = reference.flash_window_attention(masked.spec, masked.operands)
+    got = run(windows, "mask-tensor", masked, expected)
+    assert np.isnan(expected).any()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+
+
+def test_large_logits_do_not_overflow(windows: Any) -> None:
+    case = WINDOWS["mask-tensor"]
+    # Whole numbers and a scale of 1/4: logits of thousands, and exact.
+    whole = {name: np.round(case.operands[name] * 20) for name in ("query", "key")}
+    check(windows, "mask-tensor", Case(case.spec, {**case.operands, **whole}), reference.flash_window_attention)
+
+
+# tokens, head_dim of query and key, of value, bytes of an element
+TILINGS = [
+    (49, 32, 32, 4),
+    (576, 32, 32, 4),
+    (576, 30, 30, 2),
+    (64, 512, 512, 4),
+    (16, 1, 1, 4),
+    (400, 96, 64, 4),
+    (1, 8, 300, 4),
+]
+
+
+@pytest.mark.parametrize("target", [gpu_emulator.metal_target(), CUDA], ids=["metal", "cuda"])
+@pytest.mark.parametrize("sizes", TILINGS, ids=str)
+def test_window_tilings_keep_to_the_limits(sizes: tuple[int, int, int, int], target: Target) -> None:
+    limits = Limits.of(target)
+    tiling = window_gpu.choose_tiling(*sizes, limits)
+    assert tiling.shared_bytes(sizes[3]) <= limits.shared_bytes <= 49152
+    assert tiling.columns * tiling.rows <= 256
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, 13])
+@pytest.mark.parametrize("dilation", [1, 2, 8, 40])
+def test_slide_tilings_keep_to_the_limits(kernel_size: int, dilation: int) -> None:
+    limits = Limits.of(gpu_emulator.metal_target())
+    geometry = slide_gpu.NeighborhoodGeometry((56, 64), (kernel_size, kernel_size), (dilation, dilation))
+    tiling = slide_gpu.choose_tiling(geometry, 48, 64, 4, limits)
+    carried = tiling.value_block * slide_gpu.THREADS * 4 if len(tiling.slot_groups) > 1 else 0
+    assert tiling.staged_bytes(4) + carried <= limits.shared_bytes
+    assert [slot for group in tiling.slot_groups for slot in group] == list(range(kernel_size**2))

@@ -1,0 +1,142 @@
+"""GPU schedules: the Metal source of TVM's operators, run on the CPU, against the same loops unscheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from tvm import relax, tirx  # noqa: E402
+from tvm.relax import op  # noqa: E402
+
+from attnrewrite.lowering import build  # noqa: E402
+from tests.lowering import gpu_emulator  # noqa: E402
+
+Builder = Callable[..., Any]
+BATCH = tirx.Var("batch", "int64")
+# Sums of up to 600 products of order 1 in another order than the reference's, relative to the largest.
+FLOAT32 = 1e-5
+# Rounding to float16 of what lies between operators, relative to the largest result; sums are float32.
+FLOAT16 = 4e-3
+
+
+def gelu(x: Any) -> Any:
+    half = relax.const(0.5, "float32")
+    return op.multiply(
+        op.multiply(x, half), op.add(op.erf(op.divide(x, relax.const(2**0.5, "float32"))), relax.const(1.0))
+    )
+
+
+def layer_norm(x: Any, gamma: Any, beta: Any) -> Any:
+    return op.nn.layer_norm(x, gamma, beta, axes=[-1])
+
+
+# name -> (shapes of the inputs, the computation)
+CASES: dict[str, tuple[list[tuple[Any, ...]], Builder]] = {
+    "matmul": ([(1, 70, 45), (45, 83)], op.matmul),
+    "matmul-symbolic-rows": ([(BATCH, 7, 45), (45, 83)], op.matmul),
+    "matmul-transposed": (
+        [(2, 3, 49, 32), (2, 3, 49, 32)],
+        lambda a, b: op.matmul(a, op.permute_dims(b, [0, 1, 3, 2])),
+    ),
+    "matmul-one-row": ([(1, 200), (200, 37)], op.matmul),
+    "matmul-bias-gelu": ([(1, 50, 33), (33, 40), (40,)], lambda x, w, b: gelu(op.add(op.matmul(x, w), b))),
+    "matmul-bias-residual": (
+        [(2, 9, 33), (33, 40), (40,), (2, 9, 40)],
+        lambda x, w, b, r: op.add(op.add(op.matmul(x, w), b), r),
+    ),
+    "conv-3x3": ([(2, 5, 9, 11), (7, 5, 3, 3)], lambda x, w: op.nn.conv2d(x, w, padding=1)),
+    "conv-patch-embed": (
+        [(1, 3, 16, 24), (20, 3, 4, 4), (1, 20, 1, 1)],
+        lambda x, w, b: op.add(op.nn.conv2d(x, w, strides=4), b),
+    ),
+    "conv-grouped": ([(1, 8, 9, 10), (12, 4, 3, 3)], lambda x, w: op.nn.conv2d(x, w, strides=2, padding=1, groups=2)),
+    "conv-depthwise": ([(BATCH, 6, 13, 11), (6, 1, 5, 5)], lambda x, w: op.nn.conv2d(x, w, padding=2, groups=6)),
+    "conv-dilated": (
+        [(1, 4, 15, 13), (6, 4, 3, 3)],
+        lambda x, w: op.nn.relu(op.nn.conv2d(x, w, padding=2, dilation=2)),
+    ),
+    "softmax": ([(2, 3, 9, 49)], lambda x: op.nn.softmax(x, axis=-1)),
+    "softmax-inner-axis": ([(2, 9, 17, 5)], lambda x: op.nn.softmax(x, axis=1)),
+    "softmax-long-row": ([(3, 5000)], lambda x: op.nn.softmax(x, axis=-1)),
+    "softmax-too-long-for-shared-memory": ([(2, 9000)], lambda x: op.nn.softmax(x, axis=-1)),
+    "layer-norm": ([(BATCH, 13, 96), (96,), (96,)], layer_norm),
+    "layer-norm-channels-first": (
+        [(2, 24, 5, 7)],
+        lambda x: op.divide(
+            op.subtract(x, op.mean(x, axis=1, keepdims=True)), op.sqrt(op.variance(x, axis=1, keepdims=True))
+        ),
+    ),
+    "mean-of-pixels": ([(2, 7, 9, 40)], lambda x: op.mean(x, axis=[1, 2])),
+    "mean-channels-first": ([(2, 40, 7, 9)], lambda x: op.mean(x, axis=[2, 3])),
+    "max-pool": ([(1, 6, 13, 15)], lambda x: op.nn.max_pool2d(x, (3, 3), (2, 2), padding=1)),
+    "adaptive-pool": ([(1, 6, 14, 14)], lambda x: op.nn.adaptive_avg_pool2d(x, (1, 1))),
+    "transpose": ([(2, 9, 33, 5)], lambda x: op.permute_dims(x, [0, 2, 3, 1])),
+    "pixel-unshuffle": (
+        [(1, 8, 12, 5)],
+        lambda x: op.reshape(op.permute_dims(op.reshape(x, (1, 4, 2, 6, 2, 5)), [0, 1, 3, 4, 2, 5]), (1, 4, 6, 20)),
+    ),
+    "pad-and-concat": (
+        [(1, 5, 7), (1, 5, 4)],
+        lambda a, b: op.concat([op.nn.pad(a, (0, 0, 1, 2, 0, 0)), op.nn.pad(b, (0, 0, 0, 3, 0, 0))], axis=2),
+    ),
+    "elementwise": (
+        [(BATCH, 7, 5), (5,)],
+        lambda x, y: op.tanh(op.add(op.sigmoid(x), op.exp(op.negative(op.multiply(y, y))))),
+    ),
+    "cumsum": ([(2, 7, 11)], lambda x: op.cumsum(x, axis=2)),
+}
+
+
+def relax_module(shapes: list[tuple[Any, ...]], compute: Builder, dtype: str) -> Any:
+    builder = relax.BlockBuilder()
+    inputs = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, shape in enumerate(shapes)]
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            output = builder.emit_output(builder.normalize(compute(*inputs)))
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def run(executable: Any, arrays: list[np.ndarray]) -> np.ndarray:
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    return machine["main"](*(tvm.runtime.tensor(array) for array in arrays)).numpy()
+
+
+def compare(name: str, dtype: str, tolerance: float, directory: Any, batch: int = 3) -> None:
+    shapes, compute = CASES[name]
+    rng = np.random.default_rng(7)
+    arrays = [rng.standard_normal([batch if e is BATCH else e for e in shape]).astype(dtype) for shape in shapes]
+    unscheduled = relax.build(relax_module(shapes, compute, "float32"), tvm.target.Target("llvm"))
+    expected = run(unscheduled, [array.astype(np.float32) for array in arrays])
+    with gpu_emulator.emulated_builds(directory):
+        built = build.build(relax_module(shapes, compute, dtype), gpu_emulator.metal_target())
+    got = run(built.executable, arrays)
+    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedule_keeps_the_numbers(name: str, tmp_path: Any) -> None:
+    compare(name, "float32", FLOAT32, tmp_path)
+
+
+HALF = [
+    "matmul",
+    "matmul-one-row",
+    "matmul-bias-residual",
+    "conv-3x3",
+    "conv-depthwise",
+    "softmax",
+    "layer-norm",
+    "mean-of-pixels",
+    "elementwise",
+]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_sums_in_single(name: str, tmp_path: Any) -> None:
+    compare(name, "float16", FLOAT16, tmp_path)
