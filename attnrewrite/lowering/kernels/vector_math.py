@@ -6,12 +6,14 @@ LLVM keeps in vector registers on every target. Arguments and results are float3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.target import Target, codegen
+from tvm.tirx import Let, Var
 
 LOG2_E = 1.4426950408889634
 
@@ -66,13 +68,19 @@ def _f32(value: float) -> Expr:
     return T.float32(value)
 
 
+def _let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """body(value), computed once: expressions are trees, and TVM's passes visit every copy of a shared part."""
+    bound = Var("x", "float32")
+    return Let(bound, value, body(bound))
+
+
 def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
     """Horner's rule, the highest power first."""
     return reduce(lambda value, c: value * x + _f32(c), coefficients[1:], _f32(coefficients[0]))
 
 
 def _not_below(x: Expr, bound: float) -> Expr:
-    """max(x, bound) that keeps NaN, which T.max does not promise."""
+    """max(x, bound) that keeps NaN, which T.max does not promise. x is used twice."""
     return T.Select(x < _f32(bound), _f32(bound), x)
 
 
@@ -80,44 +88,61 @@ def _not_above(x: Expr, bound: float) -> Expr:
     return T.Select(x > _f32(bound), _f32(bound), x)
 
 
-def _round(x: Expr) -> tuple[Expr, Expr]:
-    """(n, n in the low bits of an int32) for the integer n nearest to x, |x| < 2**22."""
-    # TVM's simplifier would cancel (x + c) - c even for floats; it does not look through the bits.
-    bits = T.reinterpret("int32", x + _f32(_ROUND))
-    return T.reinterpret("float32", bits) - _f32(_ROUND), bits
+def _power(x: Expr, fraction_of: Callable[[Expr], Expr]) -> Expr:
+    """2**(n + fraction_of(n)) for the integer n nearest to x; |x| < 2**22 and |fraction_of(n)| <= 1/2."""
 
+    def scaled(shifted: Expr) -> Expr:
+        # TVM's simplifier would cancel (x + c) - c even for floats; it does not look through the bits.
+        bits = T.reinterpret("int32", shifted)
+        n = T.reinterpret("float32", bits) - _f32(_ROUND)
+        mantissa = _let(fraction_of(n), lambda fraction: _polynomial(_EXP2, fraction) * fraction + _f32(1.0))
+        return T.reinterpret("float32", T.reinterpret("int32", mantissa) + T.shift_left(bits, 23))
 
-def _scale_by_power(fraction: Expr, bits: Expr) -> Expr:
-    """2**fraction * 2**n for |fraction| <= 1/2 and the bits `_round` gave for n."""
-    mantissa = _polynomial(_EXP2, fraction) * fraction + _f32(1.0)
-    return T.reinterpret("float32", T.reinterpret("int32", mantissa) + T.shift_left(bits, 23))
+    return _let(x + _f32(_ROUND), scaled)
 
 
 def exp2_of_nonpositive(x: Expr) -> Expr:
     """2**x for x <= 0, to 2e-7 relative; exactly 0 from -127 down, so for -inf. Larger x gives nonsense from 128 on."""
     # At -127 the mantissa is exactly 1.0 and its bits plus the exponent's are those of zero.
-    x = _not_below(x, -127.0)
-    n, bits = _round(x)
-    return _scale_by_power(x - n, bits)
+    return _let(x, lambda x: _let(_not_below(x, -127.0), lambda x: _power(x, lambda n: x - n)))
 
 
 def exp2(x: Expr) -> Expr:
     """2**x to 2e-7 relative where the result is a normal number; 0 from -127 down, inf from 128 up."""
-    return exp2_of_nonpositive(_not_above(x, 128.0))
+    return _let(x, lambda x: exp2_of_nonpositive(_not_above(x, 128.0)))
 
 
 def exp(x: Expr) -> Expr:
     """e**x to 3e-7 relative where the result is a normal number; 0 below about -88, inf above 88.7."""
-    # At the ends of the range the result is 0 and inf; between them the remainder of n ln 2 keeps full precision.
-    power = _not_above(_not_below(x * _f32(LOG2_E), -127.0), 128.0)
-    n, bits = _round(power)
-    inside = T.And(power > _f32(-127.0), power < _f32(128.0))
-    remainder = ((x - n * _f32(_LN2_HIGH)) - n * _f32(_LN2_LOW)) * _f32(LOG2_E)
-    return _scale_by_power(T.Select(inside, remainder, power - n), bits)
+
+    def of_power(x: Expr, power: Expr) -> Expr:
+        # At the ends of the range the result is 0 and inf; between them the remainder of n ln 2 keeps full precision.
+        inside = T.And(power > _f32(-127.0), power < _f32(128.0))
+
+        def fraction(n: Expr) -> Expr:
+            return _let(
+                n,
+                lambda n: T.Select(inside, ((x - n * _f32(_LN2_HIGH)) - n * _f32(_LN2_LOW)) * _f32(LOG2_E), power - n),
+            )
+
+        return _power(power, fraction)
+
+    def clamped(x: Expr) -> Expr:
+        low = _let(x * _f32(LOG2_E), lambda power: _not_below(power, -127.0))
+        return _let(_let(low, lambda power: _not_above(power, 128.0)), lambda power: of_power(x, power))
+
+    return _let(x, clamped)
 
 
 def erf(x: Expr) -> Expr:
     """The error function to 1.5e-7 absolute: erf(a) = 1 - 2**log2(erfc(a)) for a = |x|."""
-    magnitude = _not_above(T.Select(x < _f32(0.0), _f32(0.0) - x, x), _ERF_SATURATES)
-    value = _f32(1.0) - exp2_of_nonpositive(_f32(0.0) - _polynomial(_LOG2_ERFC, magnitude) * magnitude)
-    return T.Select(x < _f32(0.0), _f32(0.0) - value, value)
+
+    def of_magnitude(a: Expr) -> Expr:
+        return _f32(1.0) - exp2_of_nonpositive(_f32(0.0) - _polynomial(_LOG2_ERFC, a) * a)
+
+    def signed(x: Expr) -> Expr:
+        magnitude = _let(T.Select(x < _f32(0.0), _f32(0.0) - x, x), lambda a: _not_above(a, _ERF_SATURATES))
+        value = _let(magnitude, of_magnitude)
+        return _let(value, lambda value: T.Select(x < _f32(0.0), _f32(0.0) - value, value))
+
+    return _let(x, signed)
