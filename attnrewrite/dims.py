@@ -22,7 +22,7 @@ class Dim:
 
     def __str__(self) -> str:
         parts = [symbol if c == 1 else f"{c}*{symbol}" for symbol, c in self.terms]
-        return "+".join(parts + ([str(self.constant)] if self.constant else []))
+        return "+".join(parts + ([str(self.constant)] if self.constant else [])).replace("+-", "-")
 
     def __repr__(self) -> str:
         return str(self)
@@ -48,7 +48,8 @@ class Dim:
     def __mul__(self, other: Extent) -> Extent:
         if isinstance(other, Dim):
             raise NonAffine(f"{self} * {other}")
-        return _make({s: c * int(other) for s, c in self.terms}, self.constant * int(other))
+        factor = _integer(other)
+        return _make({s: c * factor for s, c in self.terms}, self.constant * factor)
 
     __rmul__ = __mul__
 
@@ -58,7 +59,7 @@ class Dim:
             if ratio is None:
                 raise NonAffine(f"{self} // {other}")
             return ratio
-        divisor = int(other)
+        divisor = _integer(other)
         if divisor == 0 or any(c % divisor for _, c in self.terms):
             raise NonAffine(f"{self} // {other}")
         return _make({s: c // divisor for s, c in self.terms}, self.constant // divisor)
@@ -76,9 +77,10 @@ class Dim:
             if proportion(self, other) is None:
                 raise NonAffine(f"{self} % {other}")
             return 0
-        if any(c % int(other) for _, c in self.terms):
+        divisor = _integer(other)
+        if divisor == 0 or any(c % divisor for _, c in self.terms):
             raise NonAffine(f"{self} % {other}")
-        return self.constant % int(other)
+        return self.constant % divisor
 
 
 Extent = int | Dim
@@ -90,6 +92,17 @@ def proportion(numerator: Dim, denominator: Dim) -> int | None:
     symbol, coefficient = denominator.terms[0]
     ratio, rest = divmod(dict(numerator.terms).get(symbol, 0), coefficient)
     return ratio if rest == 0 and denominator * ratio == numerator else None
+
+
+def equal(a: Extent, b: Extent) -> bool:
+    """Whether two extents are the same number for every value of the symbols; NonAffine where that depends on them."""
+    difference = a - b
+    if not isinstance(difference, Dim):
+        return difference == 0
+    signs = {c > 0 for _, c in difference.terms}
+    if len(signs) == 1 and difference.constant and (difference.constant > 0) in signs:
+        return False  # symbols are not negative: the difference is never zero
+    raise NonAffine(f"{a} == {b}")
 
 
 def symbols(extent: Extent | None) -> tuple[str, ...]:
@@ -109,7 +122,14 @@ def is_static(shape: Shape | None) -> bool:
 
 
 def _parts(value: Extent) -> tuple[dict[str, int], int]:
-    return (dict(value.terms), value.constant) if isinstance(value, Dim) else ({}, int(value))
+    return (dict(value.terms), value.constant) if isinstance(value, Dim) else ({}, _integer(value))
+
+
+def _integer(number: int) -> int:
+    """A number met in shape arithmetic, where floats pass through as well; NonAffine if it is no integer."""
+    if int(number) != number:
+        raise NonAffine(f"{number} is no integer")
+    return int(number)
 
 
 def _make(terms: dict[str, int], constant: int) -> Extent:

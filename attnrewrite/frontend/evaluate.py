@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from attnrewrite.dims import Dim
+from attnrewrite.dims import Dim, NonAffine, equal
 from attnrewrite.graph import STANDARD_DOMAIN, Node
 
 Arrays = list[np.ndarray | None]
 
 # Results that differ from run to run, or that the model's owner marked: never folded.
-NOT_DETERMINISTIC = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+NOT_DETERMINISTIC = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 # A quantised graph keeps its quantisation: folding these would silently turn it into a float model.
 NOT_FOLDED = NOT_DETERMINISTIC | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
@@ -94,11 +96,28 @@ def _range(node: Node, inputs: Arrays) -> np.ndarray:
     return np.arange(start[()], limit[()], delta[()], dtype=start.dtype)
 
 
+def _quotient(a: Any, b: Any) -> Any:
+    """a / b where it comes out even: only then are integer and float division the same."""
+    if isinstance(a, Dim) or isinstance(b, Dim):
+        return a / b
+    if b == 0 or a % b:
+        raise NonAffine(f"{a} / {b}")
+    return a // b
+
+
+_exact_quotient = np.frompyfunc(_quotient, 2, 1)
+_symbolic_equal = np.frompyfunc(equal, 2, 1)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray(_symbolic_equal(a, b) if is_symbolic(a) or is_symbolic(b) else a == b, bool)
+
+
 def _divide(node: Node, inputs: Arrays) -> np.ndarray:
     a, b = inputs
     assert a is not None and b is not None
     if is_symbolic(a) or is_symbolic(b):
-        return a // b
+        return np.asarray(_exact_quotient(a, b))
     if np.issubdtype(a.dtype, np.integer):
         return np.trunc(a / b).astype(a.dtype) if np.any(a < 0) or np.any(b < 0) else a // b
     return a / b
@@ -163,7 +182,7 @@ NUMPY_OPS: dict[str, Callable[[Node, Arrays], np.ndarray]] = {
     "Neg": _pointwise(lambda a: -a),
     "Floor": _pointwise(lambda a: a if is_symbolic(a) else np.floor(a)),
     "Ceil": _pointwise(lambda a: a if is_symbolic(a) else np.ceil(a)),
-    "Equal": _pointwise(lambda a, b: np.asarray(a == b, bool)),
+    "Equal": _pointwise(_equal),
     "Greater": _pointwise(lambda a, b: np.asarray(a > b, bool)),
     "Less": _pointwise(lambda a, b: np.asarray(a < b, bool)),
     "Not": _pointwise(np.logical_not),

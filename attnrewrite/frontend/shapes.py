@@ -55,9 +55,9 @@ def reshape(node: Node, contents: Contents) -> Shape:
     result: list[Extent] = [shape[i] if keep and t == 0 else t for i, t in enumerate(target)]
     if -1 in result:
         at = result.index(-1)
-        rest = product(tuple(result[:at] + result[at + 1 :]))
-        total = product(shape)
         try:
+            rest = product(tuple(result[:at] + result[at + 1 :]))
+            total = product(shape)
             result[at] = total // rest if rest != 0 else 0
         except NonAffine:
             result[at] = _cancel(shape, result[:at] + result[at + 1 :])
@@ -215,12 +215,16 @@ def _onnx_inference(node: Node, contents: Contents, opset: int) -> Inferred:
         if known is not None and known.dtype != object and known.size <= 1024:
             data[f"i{k}"] = onnx.numpy_helper.from_array(known)
     proto = onnx.helper.make_node(
-        node.op, [f"i{k}" if v is not None else "" for k, v in enumerate(node.inputs)], [f"o{k}" for k in range(len(node.outputs))]
+        node.op,
+        [f"i{k}" if v is not None else "" for k, v in enumerate(node.inputs)],
+        [f"o{k}" for k in range(len(node.outputs))],
     )
     try:
         proto.attribute.extend(to_attribute(k, v) for k, v in node.attributes.items())
         schema = onnx.defs.get_schema(node.op, opset, node.domain)
-        result = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)])
+        result = onnx.shape_inference.infer_node_outputs(
+            schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
+        )
     except Exception:  # the inference raises bare RuntimeErrors where a shape is inconsistent or unknown
         return unknown
     outputs: Inferred = []

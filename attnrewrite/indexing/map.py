@@ -1,9 +1,9 @@
 """Indexing maps: for every point of a grid, the element of a tensor that it reads.
 
-A map goes output -> input. The grid's axes are chosen by whoever asks (the axes of an attention output, the summed keys,
-the channels); a coordinate is an integer array over the grid with extent 1 along every axis it does not depend on. So a
-map over millions of points costs no more than the axes it really mixes, and independence of an axis is proved by the
-shape of the array, never assumed.
+A map goes output -> input. The grid's axes are chosen by whoever asks (the axes of an attention output, the summed
+keys, the channels); a coordinate is an integer array over the grid with extent 1 along every axis it does not depend
+on. So a map over millions of points costs no more than the axes it really mixes, and independence of an axis is proved
+by the shape of the array, never assumed.
 
 A symbolic batch is not enumerated: a coordinate is `batch * b + values` with b the index along the symbol.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.dims import Dim, Extent, NonAffine, Shape
 
 
 class IndexingError(ValueError):
@@ -24,7 +24,9 @@ class IndexingError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Coordinate:
-    """One coordinate of a map: `batch * b + values`, values int64, one axis per grid axis, extent 1 where independent."""
+    """One coordinate of a map: `batch * b + values`, values int64, one axis per grid axis, extent 1 where
+    independent.
+    """
 
     values: np.ndarray
     batch: int = 0
@@ -99,6 +101,13 @@ def reshape(index: Index, out_shape: Shape, in_shape: Shape) -> Index:
 
 def axis_groups(out_shape: Shape, in_shape: Shape) -> list[tuple[range, range]]:
     """Smallest runs of axes with equal products, in order."""
+    try:
+        return _axis_groups(out_shape, in_shape)
+    except NonAffine as error:
+        raise IndexingError(f"reshape from {in_shape} to {out_shape} multiplies two symbolic extents") from error
+
+
+def _axis_groups(out_shape: Shape, in_shape: Shape) -> list[tuple[range, range]]:
     groups: list[tuple[range, range]] = []
     i = j = 0
     while i < len(out_shape) or j < len(in_shape):
@@ -158,7 +167,9 @@ def _regroup(coordinates: Index, extents: Shape, targets: Shape, index: Index) -
         elif outermost:
             split.append(Coordinate(reduced(linear), batch))
         else:
-            if isinstance(target, Dim) or batch % target:
+            if isinstance(target, Dim):
+                raise IndexingError(f"the symbolic extent {target} is split off behind another axis")
+            if batch % target:
                 raise IndexingError(f"a symbolic extent is split by {target}")
             split.append(Coordinate(reduced(linear % target)))
             linear, batch = linear // target, batch // target

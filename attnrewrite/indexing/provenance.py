@@ -29,8 +29,8 @@ class Provenance:
 def provenances(value: Value, index: Index, positions: Mapping[Value, int]) -> Iterator[Provenance]:
     """Every value from which all of `value[index]` is moved, nearest first; the value itself is the first.
 
-    positions: topological position of each value's producer (inputs and constants absent). Raises IndexingError where the
-    walk meets something it cannot express; what was yielded before remains true.
+    positions: topological position of each value's producer (inputs and constants absent). Raises IndexingError where
+    the walk meets something it cannot express; what was yielded before remains true.
     """
     reads: dict[Value, Read] = {value: Read(value, index)}
     fills: list[Fill] = []
@@ -56,7 +56,7 @@ def provenances(value: Value, index: Index, positions: Mapping[Value, int]) -> I
                 assert where is not None
                 fills.append(Fill(source.number, where))
             else:
-                piece = Read(source.value, source.index, where)
+                piece = Read(source.value, source.index, None if where is not None and where.all() else where)
                 reads[source.value] = _merge(reads[source.value], piece) if source.value in reads else piece
 
 

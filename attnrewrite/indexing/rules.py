@@ -1,8 +1,8 @@
 """One indexing rule per data-movement operator: the equation is the docstring.
 
-A rule takes a node, one of its outputs and the coordinates at which that output is read, and says which elements of which
-inputs that reads. A rule that cannot express a node returns None: the operator is then not movement for whoever asks.
-No rule knows what the data means; a new spelling of anything is one more function here.
+A rule takes a node, one of its outputs and the coordinates at which that output is read, and says which elements of
+which inputs that reads. A rule that cannot express a node returns None: the operator is then not movement for whoever
+asks. No rule knows what the data means; a new spelling of anything is one more function here.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def _extent(value: Value, axis: int, what: str) -> int:
     if not isinstance(extent, int):
         raise IndexingError(f"{what} along an axis of symbolic extent {extent}")
     return extent
+
+
+def _elements(table: np.ndarray, at: tuple[np.ndarray, ...], index: Index) -> np.ndarray:
+    """Elements of a constant at these positions, with one axis per grid axis also where the constant is a scalar."""
+    rank = index[0].values.ndim if index else 0
+    return np.asarray(table[at] if at else table.reshape((1,) * rank))
 
 
 @index_rule("Identity")
@@ -222,8 +228,7 @@ def gather(node: Node, output: Value, index: Index) -> Sources | None:
     assert data.shape is not None
     axis = node.attributes.get("axis", 0) % len(data.shape)
     at = tuple(c.static("a gather index") for c in index[axis : axis + table.ndim])
-    rank = index[0].values.ndim if index else 0
-    read = np.asarray(table[at] if at else table.reshape((1,) * rank), np.int64)
+    read = _elements(table, at, index).astype(np.int64)
     read = np.where(read < 0, read + _extent(data, axis, "a gather"), read)
     return [Read(data, (*index[:axis], Coordinate(reduced(read)), *index[axis + table.ndim :]))]
 
@@ -237,7 +242,7 @@ def gather_nd(node: Node, output: Value, index: Index) -> Sources | None:
     at = tuple(c.static("a gather index") for c in index[: table.ndim - 1])
     read = []
     for axis in range(table.shape[-1]):
-        picked = np.asarray(table[(*at, axis)], np.int64)
+        picked = _elements(table[..., axis], at, index).astype(np.int64)
         read.append(Coordinate(reduced(np.where(picked < 0, picked + _extent(data, axis, "a gather"), picked))))
     return [Read(data, (*read, *index[table.ndim - 1 :]))]
 
@@ -261,13 +266,16 @@ def space_to_depth(node: Node, output: Value, index: Index) -> Sources:
     size, channels = node.attributes["blocksize"], _extent(data, 1, "space to depth")
     packed = index[1].static("space to depth")
     block, channel = packed // channels, packed % channels
-    row, column = index[2].values * size + block // size, index[3].values * size + block % size
+    row = index[2].static("space to depth") * size + block // size
+    column = index[3].static("space to depth") * size + block % size
     return [Read(data, (index[0], Coordinate(reduced(channel)), Coordinate(reduced(row)), Coordinate(reduced(column))))]
 
 
 @index_rule("DepthToSpace")
 def depth_to_space(node: Node, output: Value, index: Index) -> Sources:
-    """out[b, c, y * s + dy, x * s + dx] = in[b, (dy * s + dx) * C' + c, y, x] (DCR), or in[b, (c * s + dy) * s + dx, y, x] (CRD)."""
+    """out[b, c, y * s + dy, x * s + dx] = in[b, (dy * s + dx) * C' + c, y, x] (DCR), or in[b, (c * s + dy) * s + dx, y,
+    x] (CRD).
+    """
     data = node.required(0)
     size = node.attributes["blocksize"]
     channels = _extent(data, 1, "depth to space") // size**2
@@ -285,7 +293,7 @@ def where(node: Node, output: Value, index: Index) -> Sources | None:
     if condition is None:
         return None
     own = broadcast_index(index, node.required(0))
-    chosen = reduced(condition[tuple(c.static("a selection") for c in own)].astype(bool))
+    chosen = reduced(_elements(condition, tuple(c.static("a selection") for c in own), index).astype(bool))
     parts = Sources()
     for k, taken in ((1, chosen), (2, ~chosen)):
         value = node.required(k)
@@ -303,7 +311,8 @@ def where(node: Node, output: Value, index: Index) -> Sources | None:
 
 @index_rule("Conv")
 def one_hot_convolution(node: Node, output: Value, index: Index) -> Sources | None:
-    """out[b, o, p] = in[b, o // m, p * stride + tap_o * dilation - pad]: depthwise kernels with a single 1 move, nothing more.
+    """out[b, o, p] = in[b, o // m, p * stride + tap_o * dilation - pad]: depthwise kernels with a single 1 move,
+    nothing more.
 
     m is the number of filters per channel; positions outside the input are zero.
     """

@@ -1,0 +1,1 @@
+"""Indexing maps against ONNX Runtime on an integer iota. Imports no torch."""
