@@ -5,6 +5,7 @@ The command line and the Python interface both go it; they differ in where the d
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import platform
@@ -159,7 +160,8 @@ def build(
         target=target.name if target is not None else None,
         precision=options.precision if options.compile and target is not None else None,
     )
-    del outcome  # its graph holds the weights
+    del outcome
+    gc.collect()  # the graph holds the weights, and its values and nodes hold each other
 
     source_sha256 = sha256_of(source)
     compiler_error: CompilerError | None = None
@@ -197,6 +199,7 @@ def verify(
     """
     from attnrewrite.verify.numeric import verify_models
 
+    exact = _verify_exact(source, rewritten, options.input_shapes)
     load: Callable[[], Runner] | str | None = None
     if report is not None and has_library(report):
         load = _loader(report, rewritten.parent, options.threads, emulate)
@@ -211,9 +214,27 @@ def verify(
         input_shapes=options.input_shapes,
         threads=options.threads,
     )
-    if isinstance(load, str):
-        verification = replace(verification, notes=(*verification.notes, load))
-    return verification
+    notes = (*verification.notes, *([load] if isinstance(load, str) else []))
+    return replace(verification, exact=exact, notes=notes)
+
+
+def _verify_exact(source: Path, rewritten: Path, input_shapes: InputShapes) -> tuple[dict[str, Any], ...]:
+    """One entry per op of ours in the rewritten model; none where it was written out as standard operators."""
+    from attnrewrite.frontend.onnx import read
+    from attnrewrite.verify.exact import verify_exact
+    from attnrewrite.verify.inputs import interface
+
+    before = {spec.name: spec.shape for spec in interface(source).inputs}
+    specialised = {
+        spec.name: spec.shape
+        for spec in interface(rewritten).inputs
+        if spec.name in before and any(isinstance(e, int) for e in set(spec.shape) - set(before[spec.name]))
+    }
+    original = read(source, {**specialised, **input_shapes} or None)
+    checks = tuple(check.to_json() for check in verify_exact(original, read(rewritten)))
+    del original
+    gc.collect()
+    return checks
 
 
 def _loader(report: Report, directory: Path, threads: int | None, emulate: bool) -> Callable[[], Runner] | str:
@@ -237,9 +258,6 @@ def verify_artifact(
     original: Path, rewritten: Path, *, trials: int, input_shapes: InputShapes, threads: int | None
 ) -> Verification:
     """Verify a rewritten model, or an artifact directory with its library, against the original file."""
-    from attnrewrite.frontend.onnx import read
-
-    read(original, input_shapes or None)  # says what is wrong with a bad file better than ONNX Runtime does
     options = Options(input_shapes=input_shapes, threads=threads)
     if rewritten.is_dir():
         report, _ = read_report(rewritten)

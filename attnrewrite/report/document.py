@@ -149,8 +149,8 @@ def _verification_rows(verification: dict[str, Any] | None) -> list[tuple[str, s
         rows.append(
             (
                 candidate.capitalize(),
-                f"largest error {_scientific(figures['max_error'])} of max |output|, "
-                f"{verdict} {_scientific(figures['tolerance'])}",
+                f"largest error {scientific(figures['max_error'])} of max |output|, "
+                f"{verdict} {scientific(figures['tolerance'])}",
             )
         )
     rows += [("Failed", sentence) for sentence in verification.get("failures", [])]
@@ -180,5 +180,8 @@ def _gain_rows(gains: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _scientific(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.1e}"
+def scientific(value: float | str) -> str:
+    """An error or a tolerance; infinity comes as text, for JSON has none."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.1e}" if value else "0"

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from attnrewrite.report.document import Report, facts, headline, is_shifted
+from attnrewrite.report.document import Report, facts, headline, is_shifted, scientific
 from attnrewrite.report.terminal import SITE_COLUMNS, reparam_sentence, site_cells
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def to_html(report: Report) -> str:
     return _template().render(
         report=report,
         headline=headline(report),
+        scientific=scientific,
         facts=[row for row in facts(report) if row[0] not in ("Speed",)],
         columns=SITE_COLUMNS,
         rows=[(site, site_cells(site)) for site in report.sites],

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrewrite.localattention.site import Reparam, Site
-from attnrewrite.report.document import Report, facts, headline, times
+from attnrewrite.report.document import Report, facts, headline, scientific, times
 
 if TYPE_CHECKING:
     from attnrewrite.verify.numeric import Verification
@@ -66,7 +66,7 @@ def render_verification(verification: Verification) -> Group:
         verdict = (
             Text("equal" if c.error == 0 else "within", style="green") if c.passed else Text("DIFFERS", style="red")
         )
-        cells = (c.candidate, c.case, str(c.batch), c.output, f"{c.error:.1e}", f"{c.tolerance:.1e}")
+        cells = (c.candidate, c.case, str(c.batch), c.output, scientific(c.error), scientific(c.tolerance))
         table.add_row(*cells, verdict)
     parts: list[RenderableType] = [table]
     if verification.exact:

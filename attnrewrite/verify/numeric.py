@@ -119,7 +119,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared and what could not be. exact: one entry per proved site, from attnrewrite.verify.exact.
+    """What was compared and what could not be. exact: one entry per emitted op, from attnrewrite.verify.exact.
 
     notes: sentences on what was not tried, and why. failures: sentences on what kept a candidate from being compared.
     """
@@ -148,7 +148,7 @@ class Verification:
             return self.failures[0]
         for check in self.exact:
             if not check["passed"]:
-                return f"site {check.get('node', check.get('site', '?'))}: {check.get('detail', 'the maps differ')}"
+                return f"{check['node']} is not proved equal to the original: {check['detail']}"
         for c in self.comparisons:
             if not c.passed:
                 return (
