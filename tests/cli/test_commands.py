@@ -126,6 +126,19 @@ def test_wrong_rewriting_is_exit_1_and_writes_nothing(command, tmp_path, mlp, mo
     assert [p.name for p in tmp_path.iterdir()] == ["mlp.onnx"]
 
 
+def test_unproved_op_is_exit_1_though_the_numbers_agree(command, tmp_path, mlp, monkeypatch):
+    import attnrewrite.verify.exact as exact
+
+    check = exact.Check("local_3", "softmax", False, "output pixel 5 reads key pixel 6 in the original, 7 now")
+    monkeypatch.setattr(exact, "verify_exact", lambda original, rewritten: [check])
+    done = command("verify", mlp, mlp, "--json")
+    assert done.code == 1
+    assert done.json["rewritten"]["passed"] is True
+    assert "local_3 is not proved equal to the original: output pixel 5 reads key pixel 6" in done.stderr
+    assert command("optimize", mlp, "--no-compile", "-o", tmp_path / "out").code == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_compiler_failure_is_exit_3_and_delivers_the_rest(command, tmp_path, mlp, monkeypatch):
     import attnrewrite.lowering.compile as lowering
 
