@@ -6,6 +6,7 @@ An extent is a plain `int` whenever it is one; `Dim` stands for the rest. Arithm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -115,6 +116,18 @@ def product(extents: Shape) -> Extent:
     for extent in extents:
         result = result * extent
     return result
+
+
+def static(extent: Extent) -> int:
+    """An extent that is known to be a plain number; ValueError if it is not."""
+    if isinstance(extent, Dim):
+        raise ValueError(f"the extent {extent} is symbolic")
+    return extent
+
+
+def elements(shape: Shape) -> int:
+    """The number of elements of a static shape."""
+    return math.prod(static(e) for e in shape)
 
 
 def is_static(shape: Shape | None) -> bool:

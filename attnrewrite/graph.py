@@ -56,6 +56,13 @@ class Value:
         self.producer = None
 
     @property
+    def known_shape(self) -> Shape:
+        """The shape of a value whose shape must be known by now; ValueError if it is not."""
+        if self.shape is None:
+            raise ValueError(f"the shape of {self.name} is unknown")
+        return self.shape
+
+    @property
     def rank(self) -> int | None:
         return None if self.shape is None else len(self.shape)
 
@@ -71,7 +78,9 @@ class Value:
 
 
 class Node:
-    """One operator application. A missing optional input is None. `source` is the frontend's own node, if it has one."""
+    """One operator application. A missing optional input is None. `source` is the frontend's own node, if it has
+    one.
+    """
 
     def __init__(
         self,
@@ -238,7 +247,9 @@ class Graph:
             if id(value) not in identifiers:
                 stem = "".join(c if c.isalnum() else "_" for c in value.name).strip("_") or "v"
                 stem = f"v_{stem}" if stem[0].isdigit() else stem
-                name = next(n for n in itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1))) if n not in taken)
+                name = next(
+                    n for n in itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1))) if n not in taken
+                )
                 taken.add(name)
                 identifiers[id(value)] = name
             return identifiers[id(value)]
@@ -264,5 +275,3 @@ class Graph:
 def _short(attribute: Any) -> str:
     text = repr(attribute)
     return text if len(text) <= 60 else text[:57] + "..."
-
-

@@ -1,7 +1,7 @@
 """Passes as data, and the pipeline that runs them in order.
 
-A pass is a value: a name, a `match` that never edits, a `rewrite` that never searches, and what it says about a match. The
-pipeline owns everything else: walking the graph, keeping facts fresh, proving each rewrite, counting and timing.
+A pass is a value: a name, a `match` that never edits, a `rewrite` that never searches, and what it says about a match.
+The pipeline owns everything else: walking the graph, keeping facts fresh, proving each rewrite, counting and timing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Pipeline:
         outcome.nodes_after = len(graph.nodes)
         return outcome
 
-    def _run_pass(self, position: int, pass_: Pass, graph: Graph, said: dict[str, list[Record]], reparam: list[Reparam]) -> int:
+    def _run_pass(
+        self, position: int, pass_: Pass, graph: Graph, said: dict[str, list[Record]], reparam: list[Reparam]
+    ) -> int:
         rewrites = 0
         facts = Facts(graph)
         for node in list(graph.nodes):
@@ -124,7 +126,9 @@ class Pipeline:
             check(graph)
         except ValueError as error:
             before = ", ".join(self.names[:position]) or "none"
-            raise PassError(f"the pass {pass_.name} left the graph invalid: {error} (passes before it: {before})") from error
+            raise PassError(
+                f"the pass {pass_.name} left the graph invalid: {error} (passes before it: {before})"
+            ) from error
         return match, Facts(graph)
 
 

@@ -5,12 +5,13 @@ Matches
 Rewrites to
     Conv(x, sum of the kernels around their common centre, sum of the biases).
 Exact when
-    every branch reads the same input with zero padding p_i = dilation * (k_i // 2): then kernel i embedded in the largest
-    kernel reads the same elements. Weights are summed in float64 and rounded once.
+    every branch reads the same input with zero padding p_i = dilation * (k_i // 2): then kernel i embedded in the
+    largest kernel reads the same elements. Weights are summed in float64 and rounded once.
 Declines when
     strides, groups, dilations or centres differ, a weight is computed, or a branch value is used elsewhere.
 Source
-    Slide-Transformer's deformed shifting module, https://arxiv.org/abs/2304.04237; RepVGG, https://arxiv.org/abs/2101.03697.
+    Slide-Transformer's deformed shifting module, https://arxiv.org/abs/2304.04237; RepVGG,
+    https://arxiv.org/abs/2101.03697.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnrewrite.dims import static
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.localattention.site import Decline, Reparam
@@ -51,7 +53,9 @@ def match_branches(facts: Facts, node: Node) -> Branches | Decline | None:
     rest = [v for v in leaves if v.producer is None or v.producer not in convolutions]
     first = convolutions[0]
     if any(not v.is_constant or not _per_channel(v, first) for v in rest):
-        return Decline("a summand beside the convolutions is neither one of them nor a constant per channel", node.label)
+        return Decline(
+            "a summand beside the convolutions is neither one of them nor a constant per channel", node.label
+        )
     for conv in convolutions:
         if facts.only_user(conv.output) is None:
             return Decline("the result of a branch is used elsewhere as well", conv.label)
@@ -86,9 +90,7 @@ def _leaves(facts: Facts, node: Node) -> list[Value]:
 
 
 def _spatial(conv: Node) -> tuple[int, ...]:
-    shape = conv.required(1).shape
-    assert shape is not None
-    return tuple(int(e) for e in shape[2:])  # type: ignore[arg-type]
+    return tuple(static(e) for e in conv.required(1).known_shape[2:])
 
 
 def _sizes(conv: Node, what: str) -> tuple[int, ...]:
@@ -99,7 +101,9 @@ def _centred(conv: Node) -> bool:
     kernel = _spatial(conv)
     pads = list(conv.attributes.get("pads") or [0] * (2 * len(kernel)))
     same = [d * (k // 2) for k, d in zip(kernel, _sizes(conv, "dilations"), strict=True)]
-    return conv.attributes.get("auto_pad", "NOTSET") == "NOTSET" and all(k % 2 for k in kernel) and pads == [*same, *same]
+    return (
+        conv.attributes.get("auto_pad", "NOTSET") == "NOTSET" and all(k % 2 for k in kernel) and pads == [*same, *same]
+    )
 
 
 def _per_channel(value: Value, conv: Node) -> bool:

@@ -2,15 +2,15 @@
 
 Matches
     out = unpartition(softmax(scale * q k^T + terms) v), where the pixels that q, k and v of a window come from are, for
-    every window and token, those of `WindowGeometry` over one feature map; in any spelling of the partition, the shift and
-    the layout, with any per-token operators between the feature map and the attention and behind it.
+    every window and token, those of `WindowGeometry` over one feature map; in any spelling of the partition, the shift
+    and the layout, with any per-token operators between the feature map and the attention and behind it.
 Rewrites to
     the per-token operators on the feature map, FlashWindowAttention(query, key, value, bias, mask, paddings), and the
     per-token operators behind it on the returned map.
 Exact when
-    query map o return map is the identity on the pixels; query, key and value maps equal `WindowGeometry.pixels()` up to
-    one order of windows and one of tokens (undone in bias and mask); the terms are constants of [nW, nH, N, N]; padded
-    tokens hold the value that the operators give to the padding.
+    query map o return map is the identity on the pixels; query, key and value maps equal `WindowGeometry.pixels()` up
+    to one order of windows and one of tokens (undone in bias and mask); the terms are constants of [nW, nH, N, N];
+    padded tokens hold the value that the operators give to the padding.
 Declines when
     one of these fails, the logits or probabilities are used elsewhere, or a single window covers the map (global).
 Source
@@ -30,7 +30,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.maps import count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter
-from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.localattention.site import Decline, MaskKind, Site
 from attnrewrite.localattention.windows import WindowMatch, match_windows
 from attnrewrite.pipeline import Pass
 
@@ -96,7 +96,7 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     geometry, attention = found.geometry.merged(), found.maps.attention
     shifted = any(geometry.shift_size)
     size = "x".join(map(str, geometry.window_size))
-    mask = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
+    mask: MaskKind = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
     return Site(
         "",
         softmax.label,
@@ -110,7 +110,7 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         shift_size=geometry.shift_size,
         dilation=(1,) * len(geometry.window_size),
         bias="none" if found.bias is None else "constant",
-        mask=mask,  # type: ignore[arg-type]
+        mask=mask,
     )
 
 

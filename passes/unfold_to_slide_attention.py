@@ -1,14 +1,17 @@
 """Attention over a k x k neighbourhood, however its keys were gathered, as one SlideAttention.
 
 Matches
-    out[p] = sum_j softmax_j(scale * q[p] . k_j[p] + bias[j]) v_j[p], where k_j and v_j read the neighbour at offset j of the
-    pixel p in their maps and zero outside: by unfold, slices, gather, or a depthwise convolution. A convolution with learned
-    filters per channel and slot (the folded deformed shifting module) is a learned shift, kept as kernels of the op.
+    out[p] = sum_j softmax_j(scale * q[p] . k_j[p] + bias[j]) v_j[p], where k_j and v_j read the neighbour at offset j
+    of the pixel p in their maps and zero outside: by unfold, slices, gather, or a depthwise convolution. A convolution
+    with learned filters per channel and slot (the folded deformed shifting module) is a learned shift, kept as kernels
+    of the op.
 Rewrites to
-    SlideAttention(query, key, value, bias, shift kernels and their biases) on channels-first maps; K and V are never expanded.
+    SlideAttention(query, key, value, bias, shift kernels and their biases) on channels-first maps; K and V are never
+    expanded.
 Exact when
-    query map o return map is the identity on the pixels; every slot of keys and of values reads `NeighborhoodGeometry.pixels()`
-    for every pixel, borders included, in one common order of slots (undone in bias and kernels).
+    query map o return map is the identity on the pixels; every slot of keys and of values reads
+    `NeighborhoodGeometry.pixels()` for every pixel, borders included, in one common order of slots (undone in bias and
+    kernels).
 Declines when
     one of these fails, or a mask or bias differs from pixel to pixel.
 Source

@@ -33,7 +33,7 @@ def _plain(array: Any, like: np.dtype | None = None) -> np.ndarray:
     """An object array without symbols becomes int64 (or `like`) again."""
     array = np.asarray(array)
     if array.dtype == object and not any(isinstance(x, Dim) for x in array.reshape(-1)):
-        return array.astype(like if like is not None and like != object else np.int64)
+        return array.astype(like if like is not None and like.kind != "O" else np.int64)
     return array
 
 
@@ -92,8 +92,8 @@ def _expand(node: Node, inputs: Arrays) -> np.ndarray:
 
 
 def _range(node: Node, inputs: Arrays) -> np.ndarray:
-    start, limit, delta = (np.asarray(x).reshape(()) for x in inputs)
-    return np.arange(start[()], limit[()], delta[()], dtype=start.dtype)
+    start, limit, delta = (np.asarray(x).reshape(-1)[0] for x in inputs)
+    return np.arange(start, limit, delta, dtype=np.asarray(inputs[0]).dtype)
 
 
 def _quotient(a: Any, b: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent, NonAffine, Shape, is_static
+from attnrewrite.dims import Dim, Extent, NonAffine, Shape, elements, is_static
 from attnrewrite.frontend.evaluate import NOT_FOLDED, NUMPY_OPS, evaluate
 from attnrewrite.frontend.shapes import Contents, infer
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
@@ -81,7 +81,8 @@ def _fold_node(node: Node, content: Contents, contents: dict[Value, np.ndarray],
 
 
 def _size(node: Node) -> int:
-    return max((int(np.prod(v.shape)) for v in node.inputs if v is not None and is_static(v.shape)), default=0)  # type: ignore[arg-type]
+    shapes = [v.shape for v in node.inputs if v is not None and v.shape is not None and is_static(v.shape)]
+    return max(map(elements, shapes), default=0)
 
 
 def _shape_content(node: Node, shape: Shape) -> np.ndarray:
@@ -127,7 +128,11 @@ def _does_nothing(node: Node, content: Contents) -> Value | None:
         case "Dropout":
             training = content(node.input(2))
             unused_mask = len(node.outputs) == 1
-            return data if unused_mask and (node.input(2) is None or (training is not None and not training.any())) else None
+            return (
+                data
+                if unused_mask and (node.input(2) is None or (training is not None and not training.any()))
+                else None
+            )
         case "Cast":
             return data if data.dtype is not None and data.dtype == out.dtype else None
         case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Expand":

@@ -103,7 +103,9 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             raise UserError(f"{path} keeps {tensor.name} in {info.location}, which is missing")
         needed = (info.offset or 0) + (info.length or 0)
         if data.stat().st_size < needed:
-            raise UserError(f"{path} keeps {tensor.name} in {info.location}, which is truncated: {needed} bytes expected")
+            raise UserError(
+                f"{path} keeps {tensor.name} in {info.location}, which is truncated: {needed} bytes expected"
+            )
 
 
 def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
@@ -199,7 +201,12 @@ def _declared_shape(tensor: gs.Tensor) -> Shape | None:
 
 
 def _constant_node(node: gs.Node) -> np.ndarray | None:
-    for key, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+    for key, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         if key in node.attrs:
             return np.asarray(node.attrs[key], dtype)
     value = node.attrs.get("value")
@@ -251,7 +258,9 @@ def _text(shape: Sequence[Any] | None) -> str:
 
 
 def to_model(graph: Graph, *, inline: bool = False) -> onnx.ModelProto:
-    """The graph as a model. Untouched weights are shared with the model it was read from (external ones stay external)."""
+    """The graph as a model. Untouched weights are shared with the model it was read from (external ones stay
+    external).
+    """
     from attnrewrite.functions import function_protos, inlined, overload_of
 
     if inline:

@@ -1,12 +1,13 @@
 """Raise ONNX models to opset 13: what attnrewrite reads and writes starts there.
 
 ONNX Runtime evaluates a function's body under the model's opset, so bodies are written in the file's own opset and that
-is 13 at least. Between 11 and 13 four operators moved an attribute to an input and three changed what they compute over;
-everything else means the same. Older models go through ONNX's own converter first.
+is 13 at least. Between 11 and 13 four operators moved an attribute to an input and three changed what they compute
+over; everything else means the same. Older models go through ONNX's own converter first.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,7 +38,9 @@ def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         try:
             return onnx.version_converter.convert_version(model, MINIMUM_OPSET)
         except Exception as error:  # the converter raises bare RuntimeErrors
-            raise UserError(f"opset {version} is older than {OLDEST_DIRECT} and could not be raised: {error}") from error
+            raise UserError(
+                f"opset {version} is older than {OLDEST_DIRECT} and could not be raised: {error}"
+            ) from error
     _raise_graph(model.graph, {})
     for imported in model.opset_import:
         if imported.domain in ("", "ai.onnx"):
@@ -116,10 +119,8 @@ def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
             onnx.helper.make_graph(graph.node, "ranks", graph.input, graph.output, _small(graph.initializer)),
             opset_imports=[onnx.helper.make_opsetid("", 12)],
         )
-        try:
+        with contextlib.suppress(Exception):  # best effort: without a rank the general form is written
             declared += onnx.shape_inference.infer_shapes(skeleton).graph.value_info
-        except Exception:  # best effort: without a rank the general form is written
-            pass
     for value in declared:
         if value.type.tensor_type.HasField("shape"):
             ranks[value.name] = len(value.type.tensor_type.shape.dim)

@@ -208,7 +208,8 @@ def _onnx_inference(node: Node, contents: Contents, opset: int) -> Inferred:
             continue
         extents = None
         if value.shape is not None:
-            extents = [e if isinstance(e, int) else names.setdefault(str(e), e) and str(e) for e in value.shape]
+            names |= {str(e): e for e in value.shape if isinstance(e, Dim)}
+            extents = [e if isinstance(e, int) else str(e) for e in value.shape]
         element = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
         types[f"i{k}"] = onnx.helper.make_tensor_type_proto(element, extents)
         known = contents(value)

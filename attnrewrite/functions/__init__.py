@@ -1,4 +1,6 @@
-"""The two ops as ONNX functions of standard operators: built per node, named by their specialisation, or written inline."""
+"""The two ops as ONNX functions of standard operators: built per node, named by their specialisation, or written
+inline.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +72,13 @@ def _function_proto(node: Node, body: Graph, overload: str) -> onnx.FunctionProt
         for value in inner.inputs:
             if value is not None and value.is_constant and id(value) not in written:
                 written.add(id(value))
-                tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(value.constant).reshape(value.constant.shape))
+                tensor = onnx.numpy_helper.from_array(
+                    np.ascontiguousarray(value.constant).reshape(value.constant.shape)
+                )
                 protos.append(onnx.helper.make_node("Constant", [], [value.name], value=tensor))
-        proto = onnx.helper.make_node(inner.op, [v.name if v else "" for v in inner.inputs], [o.name for o in inner.outputs], inner.name)
+        proto = onnx.helper.make_node(
+            inner.op, [v.name if v else "" for v in inner.inputs], [o.name for o in inner.outputs], inner.name
+        )
         proto.attribute.extend(to_attribute(k, v) for k, v in inner.attributes.items())
         protos.append(proto)
     present = operands_of(node)
@@ -108,7 +114,9 @@ def _written_out(node: Node, opset: int, taken: set[str]) -> list[Node]:
     for inner in body.nodes:
         inputs = [_renamed(v, actual, stem, taken) for v in inner.inputs]
         outputs = [node.output if o is body.outputs[0] else _renamed(o, actual, stem, taken) for o in inner.outputs]
-        written = Node(inner.op, inputs, [o for o in outputs if o is not None], dict(inner.attributes), f"{stem}_{inner.name}")
+        written = Node(
+            inner.op, inputs, [o for o in outputs if o is not None], dict(inner.attributes), f"{stem}_{inner.name}"
+        )
         written.made_by = node.made_by
         nodes.append(written)
     node.output.producer = node  # the op keeps its output; the written-out nodes are a view of it

@@ -1,4 +1,6 @@
-"""Build the standard-operator body of an op: a small graph, used as an ONNX function, written inline, or proved exact."""
+"""Build the standard-operator body of an op: a small graph, used as an ONNX function, written inline, or proved
+exact.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from attnrewrite.dims import Shape
+from attnrewrite.dims import Shape, static
 from attnrewrite.graph import Graph, Node, Value
 
 
@@ -23,7 +25,9 @@ class BodyBuilder:
         self._count += 1
         return f"{stem}_{self._count}"
 
-    def op(self, op: str, inputs: Sequence[Value], shape: Shape, dtype: np.dtype | None = None, **attributes: Any) -> Value:
+    def op(
+        self, op: str, inputs: Sequence[Value], shape: Shape, dtype: np.dtype | None = None, **attributes: Any
+    ) -> Value:
         """One node with one output."""
         output = Value(self._name(op.lower()), shape, dtype if dtype is not None else inputs[0].dtype)
         self.graph.nodes.append(Node(op, inputs, [output], attributes, output.name))
@@ -34,7 +38,9 @@ class BodyBuilder:
         assert value.shape is not None
         shape = (*value.shape[:axis], 1, *value.shape[axis + 1 :])
         outputs = [Value(self._name("split"), shape, value.dtype) for _ in range(parts)]
-        self.graph.nodes.append(Node("Split", [value, self.ints([1] * parts)], outputs, {"axis": axis}, outputs[0].name))
+        self.graph.nodes.append(
+            Node("Split", [value, self.ints([1] * parts)], outputs, {"axis": axis}, outputs[0].name)
+        )
         return outputs
 
     def constant(self, array: np.ndarray) -> Value:
@@ -67,7 +73,7 @@ class BodyBuilder:
     def concat(self, values: Sequence[Value], axis: int) -> Value:
         first = values[0].shape
         assert first is not None
-        total = sum(int(v.shape[axis]) for v in values)  # type: ignore[index,arg-type]
+        total = sum(static(v.shape[axis]) for v in values if v.shape is not None)
         return self.op("Concat", values, (*first[:axis], total, *first[axis + 1 :]), axis=axis)
 
     def pad(self, value: Value, before: Sequence[int], after: Sequence[int]) -> Value:

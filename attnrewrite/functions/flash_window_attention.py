@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnrewrite.dims import Extent
+from attnrewrite.dims import Extent, static
 from attnrewrite.functions.body import BodyBuilder, softmax_dtype
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Value
@@ -38,7 +38,7 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     assert logits.shape is not None
     weights = b.cast(b.op("Softmax", [logits], logits.shape, axis=-1), value.dtype or np.dtype(np.float32))
     attended = b.op("MatMul", [weights, v], (q.shape[0], heads, tokens, v.shape[3]))
-    channels = heads * int(v.shape[3])  # type: ignore[arg-type]
+    channels = heads * static(v.shape[3])
     rows = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (q.shape[0], tokens, channels))
     return b.output(_merge(b, rows, geometry, batch, channels))
 
@@ -80,13 +80,13 @@ def _partition(b: BodyBuilder, x: Value, geometry: WindowGeometry) -> Value:
     if geometry.shift_padded:
         x = x if tuple(x.shape[1:-1]) == geometry.padded_size else _pad_end(b, x, geometry)
         x = _roll(b, x, shifts, geometry.padded_size)
-    elif tuple(x.shape[1:-1]) == geometry.feature_size:
+    elif tuple(x.known_shape[1:-1]) == geometry.feature_size:
         x = _pad_end(b, _roll(b, x, shifts, geometry.feature_size), geometry)
     else:  # padded with a vector before the shift: the shift runs over the map alone
         inner = _crop(b, x, geometry.feature_size)
         x = _replace(b, x, _roll(b, inner, shifts, geometry.feature_size), geometry)
     assert x.shape is not None
-    rows, channels = x.shape[0], int(x.shape[-1])  # type: ignore[arg-type]
+    rows, channels = x.shape[0], static(x.shape[-1])
     tokens, rest = 1, _product(geometry.padded_size) * channels
     for window, padded in zip(geometry.window_size, geometry.padded_size, strict=True):
         count, rest = padded // window, rest // padded
@@ -129,7 +129,9 @@ def _replace(b: BodyBuilder, padded: Value, inner: Value, geometry: WindowGeomet
         if start == end:
             continue
         strip = b.slice(padded, [axis], [start], [end])
-        strip = _crop(b, strip, tuple(int(e) for e in (*inner.shape[1:axis], end - start, *inner.shape[axis + 1 : -1])))  # type: ignore[arg-type]
+        strip = _crop(
+            b, strip, tuple(static(e) for e in (*inner.shape[1:axis], end - start, *inner.shape[axis + 1 : -1]))
+        )
         inner = b.concat([inner, strip], axis)
     return inner
 
@@ -149,15 +151,15 @@ def _with_terms(
     windows, tokens = spec.geometry.num_windows, spec.geometry.tokens_per_window
     bias, mask = operands.get("bias"), operands.get("mask")
     per_window: list[Value] = []
+    dtype = logits.dtype
     if bias is not None:
-        bias = b.cast(bias, logits.dtype)
-        assert bias.shape is not None
-        if bias.shape[0] == 1:
+        bias = b.cast(bias, dtype)
+        if bias.known_shape[0] == 1:
             logits = b.op("Add", [logits, bias], logits.shape)
         else:
             per_window.append(bias)
     if mask is not None:
-        per_window.append(b.reshape(b.cast(mask, logits.dtype), (windows, 1, tokens, tokens)))
+        per_window.append(b.reshape(b.cast(mask, dtype), (windows, 1, tokens, tokens)))
     if spec.mask_value is not None:
         labels = spec.geometry.regions()
         crosses = b.op(

@@ -1,8 +1,9 @@
 """SlideAttention in standard operators of rank 5 at most, without copying K and V k^2 times.
 
-Slot by slot: a shifted slice of the padded keys (or one depthwise convolution, where the shift is learned) times the query,
-summed over head_dim; softmax over the slots; a weighted sum of shifted values. Of the forms measured in ONNX Runtime (one-hot
-depthwise convolution, stacked slices, slices one by one) this one is the fastest for every kernel size.
+Slot by slot: a shifted slice of the padded keys (or one depthwise convolution, where the shift is learned) times the
+query, summed over head_dim; softmax over the slots; a weighted sum of shifted values. Of the forms measured in ONNX
+Runtime (one-hot depthwise convolution, stacked slices, slices one by one) this one is the fastest for every kernel
+size.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 
 import numpy as np
 
-from attnrewrite.dims import Shape
+from attnrewrite.dims import Shape, static
 from attnrewrite.functions.body import BodyBuilder, softmax_dtype
 from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.graph import Graph, Value
@@ -22,11 +23,11 @@ def body(spec: SlideAttention, operands: dict[str, Value], opset: int) -> Graph:
     """The op on these operands (docs/ops.md; `query`, `key`, `value` [B, C, *S] and any of the optional ones)."""
     b = BodyBuilder(list(operands.values()), opset)
     heads, geometry = spec.num_heads, spec.geometry
-    query = operands["query"]
-    assert query.shape is not None
+    query, value_shape = operands["query"], operands["value"].shape
+    assert query.shape is not None and value_shape is not None
     batch, pixels = query.shape[0], int(np.prod(geometry.feature_size))
-    head_dim = int(query.shape[1]) // heads  # type: ignore[arg-type]
-    value_dim = int(operands["value"].shape[1]) // heads  # type: ignore[index,arg-type]
+    head_dim = static(query.shape[1]) // heads
+    value_dim = static(value_shape[1]) // heads
     slots = geometry.keys_per_query
 
     q = query
@@ -40,8 +41,8 @@ def body(spec: SlideAttention, operands: dict[str, Value], opset: int) -> Graph:
     assert logits.shape is not None and logits.dtype is not None
     if "bias" in operands:
         bias = b.reshape(b.cast(operands["bias"], logits.dtype), (heads, slots, 1))
-        logits = b.op("Add", [logits, bias], logits.shape)
-    weights = b.cast(b.op("Softmax", [logits], logits.shape, axis=2), query.dtype or np.dtype(np.float32))
+        logits = b.op("Add", [logits, bias], logits.known_shape)
+    weights = b.cast(b.op("Softmax", [logits], logits.known_shape, axis=2), query.dtype or np.dtype(np.float32))
     attended: Value | None = None
     shape: Shape = (batch, heads, value_dim, pixels)
     for weight, value in zip(b.split(weights, 2, slots), _shifted(b, operands, "value", geometry), strict=True):
@@ -55,7 +56,7 @@ def _shifted(b: BodyBuilder, operands: dict[str, Value], name: str, geometry: Ne
     """The operand as each slot reads it, [B, C, *S] each."""
     data, kernel, bias = operands[name], operands.get(f"{name}_kernel"), operands.get(f"{name}_bias")
     assert data.shape is not None
-    channels, axes = int(data.shape[1]), list(range(2, len(data.shape)))  # type: ignore[arg-type]
+    channels, axes = static(data.shape[1]), list(range(2, len(data.shape)))
     radius = [d * (k // 2) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
     slots: list[Value] = []
     if kernel is None:
@@ -84,5 +85,5 @@ def _shifted(b: BodyBuilder, operands: dict[str, Value], name: str, geometry: Ne
 def _for_every_channel(b: BodyBuilder, rows: Value, channels: int) -> Value:
     """[R, ...] -> [C, ...]: channel c uses row c mod R."""
     assert rows.shape is not None
-    repeats = channels // int(rows.shape[0])  # type: ignore[arg-type]
+    repeats = channels // static(rows.shape[0])
     return rows if repeats == 1 else b.concat([rows] * repeats, 0)

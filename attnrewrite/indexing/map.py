@@ -45,7 +45,7 @@ class Coordinate:
         return self.values
 
     def equals(self, other: Coordinate) -> bool:
-        return self.batch == other.batch and bool(np.array_equal(*np.broadcast_arrays(self.values, other.values)))
+        return self.batch == other.batch and bool((self.values == other.values).all())
 
 
 Index = tuple[Coordinate, ...]
@@ -137,9 +137,7 @@ def _below(a: Extent, b: Extent) -> bool:
     """Which product to extend next; a product with the symbol counts as larger than one without."""
     if isinstance(a, Dim) != isinstance(b, Dim):
         return isinstance(b, Dim)
-    if isinstance(a, Dim) and isinstance(b, Dim):
-        return a.terms[0][1] < b.terms[0][1]
-    return a < b  # type: ignore[operator]
+    return (a.terms[0][1] if isinstance(a, Dim) else a) < (b.terms[0][1] if isinstance(b, Dim) else b)
 
 
 def _regroup(coordinates: Index, extents: Shape, targets: Shape, index: Index) -> list[Coordinate]:

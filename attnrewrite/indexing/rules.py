@@ -283,7 +283,8 @@ def depth_to_space(node: Node, output: Value, index: Index) -> Sources:
     block, channel = (row % size) * size + column % size, index[1].static("depth to space")
     crd = node.attributes.get("mode", "DCR") == "CRD"
     packed = channel * size**2 + block if crd else block * channels + channel
-    return [Read(data, (index[0], Coordinate(packed), Coordinate(reduced(row // size)), Coordinate(reduced(column // size))))]
+    rows, columns = Coordinate(reduced(row // size)), Coordinate(reduced(column // size))
+    return [Read(data, (index[0], Coordinate(packed), rows, columns))]
 
 
 @index_rule("Where")

@@ -1,7 +1,7 @@
 """Attention as its numbers say: what the logits of one softmax are made of, and where query, key and value are read.
 
-Everything is expressed on one grid: the axes of the attention's output, then the summed keys, then the summed channels. So
-"which pixel does the key of this output element come from" is an array, and comparing two of them is exact.
+Everything is expressed on one grid: the axes of the attention's output, then the summed keys, then the summed channels.
+So "which pixel does the key of this output element come from" is an array, and comparing two of them is exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, axis_groups, identity, reshape
 from attnrewrite.indexing.provenance import Provenance, provenances
-from attnrewrite.indexing.rules import broadcast_index, sources
+from attnrewrite.indexing.rules import Read, broadcast_index, sources
 from attnrewrite.localattention.contraction import Operand, is_contraction, operands, product_of
 from attnrewrite.localattention.site import Decline
 
@@ -36,8 +36,8 @@ class Term:
 class Attention:
     """softmax(scale * query . key + terms) . value, on the grid [*output axes, keys, channels].
 
-    output_shape: the output's axes as the grid numbers them: an axis that holds several (windows and heads, say) is split
-    as the model itself splits it afterwards.
+    output_shape: the output's axes as the grid numbers them: an axis that holds several (windows and heads, say) is
+    split as the model itself splits it afterwards.
     """
 
     softmax: Node
@@ -93,7 +93,9 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     axis = softmax.attributes.get("axis", -1) % len(weights.index)
     key_position = weights.index[axis]
     num_keys = softmax.output.shape[axis]
-    expected = np.arange(num_keys if isinstance(num_keys, int) else 0).reshape([-1 if a == key_axis else 1 for a in range(channel_axis + 1)])
+    expected = np.arange(num_keys if isinstance(num_keys, int) else 0).reshape(
+        [-1 if a == key_axis else 1 for a in range(channel_axis + 1)]
+    )
     if not isinstance(num_keys, int) or key_position.batch or not np.array_equal(key_position.values, expected):
         return Decline("the softmax does not run over the keys that are summed", softmax.label)
     if any(key_axis in c.depends_on() for a, c in enumerate(weights.index) if a != axis):
@@ -118,9 +120,22 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     head_dim = max(_extent_along(query.index, channel_axis), _extent_along(key.index, channel_axis))
     assert softmax.output.dtype is not None
     return Attention(
-        softmax, output, query, key, value, scale, tuple(terms), key_axis, channel_axis, value_axes[0], num_keys, head_dim,
-        softmax.output.dtype, logits, output_shape,
-    )  # fmt: skip
+        softmax,
+        output,
+        query,
+        key,
+        value,
+        scale,
+        tuple(terms),
+        key_axis,
+        channel_axis,
+        value_axes[0],
+        num_keys,
+        head_dim,
+        softmax.output.dtype,
+        logits,
+        output_shape,
+    )
 
 
 def _split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
@@ -195,7 +210,9 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
         value = user.outputs[0]
 
 
-REARRANGING = frozenset({"Cast", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
+REARRANGING = frozenset(
+    {"Cast", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"}
+)
 
 
 def _pull_to(target: Value, value: Value, index: Index) -> Provenance | None:
@@ -208,7 +225,7 @@ def _pull_to(target: Value, value: Value, index: Index) -> Provenance | None:
             value = node.required(0)
             continue
         found = sources(node, value, index)
-        if found is None or len(found) != 1 or not hasattr(found[0], "value"):
+        if found is None or len(found) != 1 or not isinstance(found[0], Read):
             return None
         value, index = found[0].value, found[0].index
     return Provenance(value, index)
@@ -218,7 +235,9 @@ Logits = tuple[Value, Index, np.ndarray, list[Term], Node]
 
 
 def _read_logits(facts: Facts, value: Value, index: Index, grid_rank: int) -> Logits | Decline:
-    """Walk from the softmax's input to the contraction, collecting scale and constant terms; grid axes as in `index`."""
+    """Walk from the softmax's input to the contraction, collecting scale and constant terms; grid axes as in
+    `index`.
+    """
     multiplier = np.ones((1,) * grid_rank)
     terms: list[Term] = []
     while True:
@@ -265,7 +284,7 @@ def _step_back(node: Node, value: Value, index: Index) -> _Step | Decline:
         found = sources(node, value, index)
         if found is not None and len(found) == 1:
             (read,) = found
-            if hasattr(read, "value") and read.where is None:
+            if isinstance(read, Read) and read.where is None:
                 return _Step(read.value, read.index)
     return Decline(f"the logits come from {node.op}, not from a product of queries and keys", node.label)
 
@@ -298,7 +317,9 @@ def constant_at(value: Value, index: Index) -> np.ndarray:
 
 
 def _masked_fill(node: Node, index: Index) -> _Step | Decline:
-    """where(masked, number, logits): exclusion, where the number is so low that exp gives 0 beside any ordinary logit."""
+    """where(masked, number, logits): exclusion, where the number is so low that exp gives 0 beside any ordinary
+    logit.
+    """
     if node.constant(0) is None:
         return Decline("the logits are masked by a condition computed from data", node.label)
     taken = constant_at(node.required(0), broadcast_index(index, node.required(0))) != 0

@@ -1,7 +1,7 @@
 """Sums of products of two computed tensors, in whatever form they are written, as two maps over one grid.
 
-MatMul, a two-operand Einsum and Mul followed by ReduceSum all say: out[i] = sum_k a[f(i, k)] * b[g(i, k)]. The grid axes of
-i are the caller's; the summed position k runs along one more grid axis, flattened if several axes are summed.
+MatMul, a two-operand Einsum and Mul followed by ReduceSum all say: out[i] = sum_k a[f(i, k)] * b[g(i, k)]. The grid
+axes of i are the caller's; the summed position k runs along one more grid axis, flattened if several axes are summed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Emit on the feature map what the model computes per token elsewhere.
 
-Per-token operators commute with the movement of tokens. Given a value behind such operators and the feature map its tokens
-come from, `Hoister` writes the same operators on the feature map, channels last. It repeats the walk of the match and
-proves each step again: every tensor an operator reads must come from the same tokens of the same map.
+Per-token operators commute with the movement of tokens. Given a value behind such operators and the feature map its
+tokens come from, `Hoister` writes the same operators on the feature map, channels last. It repeats the walk of the
+match and proves each step again: every tensor an operator reads must come from the same tokens of the same map.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.dims import Dim, Extent, Shape, elements, static
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.evaluate import evaluate
 from attnrewrite.graph import Node, Value
@@ -31,7 +31,9 @@ class NotHoistable(ValueError):
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A tensor [B, *S, F], or [B, F, *S] if channels_first, with F the row-major product of its source's feature axes."""
+    """A tensor [B, *S, F], or [B, F, *S] if channels_first, with F the row-major product of its source's feature
+    axes.
+    """
 
     value: Value
     channels_first: bool = False
@@ -73,7 +75,9 @@ class Hoister:
 
     # -- emitting -----------------------------------------------------------------------------------------------------
 
-    def emit(self, op: str, inputs: Sequence[Value | None], shape: Shape, stem: str, domain: str = "", **attributes: Any) -> Value:
+    def emit(
+        self, op: str, inputs: Sequence[Value | None], shape: Shape, stem: str, domain: str = "", **attributes: Any
+    ) -> Value:
         """Append one node with one output of this shape; the dtype is that of the first input."""
         first = next(v for v in inputs if v is not None)
         output = Value(self.graph.fresh_name(stem), shape, first.dtype)
@@ -120,7 +124,7 @@ class Hoister:
         if value in self._maps:
             return self._maps[value]
         assert value.shape is not None
-        features = math.prod(int(value.shape[a]) for a in split.features)  # type: ignore[arg-type]
+        features = elements(tuple(value.shape[a] for a in split.features))
         order = [*split.tokens, *split.features]
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
         if order == sorted(order):
@@ -143,7 +147,9 @@ class Hoister:
         if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
             bounds = [self.ints([v], stem) for v in (int(picked[0]), int(picked[0]) + len(picked), axis)]
             return FeatureMap(self.emit("Slice", [map_.value, *bounds], shape, stem), map_.channels_first)
-        return FeatureMap(self.emit("Gather", [map_.value, self.constant(picked, stem)], shape, stem, axis=axis), map_.channels_first)
+        return FeatureMap(
+            self.emit("Gather", [map_.value, self.constant(picked, stem)], shape, stem, axis=axis), map_.channels_first
+        )
 
     def returned(self, map_: FeatureMap, value: Value, split: Roles) -> Value:
         """The map in the shape of a value whose tokens and features lie along these axes."""
@@ -162,11 +168,13 @@ class Hoister:
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
-    def hoist(self, value: Value, index: Index, channel_axis: int, features: frozenset[int], anchor: Anchor) -> tuple[FeatureMap, np.ndarray]:
+    def hoist(
+        self, value: Value, index: Index, channel_axis: int, features: frozenset[int], anchor: Anchor
+    ) -> tuple[FeatureMap, np.ndarray]:
         """A feature map and which of its features `value[index]` reads (int64 over the grid).
 
-        features: grid axes that number features; channel_axis: the one along which operators lay out all of theirs. Raises
-        NotHoistable or IndexingError where the proof fails.
+        features: grid axes that number features; channel_axis: the one along which operators lay out all of theirs.
+        Raises NotHoistable or IndexingError where the proof fails.
         """
         last = None
         for last in provenances(value, index, self.facts.positions):
@@ -207,7 +215,14 @@ class Hoister:
                 raise NotHoistable(f"{anchor.value.name} is read at two different places for one token")
 
     def _operator(
-        self, node: Node, value: Value, full: Index, split: Roles, channel_axis: int, features: frozenset[int], anchor: Anchor
+        self,
+        node: Node,
+        value: Value,
+        full: Index,
+        split: Roles,
+        channel_axis: int,
+        features: frozenset[int],
+        anchor: Anchor,
     ) -> FeatureMap:
         """The node written on the feature map, for all features of its output."""
         axis = channel_axis_of(node)
@@ -216,7 +231,9 @@ class Hoister:
             if axis != own.features[-1]:
                 raise NotHoistable(f"{node.label} mixes an axis that is not the last feature axis")
             data = node.required(0)
-            inside, picked = self.hoist(data, _all_features(data, full, own, channel_axis), channel_axis, features, anchor)
+            inside, picked = self.hoist(
+                data, _all_features(data, full, own, channel_axis), channel_axis, features, anchor
+            )
             operand = self.features(inside, _vector(picked, channel_axis), f"{data.name}_map")
             return self._channelwise(node, operand, value, own, axis)
         inputs = per_token_inputs(node, full, channel_axis)
@@ -228,7 +245,7 @@ class Hoister:
     def _channelwise(self, node: Node, operand: FeatureMap, value: Value, split: Roles, axis: int) -> FeatureMap:
         tensor = self.laid_out(operand, channels_first=False)
         assert tensor.shape is not None and node.required(0).shape is not None and value.shape is not None
-        inner, outer = int(node.required(0).shape[axis]), int(value.shape[axis])  # type: ignore[index,arg-type]
+        inner, outer = static(node.required(0).known_shape[axis]), static(value.known_shape[axis])
         groups = operand.num_features // inner
         outside = tensor.shape[:-1]
         stem = f"{value.name}_map"
@@ -268,7 +285,12 @@ class Hoister:
         return self.emit("Add", [result, self.constant(bias.reshape(-1), f"{stem}_bias")], shape, stem)
 
     def _pointwise(
-        self, node: Node, value: Value, full: Index, channel_axis: int, computed: dict[int, tuple[FeatureMap, np.ndarray]]
+        self,
+        node: Node,
+        value: Value,
+        full: Index,
+        channel_axis: int,
+        computed: dict[int, tuple[FeatureMap, np.ndarray]],
     ) -> FeatureMap:
         count = full_extent(full, channel_axis)
         operands: list[Value | None] = []
@@ -298,7 +320,7 @@ class Hoister:
     def _constant_operand(self, operand: Value, full: Index, channel_axis: int, count: int, group: int) -> Value:
         """A constant per channel as a vector; a scalar as it is."""
         assert operand.shape is not None
-        if math.prod(int(e) for e in operand.shape) == 1:  # type: ignore[arg-type]
+        if elements(operand.shape) == 1:
             return operand if operand.shape == () else self.constant(operand.constant.reshape(()), operand.name)
         read = broadcast_index(full, operand)
         if dependencies(read) - {channel_axis}:
@@ -314,7 +336,9 @@ class Hoister:
     # -- padding ------------------------------------------------------------------------------------------------------
 
     def padding_vector(self, result: Value) -> np.ndarray | None:
-        """What a padded token's features become in `result`: the hoisted operators run on the padding. None if never padded."""
+        """What a padded token's features become in `result`: the hoisted operators run on the padding. None if never
+        padded.
+        """
         known: dict[Value, np.ndarray] = {}
         for map_, number in self.padded.items():
             shape = [1] * (len(self.spatial) + 2)
@@ -323,15 +347,14 @@ class Hoister:
         for node in self.nodes:
             if node.output in known or not any(v in known for v in node.inputs if v is not None):
                 continue
-            arrays: list[np.ndarray | None] = []
-            for v in node.inputs:
-                arrays.append(None if v is None else known[v] if v in known else v.constant if v.is_constant else None)
-            if any(a is None and v is not None for a, v in zip(arrays, node.inputs, strict=True)):
+            if not all(v is None or v in known or v.is_constant for v in node.inputs):
                 continue
+            arrays = [None if v is None else v.constant if v.is_constant else known[v] for v in node.inputs]
             if node.op == "Reshape":
+                data = known[node.required(0)]
                 assert node.output.shape is not None
                 outside = [e if k > len(self.spatial) else 1 for k, e in enumerate(node.output.shape)]
-                known[node.output] = arrays[0].reshape([int(e) for e in outside])  # type: ignore[union-attr,arg-type]
+                known[node.output] = data.reshape([static(e) for e in outside])
             else:
                 known[node.output] = evaluate(node, arrays, self.graph.opset)[0]
         return known[result].reshape(-1) if result in known else None
@@ -362,7 +385,7 @@ def _flat_features(shape: Shape, index: Index, axes: Sequence[int]) -> np.ndarra
 def _all_features(value: Value, index: Index, split: Roles, channel_axis: int) -> Index:
     """The same tokens with all features of `value` laid out along the channel axis."""
     assert value.shape is not None
-    extents = [int(value.shape[a]) for a in split.features]  # type: ignore[arg-type]
+    extents = [static(value.shape[a]) for a in split.features]
     rank = index[0].values.ndim
     whole = full_range(channel_axis, math.prod(extents), rank).values
     coordinates = list(index)
@@ -388,5 +411,3 @@ def _common_group(vectors: Sequence[np.ndarray], count: int) -> int:
         if group > 1:
             best = group if best == 1 else math.gcd(best, group)
     return best
-
-

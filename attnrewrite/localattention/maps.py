@@ -18,7 +18,8 @@ from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity, reshape
 from attnrewrite.indexing.rules import RULES
-from attnrewrite.localattention.attention import Attention, Operand
+from attnrewrite.localattention.attention import Attention
+from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Candidate, Roles, candidates, channel_axis_of, feature_axes, roles
@@ -116,7 +117,17 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     if moved_again:
         return Decline("the output is rearranged once more, to other pixels than its queries came from", moved_again)
     keys, values = (_like_query(found_sources[name], queries[0]) for name in ("key", "value"))
-    return SiteMaps(attention, features, heads, queries[0], queries, back, keys, values, {n: tuple(s) for n, s in found_sources.items()})
+    return SiteMaps(
+        attention,
+        features,
+        heads,
+        queries[0],
+        queries,
+        back,
+        keys,
+        values,
+        {n: tuple(s) for n, s in found_sources.items()},
+    )
 
 
 def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:
@@ -164,7 +175,9 @@ def as_source(candidate: Candidate, split: Roles) -> Source | None:
 def _meet(
     facts: Facts, attention: Attention, features: frozenset[int], queries: Sequence[Source]
 ) -> tuple[tuple[Source, ...], Return, str | None] | Decline:
-    """The last value behind the attention at which output pixel and query pixel are the same, and those query sources."""
+    """The last value behind the attention at which output pixel and query pixel are the same, and those query
+    sources.
+    """
     returns = _returns(facts, attention, features)
     for back in reversed(returns):
         for query in queries:
@@ -172,7 +185,9 @@ def _meet(
                 same = [q for q in queries if _agree(attention, features, q, back)]
                 fitting = [r for r in returns if _agree(attention, features, query, r)]
                 first = min(r.depth for r in fitting)
-                chosen = min((r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1))
+                chosen = min(
+                    (r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1)
+                )
                 moved_again = [r for r in returns if r not in fitting and _follows(facts, chosen, r)]
                 return (
                     tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
@@ -185,16 +200,16 @@ def _meet(
 
 def _follows(facts: Facts, one: Return, other: Return) -> bool:
     """Whether `other` lies behind `one` and holds as many tokens: then it is the same map, rearranged."""
-    assert one.value.shape is not None and other.value.shape is not None
-    tokens = [math.prod(count(r.value.shape[a]) for a in r.roles.tokens) for r in (one, other)]  # type: ignore[index]
+    tokens = [math.prod(count(r.value.known_shape[a]) for a in r.roles.tokens) for r in (one, other)]
     return facts.positions[other.value] > facts.positions[one.value] and tokens[0] == tokens[1]
 
 
 def rearranged_before(maps: SiteMaps, name: str, chosen: Source) -> str | None:
-    """The value from which the tokens of the chosen map are rearranged once more, before anything joins them; None if none.
+    """The value from which the tokens of the chosen map are rearranged once more, before anything joins them; None if
+    none.
 
-    A map of as many tokens in another order (a roll, a flip, windows of a folded batch) belongs to the site: what is left
-    of it would remain in the graph.
+    A map of as many tokens in another order (a roll, a flip, windows of a folded batch) belongs to the site: what is
+    left of it would remain in the graph.
     """
     attention = maps.attention
     axes = [*maps.token_axes, *([] if name == "query" else [attention.key_axis])]
@@ -261,7 +276,11 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
             tokens = dependencies([c for a, c in enumerate(index) if a not in features])
             own_features |= dependencies([c for a, c in enumerate(index) if a in features]) - {channel_axis}
             split = _split_axes(value, tokens, own_features)
-            return None if split is None or not _passes_batch(attention.output_shape, index) else Return(value, index, split, candidate.depth)
+            return (
+                None
+                if split is None or not _passes_batch(attention.output_shape, index)
+                else Return(value, index, split, candidate.depth)
+            )
         node = candidate.value.producer
         axis = None if node is None else channel_axis_of(node)
         if node is not None and axis is not None and node.op not in REDUCTIONS:
@@ -311,12 +330,16 @@ def _broadcastable(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def flat_pixels(
-    candidate: Candidate, tokens: Sequence[int], shape: Sequence[Extent], axes: Sequence[int], extra: Sequence[tuple[int, int]] = ()
+    candidate: Candidate,
+    tokens: Sequence[int],
+    shape: Sequence[Extent],
+    axes: Sequence[int],
+    extra: Sequence[tuple[int, int]] = (),
 ) -> np.ndarray:
     """Row-major position among the token axes that each grid point reads, PADDING outside the domain.
 
-    axes: the grid axes to keep, in order, with extents from `shape`; extra: further (axis, extent) pairs after them. Every
-    other grid axis must not matter. Returns int64 with one axis per kept grid axis.
+    axes: the grid axes to keep, in order, with extents from `shape`; extra: further (axis, extent) pairs after them.
+    Every other grid axis must not matter. Returns int64 with one axis per kept grid axis.
     """
     value_shape = candidate.value.shape
     assert value_shape is not None
@@ -330,7 +353,9 @@ def flat_pixels(
 
 
 def spread(array: np.ndarray, kept: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Keep these (grid axis, extent) pairs, in this order, broadcast to their extents; all other axes must have extent 1."""
+    """Keep these (grid axis, extent) pairs, in this order, broadcast to their extents; all other axes must have extent
+    1.
+    """
     order = [a for a, _ in kept]
     rest = [a for a in range(array.ndim) if a not in order]
     if any(array.shape[a] != 1 for a in rest):

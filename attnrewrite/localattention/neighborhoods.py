@@ -1,8 +1,8 @@
 """Is this attention neighbourhood attention? Token tables of one site against the closed form of neighbourhoods.
 
-Keys and values may be pure shifts of their maps (unfold in any spelling), or learned shifts: a depthwise convolution with
-one filter per channel and slot, which Slide-Transformer merges from a fixed shift and a learned kernel. A bias on the keys
-that differs from slot to slot is kept apart as well.
+Keys and values may be pure shifts of their maps (unfold in any spelling), or learned shifts: a depthwise convolution
+with one filter per channel and slot, which Slide-Transformer merges from a fixed shift and a learned kernel. A bias on
+the keys that differs from slot to slot is kept apart as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import Coordinate, IndexingError, first_difference, reduced
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
-from attnrewrite.localattention.attention import Attention, Operand, constant_at
+from attnrewrite.localattention.attention import Attention, constant_at
+from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.geometry import NeighborhoodGeometry
 from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, rearranged_before
 from attnrewrite.localattention.site import Decline
@@ -28,8 +29,8 @@ from attnrewrite.localattention.site import Decline
 class Shifted:
     """An operand below its learned shifts: element(slot) = sum_t kernel[slot, t] * map[p + off(t)] + bias[slot].
 
-    kernel, bias: arrays over the grid (features and slots), kernel with the taps as one more last axis; None where absent.
-    taps, dilation: of the convolution, per spatial axis; None without one.
+    kernel, bias: arrays over the grid (features and slots), kernel with the taps as one more last axis; None where
+    absent. taps, dilation: of the convolution, per spatial axis; None without one.
     """
 
     operand: Operand
@@ -99,7 +100,9 @@ def peel_shifts(operand: Operand, attention: Attention, positions: Mapping[Value
         return _without_convolution(operand, value, index, bias)
 
 
-def _without_convolution(operand: Operand, value: Value, index: tuple[Coordinate, ...], bias: np.ndarray | None) -> Shifted:
+def _without_convolution(
+    operand: Operand, value: Value, index: tuple[Coordinate, ...], bias: np.ndarray | None
+) -> Shifted:
     return Shifted(operand) if bias is None else Shifted(Operand(value, index), bias=bias)
 
 
@@ -206,7 +209,11 @@ def _fit_operand(
             continue
         keys = attention.num_keys if shifted.kernel is None else 1
         table = flat_pixels(
-            source.candidate, source.roles.tokens, attention.output_shape, list(maps.token_axes), [(attention.key_axis, keys)]
+            source.candidate,
+            source.roles.tokens,
+            attention.output_shape,
+            list(maps.token_axes),
+            [(attention.key_axis, keys)],
         ).reshape(len(order), keys)[order]
         if shifted.kernel is not None:
             assert shifted.taps is not None and shifted.dilation is not None
@@ -250,7 +257,10 @@ def _fit_neighborhood(table: np.ndarray, spatial: tuple[int, ...]) -> tuple[Neig
             return geometry, slots
         kernel = "x".join(map(str, geometry.kernel_size))
         at, found, expected = difference.at, difference.found, difference.expected
-        nearest = f"slot {at[1]} of query pixel {at[0]} reads {found}, a {kernel} neighbourhood reads {expected} (-1: outside)"
+        nearest = (
+            f"slot {at[1]} of query pixel {at[0]} reads pixel {found}, a {kernel} neighbourhood reads {expected} "
+            "(-1: outside)"
+        )
     return nearest
 
 
@@ -269,7 +279,9 @@ def _offsets(rows: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray | None:
         return None
     first = inside.argmax(axis=0)
     reads = rows[first, np.arange(rows.shape[1])]
-    return np.stack([a - b for a, b in zip(np.unravel_index(reads, sizes), np.unravel_index(first, sizes), strict=True)], axis=1)
+    return np.stack(
+        [a - b for a, b in zip(np.unravel_index(reads, sizes), np.unravel_index(first, sizes), strict=True)], axis=1
+    )
 
 
 def _logit_bias(maps: SiteMaps, slots: np.ndarray) -> np.ndarray | Decline | None:
@@ -307,5 +319,3 @@ def _per_slot(
     full = np.broadcast_to(moved, extents + ([tail] if taps is not None else []))
     flat = full.reshape(math.prod(extents[:-1]), extents[-1], *(() if taps is None else taps))
     return flat[:, slots]
-
-

@@ -1,8 +1,8 @@
 """The proof of a replacement, apart from its match: maps pulled back through the body that was emitted.
 
-The match says which closed form a site has. Here nobody asks for closed forms: the body of the new node is read as any graph
-is, and for every output pixel the pixels of its keys and values, and what is added to its logits, must be those of the
-original. Pixels are compared as integers, the order of keys aside.
+The match says which closed form a site has. Here nobody asks for closed forms: the body of the new node is read as any
+graph is, and for every output pixel the pixels of its keys and values, and what is added to its logits, must be those
+of the original. Pixels are compared as integers, the order of keys aside.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from attnrewrite.dims import elements, static
 from attnrewrite.errors import PassError
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.fold import fold
@@ -35,8 +36,8 @@ class NotProved(Exception):
 class Reads:
     """What a site reads, per output pixel of one batch element, row-major.
 
-    keys, values: int64 [P, K], flat pixel or PADDING; terms: float64 [nH or 1, P or 1, K] added to the logits. The K slots
-    of a pixel are in the order of (key, value, terms), so equal sets are equal arrays.
+    keys, values: int64 [P, K], flat pixel or PADDING; terms: float64 [nH or 1, P or 1, K] added to the logits. The K
+    slots of a pixel are in the order of (key, value, terms), so equal sets are equal arrays.
     """
 
     keys: np.ndarray
@@ -47,10 +48,13 @@ class Reads:
         """Where the two part, in one sentence; None where they are equal (terms: to two roundings of dtype)."""
         for name, one, two in (("key", self.keys, other.keys), ("value", self.values, other.values)):
             if one.shape != two.shape:
-                return f"{one.shape[0]} pixels read {one.shape[1]} {name}s in the original, {two.shape} in the replacement"
+                return (
+                    f"{one.shape[0]} pixels read {one.shape[1]} {name}s in the original, {two.shape} in the replacement"
+                )
             if (differs := one != two).any():
                 pixel, slot = (int(i) for i in np.argwhere(differs)[0])
-                return f"output pixel {pixel} reads {name} pixel {one[pixel, slot]} in the original, {two[pixel, slot]} now"
+                found, now = one[pixel, slot], two[pixel, slot]
+                return f"output pixel {pixel} reads {name} pixel {found} in the original, {now} now"
         one, two = np.broadcast_arrays(self.terms, other.terms)
         with np.errstate(invalid="ignore"):
             off = np.where(one == two, 0.0, np.abs(one - two))
@@ -85,7 +89,9 @@ def original_reads(maps: SiteMaps) -> Reads:
     tables = []
     for sources in (maps.keys, maps.values):
         source = next(s for s in sources if math.prod(s.spatial) == pixels and _enumerated_batch(s) == batch)
-        flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, attention.num_keys)])
+        flat = flat_pixels(
+            source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, attention.num_keys)]
+        )
         tables.append(flat.reshape(len(rows), -1)[order])
     terms = np.zeros((1, 1, attention.num_keys))
     for term in attention.terms:
@@ -113,7 +119,14 @@ def _in_order(keys: np.ndarray, values: np.ndarray, terms: np.ndarray) -> Reads:
 def _window_reads(node: Node, opset: int) -> Reads:
     """The reads of the emitted body, its constant operands filled in; padding operands add values, not pixels."""
     names = [n for n in operands_of(node) if not n.endswith("_padding")]
-    bare = Node(node.op, [operands_of(node).get(n) for n in ("query", "key", "value", "bias", "mask")], [], node.attributes, "", node.domain)
+    bare = Node(
+        node.op,
+        [operands_of(node).get(n) for n in ("query", "key", "value", "bias", "mask")],
+        [],
+        node.attributes,
+        "",
+        node.domain,
+    )
     body = body_of(bare, opset)
     formal = dict(zip(names, body.inputs, strict=True))
     for name in ("bias", "mask"):
@@ -128,12 +141,16 @@ def _window_reads(node: Node, opset: int) -> Reads:
         raise NotProved(f"the emitted body cannot be read: {maps.reason}")
     query, key, value = (formal[n] for n in ("query", "key", "value"))
     chosen = {}
-    for name, target, sources in (("query", query, maps.queries), ("key", key, maps.keys), ("value", value, maps.values)):
+    for name, target, sources in (
+        ("query", query, maps.queries),
+        ("key", key, maps.keys),
+        ("value", value, maps.values),
+    ):
         found = [s for s in sources if s.value is target]
         if not found:
             raise NotProved(f"the emitted body's {name} does not come from its operand alone")
         chosen[name] = found[0]
-    if maps.back.value.shape is None or body.outputs[0].shape != query.shape[:-1] + body.outputs[0].shape[-1:]:  # type: ignore[index,operator]
+    if body.outputs[0].known_shape[:-1] != query.known_shape[:-1]:
         raise NotProved("the emitted body does not return to the map of its query")
     return original_reads(replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],)))
 
@@ -144,7 +161,10 @@ def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
     inputs = dict(zip(operands_of(node), body.inputs, strict=True))
     facts = Facts(body)
     pixels = math.prod(maps.query.spatial)
-    found = {name: [_slot_pixels(facts, v, inputs, name, j) for j, v in enumerate(slots)] for name, slots in _slots(body).items()}
+    found = {
+        name: [_slot_pixels(facts, v, inputs, name, j) for j, v in enumerate(slots)]
+        for name, slots in _slots(body).items()
+    }
     keys, values = (np.stack(found[n], axis=1) for n in ("key", "value"))
     if keys.shape != (pixels, maps.attention.num_keys) or values.shape != keys.shape:
         raise NotProved("the emitted body does not have the original's slots")
@@ -155,11 +175,15 @@ def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
         mine, theirs = (np.sort(t, axis=1) for t in (one, two))
         if not np.array_equal(mine, theirs):
             pixel, slot = (int(i) for i in np.argwhere(mine != theirs)[0])
-            raise NotProved(f"output pixel {pixel} reads {name} pixel {mine[pixel, slot]} in the original, {theirs[pixel, slot]} now")
+            raise NotProved(
+                f"output pixel {pixel} reads {name} pixel {mine[pixel, slot]} in the original, {theirs[pixel, slot]}"
+            )
 
 
 def _original_slots(maps: SiteMaps, learned: dict[str, bool]) -> Reads:
-    """Original reads; where a shift is learned the original reads the pixel itself in every slot, as the body's kernels do."""
+    """Original reads; where a shift is learned the original reads the pixel itself in every slot, as the body's kernels
+    do.
+    """
     attention = maps.attention
     shape, axes = attention.output_shape, list(maps.token_axes)
     pixels = math.prod(maps.query.spatial)
@@ -214,7 +238,7 @@ def _slot_pixels(facts: Facts, value: Value, inputs: dict[str, Value], name: str
             value = node.required(0)  # the slot's bias
         elif node is not None and node.op == "Conv" and node.required(0) is inputs[name]:
             _check_kernel(facts, node.required(1), inputs[f"{name}_kernel"], slot)
-            return np.arange(math.prod(int(e) for e in inputs[name].shape[2:]))  # type: ignore[index,arg-type]
+            return np.arange(elements(inputs[name].known_shape[2:]))
         else:
             raise NotProved(f"slot {slot} of the emitted body does not read its {name} operand")
 
@@ -229,9 +253,11 @@ def _walk(value: Value, facts: Facts) -> Iterator[Step]:
 
 
 def _pixels(index: Index, operand: Value, domain: np.ndarray | None) -> np.ndarray:
-    """Flat pixels of a channels-first operand read at an index whose grid is a [B, C, ...] tensor of the same pixels."""
+    """Flat pixels of a channels-first operand read at an index whose grid is a [B, C, ...] tensor of the same
+    pixels.
+    """
     assert operand.shape is not None
-    spatial = [int(e) for e in operand.shape[2:]]  # type: ignore[arg-type]
+    spatial = [static(e) for e in operand.shape[2:]]
     flat: np.ndarray = np.zeros((1,) * index[0].values.ndim, np.int64)
     for extent, coordinate in zip(spatial, index[2:], strict=True):
         flat = flat * extent + coordinate.values
@@ -263,4 +289,6 @@ def check(maps: SiteMaps, node: Node, opset: int, pass_name: str) -> None:
     try:
         prove(maps, node, opset)
     except NotProved as error:
-        raise PassError(f"the pass {pass_name} emitted a replacement that is not the original: {error} ({node.label})") from error
+        raise PassError(
+            f"the pass {pass_name} emitted a replacement that is not the original: {error} ({node.label})"
+        ) from error

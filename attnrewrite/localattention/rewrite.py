@@ -12,7 +12,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import DOMAIN, Spec
 from attnrewrite.graph import Value
 from attnrewrite.indexing.map import IndexingError, identity
-from attnrewrite.localattention.attention import Operand
+from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
 from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
 from attnrewrite.localattention.proof import check
@@ -72,7 +72,9 @@ class SiteRewriter:
         try:
             per_head = grouped(full, [list(maps.heads)], attention).reshape(-1)
         except IndexingError as error:
-            raise Declined(Decline("the logits are scaled differently from token to token", attention.softmax.label)) from error
+            raise Declined(
+                Decline("the logits are scaled differently from token to token", attention.softmax.label)
+            ) from error
         tensor = self.hoister.laid_out(query, channels_first=False)
         assert tensor.dtype is not None and tensor.shape is not None
         vector = self.hoister.constant(np.repeat(per_head, head_dim).astype(tensor.dtype), f"{tensor.name}_scale")
@@ -86,7 +88,9 @@ class SiteRewriter:
             return self.hoister.constant(np.ascontiguousarray(array).astype(dtype), stem)
 
     def finish(self, spec: Spec, operands: list[Value | None], proved: SiteMaps, *, channels_first: bool) -> None:
-        """Emit the op, prove it against the site's maps, bring its output to where the model's returns, and use that."""
+        """Emit the op, prove it against the site's maps, bring its output to where the model's returns, and use
+        that.
+        """
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         while operands and operands[-1] is None:
             operands.pop()
@@ -127,5 +131,3 @@ class SiteRewriter:
 def _batch(source: Source) -> Extent:
     assert source.value.shape is not None
     return source.value.shape[0] if source.has_batch else 1
-
-

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 Kind = Literal["window", "grid", "neighborhood", "halo", "stripe", "outlook", "global", "channel", "other"]
 Verdict = Literal["rewrite", "leave"]
+BiasKind = Literal["none", "constant", "tensor"]
+MaskKind = Literal["none", "shift", "constant", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Site:
     kernel_size: tuple[int, ...] | None = None
     border: str | None = None
     dilation: tuple[int, ...] | None = None
-    bias: Literal["none", "constant", "tensor"] | None = None
-    mask: Literal["none", "shift", "constant", "tensor"] | None = None
+    bias: BiasKind | None = None
+    mask: MaskKind | None = None
     pass_name: str | None = None
     foreign: bool = False
 

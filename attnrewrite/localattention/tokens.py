@@ -1,9 +1,9 @@
 """Past the operators that treat every token alike, back to the feature map.
 
-Between a feature map and the attention lie movement and per-token operators (Linear, LayerNorm, bias, GELU, norms). They
-commute: what is computed per token may be computed on the feature map and moved afterwards. This module follows one
-operand back through both and names every value on the way as a candidate for "the feature map", telling token axes from
-feature axes by what each coordinate depends on.
+Between a feature map and the attention lie movement and per-token operators (Linear, LayerNorm, bias, GELU, norms).
+They commute: what is computed per token may be computed on the feature map and moved afterwards. This module follows
+one operand back through both and names every value on the way as a candidate for "the feature map", telling token axes
+from feature axes by what each coordinate depends on.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def channel_axis_of(node: Node) -> int | None:
             weight = node.required(1)
             return rank - 1 if weight.is_constant and weight.shape is not None and len(weight.shape) == 2 else None
         case "Gemm":
-            plain = node.attributes.get("transA", 0) == 0 and all(v is not None and v.is_constant for v in node.inputs[1:])
+            plain = node.attributes.get("transA", 0) == 0 and all(
+                v is not None and v.is_constant for v in node.inputs[1:]
+            )
             return rank - 1 if plain else None
         case "Conv":
             weight = node.required(1)
@@ -91,8 +93,9 @@ def channel_axis_of(node: Node) -> int | None:
 def per_token_inputs(node: Node, index: Index, channel_axis: int) -> list[tuple[Value, Index]] | None:
     """The computed inputs of a per-token operator and where they are read, for its output read at `index`.
 
-    A channelwise operator reads its whole axis, which then runs along the grid axis `channel_axis`. Which tokens are read
-    must not depend on which channel is asked for: then one channel stands for all. None where the operator is not per-token.
+    A channelwise operator reads its whole axis, which then runs along the grid axis `channel_axis`. Which tokens are
+    read must not depend on which channel is asked for: then one channel stands for all. None where the operator is not
+    per-token.
     """
     if node.domain != STANDARD_DOMAIN:
         return None
@@ -155,8 +158,9 @@ def _elements(value: Value) -> int:
 def feature_axes(way: Iterable[Candidate], channel_axes: frozenset[int]) -> frozenset[int]:
     """Grid axes that number the features of an operand: its channels, and what shares an axis with them (the heads).
 
-    way: the operand's candidates, nearest first. It is read up to the first operator that mixes channels, or else to the
-    first value where a coordinate depends on a channel and something else. channel_axes: the grid axes known as channels.
+    way: the operand's candidates, nearest first. It is read up to the first operator that mixes channels, or else to
+    the first value where a coordinate depends on a channel and something else. channel_axes: the grid axes known as
+    channels.
     """
     for candidate in way:
         node = candidate.value.producer
@@ -172,7 +176,8 @@ def feature_axes(way: Iterable[Candidate], channel_axes: frozenset[int]) -> froz
 def roles(value: Value, index: Index, features: frozenset[int]) -> Roles | None:
     """Token and feature axes of a value read at `index`; None where an axis is both.
 
-    features: grid axes that number channels and heads. An axis of fixed position (a slice of stacked q, k, v) is a feature.
+    features: grid axes that number channels and heads. An axis of fixed position (a slice of stacked q, k, v) is a
+    feature.
     """
     tokens, featured = [], []
     assert value.shape is not None

@@ -1,7 +1,8 @@
 """Is this attention window attention? Token tables of one site against the closed form of windows.
 
-The closed form is `WindowGeometry`. Windows and the tokens inside them may be listed in any order: a permutation changes
-nothing but the order in which bias and mask are read, so it is found, checked against every element, and undone there.
+The closed form is `WindowGeometry`. Windows and the tokens inside them may be listed in any order: a permutation
+changes nothing but the order in which bias and mask are read, so it is found, checked against every element, and undone
+there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from attnrewrite.localattention.site import Decline
 class WindowMatch:
     """A site proved to be window attention.
 
-    key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, N] or None; mask: float64 [nW, N, N] or None;
-    mask_value: the penalty where the mask is Swin's shift mask; all in the geometry's own window and token order.
+    key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, N] or None; mask: float64 [nW, N, N] or
+    None; mask_value: the penalty where the mask is Swin's shift mask; all in the geometry's own window and token order.
     """
 
     maps: SiteMaps
@@ -67,10 +68,14 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     queries, keys, element = tables
     left_over = rearranged_before(maps, "query", maps.query)
     if left_over is not None:
-        return Decline("the tokens are rearranged before the attention in a way that its output does not undo", left_over)
+        return Decline(
+            "the tokens are rearranged before the attention in a way that its output does not undo", left_over
+        )
     if len(queries) == 1:
         size = "x".join(map(str, maps.query.spatial))
-        return Decline(f"global attention: every token of the {size} map attends all {keys.shape[1]} keys", node, "global")
+        return Decline(
+            f"global attention: every token of the {size} map attends all {keys.shape[1]} keys", node, "global"
+        )
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     if key.spatial != maps.query.spatial:
@@ -88,7 +93,8 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
         assert difference is not None or keys.shape == geometry.pixels().shape
         detail = "in an order that changes from window to window"
         if difference is not None:
-            detail = f"window {difference.at[0]} reads pixel {difference.found}, its queries come from pixel {difference.expected}"
+            window, found, expected = difference.at[0], difference.found, difference.expected
+            detail = f"window {window} reads pixel {found}, its queries come from pixel {expected}"
         return Decline(f"the keys are not those of the queries' window: {detail}", node)
     value = _matching_value(maps, keys, window_axes, key.spatial, element)
     if isinstance(value, Decline):
@@ -96,7 +102,9 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     for name, source in (("key", key), ("value", value)):
         left_over = rearranged_before(maps, name, source)
         if left_over is not None:
-            return Decline(f"the {name} tokens are rearranged before the windows in a way that the output does not undo", left_over)
+            return Decline(
+                f"the {name} tokens are rearranged before the windows in a way that the output does not undo", left_over
+            )
     terms = _terms(maps, window_axes, query_axes, element)
     if isinstance(terms, Decline):
         return terms
@@ -167,7 +175,9 @@ Fitted = tuple[WindowGeometry, np.ndarray, np.ndarray]
 
 
 def _fit(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
-    """(geometry, window order, token order) with table[window order][:, token order] == geometry.pixels(), or why not."""
+    """(geometry, window order, token order) with table[window order][:, token order] == geometry.pixels(), or why
+    not.
+    """
     nearest = "the queries of a window are no rectangle of pixels"
     for geometry in _geometries(table, spatial):
         expected = geometry.pixels()
@@ -180,7 +190,10 @@ def _fit(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
             difference = first_difference(table, expected)
             assert difference is not None
             size = "x".join(map(str, geometry.window_size))
-            found, wanted = (np.unravel_index(p, spatial) if p >= 0 else ("padding",) for p in (difference.found, difference.expected))
+            found, wanted = (
+                np.unravel_index(p, spatial) if p >= 0 else ("padding",)
+                for p in (difference.found, difference.expected)
+            )
             nearest = (
                 f"query token {difference.at} reads pixel {_point(found)}, a {size} window shifted by "
                 f"{'x'.join(map(str, geometry.shift_size))} reads {_point(wanted)}"
@@ -274,7 +287,9 @@ def _token_order(table: np.ndarray, geometry: WindowGeometry) -> np.ndarray | No
     return order if np.array_equal(table[:, order], expected) else None
 
 
-def _terms(maps: SiteMaps, window_axes: list[int], query_axes: list[int], element: np.ndarray) -> list[np.ndarray] | Decline:
+def _terms(
+    maps: SiteMaps, window_axes: list[int], query_axes: list[int], element: np.ndarray
+) -> list[np.ndarray] | Decline:
     """The constant terms as arrays [nW or 1, nH or 1, N or 1, M or 1] of one batch element."""
     attention = maps.attention
     if any(t.lowest for t in attention.terms) and has_fully_masked_row(attention.terms, attention.key_axis):
@@ -311,7 +326,11 @@ def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dt
     bias = None
     if others:
         total = sum(others[1:], others[0])
-        if total.shape[0] > 1 and not per_window and (parts := _bias_and_shift_mask(total, geometry, dtype)) is not None:
+        if (
+            total.shape[0] > 1
+            and not per_window
+            and (parts := _bias_and_shift_mask(total, geometry, dtype)) is not None
+        ):
             return np.broadcast_to(parts[0], (*parts[0].shape[:2], tokens, tokens)), None, parts[1]
         if total.any():
             bias = np.broadcast_to(total, (*total.shape[:2], tokens, tokens))
@@ -335,8 +354,12 @@ def _shift_mask_value(mask: np.ndarray, geometry: WindowGeometry) -> float | Non
     return float(penalty) if penalty and np.array_equal(mask, np.where(crosses, penalty, 0.0)) else None
 
 
-def _bias_and_shift_mask(total: np.ndarray, geometry: WindowGeometry, dtype: np.dtype) -> tuple[np.ndarray, float] | None:
-    """(bias, penalty) of a constant that is a bias plus the shift mask, added in `dtype`; None where it is not exactly that."""
+def _bias_and_shift_mask(
+    total: np.ndarray, geometry: WindowGeometry, dtype: np.dtype
+) -> tuple[np.ndarray, float] | None:
+    """(bias, penalty) of a constant that is a bias plus the shift mask, added in `dtype`; None where it is not exactly
+    that.
+    """
     crosses = geometry.crosses_regions()
     plain = np.flatnonzero(~crosses.any(axis=(1, 2)))
     if not crosses.any() or not len(plain) or total.shape[2:] != crosses.shape[1:]:

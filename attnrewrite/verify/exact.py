@@ -1,7 +1,7 @@
 """Two model files, compared exactly: each local attention op of the rewritten one against a site of the original.
 
-Sites and ops are met in topological order. An op proves a site where the integer maps pulled back through its emitted body
-equal those of the site (`localattention/proof.py`); an op that proves none fails, with the first difference.
+Sites and ops are met in topological order. An op proves a site where the integer maps pulled back through its emitted
+body equal those of the site (`localattention/proof.py`); an op that proves none fails, with the first difference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Check:
 
 
 def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
-    """One check per local attention op of the rewritten graph. Folds the original's branches in place, as the passes do."""
+    """One check per local attention op of the rewritten graph. Folds the original's branches in place, as the passes
+    do.
+    """
     pending = _sites(original)
     checks = []
     for node in rewritten.nodes:
