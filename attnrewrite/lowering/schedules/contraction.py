@@ -42,6 +42,7 @@ from attnrewrite.lowering.schedules.stages import (
     loads_of,
     product,
     reads,
+    same,
     simplify,
     static_size,
     stride,
@@ -432,8 +433,14 @@ def can_follow(epilogue: Stage, stage: Stage) -> bool:
     """The epilogue is element-wise over the contraction's output: same axes, each read of it at the same place."""
     if epilogue.reduction or len(epilogue.axes) != len(stage.axes) or not reads(epilogue.value, stage.buffer):
         return False
+    # Not so where it broadcasts the output along an axis of extent 1.
+    if not all(same(mine.extent, its.extent) for mine, its in zip(epilogue.axes, stage.axes, strict=True)):
+        return False
     return all(
-        all(index.same_as(var) or _both_unit(axis, index) for index, var, axis in zip(load.indices, epilogue.indices, stage.axes, strict=True))
+        all(
+            index.same_as(var) or _both_unit(axis, index)
+            for index, var, axis in zip(load.indices, epilogue.indices, stage.axes, strict=True)
+        )
         for load in loads_of(epilogue.value)
         if load.source.same_as(stage.buffer)
     )
