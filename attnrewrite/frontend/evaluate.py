@@ -169,6 +169,8 @@ def _reduce_prod(node: Node, inputs: Arrays) -> np.ndarray:
     data = inputs[0]
     assert data is not None
     axes = tuple(_axes(node, inputs, data.ndim)) or None
+    if axes is None and node.attributes.get("noop_with_empty_axes", 0):
+        return data
     return np.asarray(np.prod(data, axis=axes, keepdims=bool(node.attributes.get("keepdims", 1))))
 
 

@@ -158,15 +158,34 @@ def _moves_nothing(node: Node, content: Contents) -> bool:
 
 
 def _normalise(graph: Graph, node: Node) -> None:
-    """Reshape to a known shape: write the target as a constant, with -1 for the one symbolic extent."""
-    if node.op != "Reshape" or node.domain != STANDARD_DOMAIN:
+    """Write the target of a Reshape or Expand of known shape as a constant, symbolic extents aside."""
+    if node.op not in ("Reshape", "Expand") or node.domain != STANDARD_DOMAIN:
         return
     shape = node.output.shape
-    if shape is None or sum(isinstance(e, Dim) for e in shape) > 1 or 0 in shape:
+    extents = None if shape is None else _reshape_target(shape) if node.op == "Reshape" else _expand_target(node, shape)
+    if extents is None:
         return
-    target = np.array([e if isinstance(e, int) else -1 for e in shape], np.int64)
+    target = np.array(extents, np.int64)
     present = node.constant(1)
     if present is not None and np.array_equal(present, target):
         return
     node.inputs[1] = Value(graph.fresh_name(f"{node.output.name}_shape"), target.shape, target.dtype, target)
     node.attributes.pop("allowzero", None)
+
+
+def _reshape_target(shape: Shape) -> list[int] | None:
+    """-1 for the one symbolic extent; None where there are several, or an extent of 0 means something else."""
+    if sum(isinstance(e, Dim) for e in shape) > 1 or 0 in shape:
+        return None
+    return [e if isinstance(e, int) else -1 for e in shape]
+
+
+def _expand_target(node: Node, shape: Shape) -> list[int] | None:
+    """1 for a symbolic extent that the input has already; None where the input is expanded to a symbolic extent."""
+    own = node.required(0).shape
+    if own is None:
+        return None
+    own = (1,) * (len(shape) - len(own)) + tuple(own)
+    if any(isinstance(e, Dim) and e != o for e, o in zip(shape, own, strict=True)):
+        return None
+    return [e if isinstance(e, int) else 1 for e in shape]
