@@ -17,6 +17,9 @@ from attnrewrite.errors import CompilerError
 from attnrewrite.functions.spec import DOMAIN, SPECS, FlashWindowAttention, Spec
 from attnrewrite.lowering.targets import Target
 
+# Operators of ONNX Runtime's own domain that TVM's importer knows.
+_CONTRIBUTED = frozenset({"BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization", "EmbedLayerNormalization"})
+
 Inputs = list[Any]  # relax.Expr, or None where an optional operand is missing
 
 
@@ -49,10 +52,15 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
 
     def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
         known = {*_get_convert_map(), *_CONVERTERS, "If", "Constant"}
-        missing = sorted({n.op_type for n in graph.node if n.op_type not in known and n.domain != DOMAIN})
-        missing += sorted({f"{n.domain}.{n.op_type}" for n in graph.node if n.domain not in ("", "ai.onnx", DOMAIN)})
+        missing = []
+        for node in graph.node:
+            standard = node.domain in ("", "ai.onnx")
+            # TVM looks at names alone: another domain's operator of a standard name would be taken for that.
+            listed = known if standard else _CONTRIBUTED if node.domain == "com.microsoft" else frozenset(SPECS)
+            if node.op_type not in listed:
+                missing.append(node.op_type if standard else f"{node.domain}.{node.op_type}")
         if missing:
-            raise CompilerError(f"TVM's ONNX importer has no converter for {', '.join(dict.fromkeys(missing))}")
+            raise CompilerError(f"TVM's ONNX importer has no converter for {', '.join(sorted(set(missing)))}")
 
     def _convert_operator(self, op_name: str, inputs: Inputs, attrs: dict[str, Any], opset: int) -> Any:
         if op_name in SPECS:

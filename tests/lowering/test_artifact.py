@@ -1,0 +1,203 @@
+"""Whole artifacts: compiled by the child process, loaded by the runtime, and what is said when either cannot."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from attnrewrite import runtime
+from attnrewrite.errors import CompilerError, UserError
+from attnrewrite.lowering import compile as lowering
+from attnrewrite.lowering.compile import compile_model
+from attnrewrite.lowering.qemu import Missing, find_emulator
+from attnrewrite.lowering.targets import parse_target
+from tests.lowering.compiling import artifact, model, node, normal, reference, relative_error, small_network
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("artifact") / "cpu"
+    report = artifact(small_network("batch"), directory, "cpu", source_sha256="0" * 64)
+    return directory, report
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_one_library_for_every_batch(on_cpu, batch):
+    directory, _ = on_cpu
+    x = normal(batch, 3, 13, 10)
+    result = runtime.load(directory).run({"x": x}, threads=2)
+    assert relative_error(result["y"], reference(small_network("batch"), x)) <= 1e-5
+
+
+def test_manifest_and_report_agree(on_cpu):
+    directory, report = on_cpu
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 13, 10]}]
+    assert manifest["outputs"] == [{"name": "y", "dtype": "float32", "shape": ["batch", 7, 5, 19]}]
+    assert manifest["source_sha256"] == "0" * 64
+    assert manifest["versions"]["apache-tvm"] == lowering.TVM_VERSION
+    assert manifest["library"] == report.library
+    assert (directory / report.library).stat().st_size == report.library_bytes
+    assert sorted(p.name for p in directory.iterdir()) == ["manifest.json", "model.so", "source.onnx"]
+
+
+WRONG_INPUTS = {
+    "missing": ({}, "input 'x' is missing; the model takes x: float32[batch, 3, 13, 10]"),
+    "unknown": ({"x": normal(1, 3, 13, 10), "z": normal(1)}, "the model has no input 'z'"),
+    "dtype": ({"x": np.zeros((1, 3, 13, 10))}, "input 'x' must be float32, got float64"),
+    "rank": ({"x": normal(3, 13, 10)}, "input 'x' must have shape [batch, 3, 13, 10], got shape [3, 13, 10]"),
+    "extent": ({"x": normal(1, 3, 13, 11)}, "input 'x' must have shape [batch, 3, 13, 10], got shape [1, 3, 13, 11]"),
+    "empty": ({"x": normal(0, 3, 13, 10)}, "input 'x' must have shape"),
+    "no tensor": ({"x": [1.0]}, "input 'x' must be a NumPy array or a DLPack tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_INPUTS)
+def test_wrong_inputs(on_cpu, kind):
+    inputs, sentence = WRONG_INPUTS[kind]
+    with pytest.raises(UserError) as raised:
+        runtime.load(on_cpu[0]).run(inputs)
+    assert str(raised.value).startswith(sentence)
+
+
+def test_dlpack_and_strided_inputs(on_cpu):
+    loaded = runtime.load(on_cpu[0])
+    x = normal(1, 3, 13, 10)
+
+    class Foreign:
+        def __dlpack__(self, **options):
+            return x.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return x.__dlpack_device__()
+
+    strided = np.asfortranarray(x)
+    expected = loaded.run({"x": x})["y"]
+    np.testing.assert_array_equal(loaded.run({"x": Foreign()})["y"], expected)
+    np.testing.assert_array_equal(loaded.run({"x": strided})["y"], expected)
+
+
+def test_thread_count_must_be_positive(on_cpu):
+    with pytest.raises(UserError, match="at least 1, got 0"):
+        runtime.load(on_cpu[0]).run({"x": normal(1, 3, 13, 10)}, threads=0)
+
+
+def test_runtime_imports_no_compiler(on_cpu):
+    code = f"""
+import sys
+sys.modules.update({{name: None for name in ("onnx", "onnxruntime", "torch", "typer", "onnx_graphsurgeon", "ziglang")}})
+import numpy as np
+from attnrewrite import runtime
+print(runtime.load({str(on_cpu[0])!r}).run({{"x": np.ones((1, 3, 13, 10), np.float32)}})["y"].shape)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "(1, 7, 5, 19)", run.stderr
+
+
+def test_directories_that_hold_no_model(tmp_path):
+    with pytest.raises(UserError, match="is no directory"):
+        runtime.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+        runtime.load(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        runtime.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="not of format 1"):
+        runtime.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 1, "target": "cpu"}')
+    with pytest.raises(UserError, match="damaged"):
+        runtime.load(tmp_path)
+
+
+def test_half_precision_keeps_the_interface(tmp_path):
+    proto = small_network()
+    report = artifact(proto, tmp_path, "cpu", precision="fp16")
+    assert [t.dtype for t in (*report.inputs, *report.outputs)] == ["float32", "float32"]
+    x = normal(1, 3, 13, 10)
+    error = relative_error(runtime.load(tmp_path).run({"x": x})["y"], reference(proto, x))
+    assert 1e-6 < error <= 2e-2  # logits of about 10 with 11 bits: 5e-3 each, twice in the exponent
+
+
+@pytest.mark.parametrize("target", ["arm", "arm:cortex-a76"])
+def test_arm_library_is_aarch64_elf(tmp_path, target):
+    artifact(small_network(), tmp_path, target)
+    header = (tmp_path / "model.so").read_bytes()[:20]
+    assert header[:5] == b"\x7fELF\x02"
+    assert struct.unpack("<H", header[18:20]) == (183,)  # EM_AARCH64
+    with pytest.raises(UserError, match="compiled for arm.* cannot be loaded on this machine"):
+        runtime.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_arm_library_runs_under_qemu(tmp_path):
+    emulator = find_emulator()
+    if isinstance(emulator, Missing):
+        pytest.skip(emulator.reason)
+    proto = small_network("batch")
+    artifact(proto, tmp_path, "arm")
+    x = normal(2, 3, 13, 10)
+    assert relative_error(emulator.run(tmp_path, {"x": x})["y"], reference(proto, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("target", ["metal:m2", "arm:apple-m1"])
+def test_apple_library_is_a_signed_arm64_dylib(tmp_path, target):
+    report = artifact(small_network("batch"), tmp_path, target)
+    data = (tmp_path / report.library).read_bytes()
+    magic, cpu, _, kind, commands, _ = struct.unpack("<6I", data[:24])
+    assert (report.library, magic, cpu, kind) == ("model.dylib", 0xFEEDFACF, 0x0100000C, 6)
+    at, found = 32, {}
+    for _ in range(commands):
+        command, size = struct.unpack("<2I", data[at : at + 8])
+        found[command] = data[at : at + size]
+        at += size
+    assert 0x1D in found  # LC_CODE_SIGNATURE: Apple's chips load nothing unsigned
+    assert b"@rpath/model.dylib" in found[0xD]  # LC_ID_DYLIB
+    assert (b"metal_stdlib" in data) == (target == "metal:m2")
+
+
+def test_crash_of_the_compiler_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    onnx.save(small_network(), path)
+    crash = "import os, signal, sys; print('the last words', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(sys, "executable", _executable(tmp_path, crash))
+    with pytest.raises(CompilerError) as raised:
+        compile_model(path, parse_target("cpu"), tmp_path)
+    assert str(raised.value) == f"the compiler crashed ({signal.SIGSEGV.name}) while compiling model.onnx for cpu"
+    assert raised.value.__notes__ == ["the last words"]
+    assert not (tmp_path / "manifest.json").exists()
+    assert not list(tmp_path.glob(".compile-*"))
+
+
+def _executable(folder: Path, code: str) -> str:
+    """Something to stand for the Python interpreter: whatever it is asked, it runs `code`."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_operator_without_converter_is_named(tmp_path):
+    nodes = [node("Frobnicate", "x", "y", domain="other")]
+    with pytest.raises(CompilerError, match=r"no converter for other\.Frobnicate"):
+        artifact(model(nodes, {"x": [1, 2]}), tmp_path, "cpu")
+
+
+def test_other_tvm_version_is_refused(monkeypatch):
+    monkeypatch.setattr(lowering, "TVM_VERSION", "9.9")
+    with pytest.raises(CompilerError, match=r"compiling needs apache-tvm 9\.9, found .*pip install apache-tvm==9\.9"):
+        lowering.check_tvm_version()
+
+
+def test_unknown_precision(tmp_path):
+    with pytest.raises(UserError, match="unknown precision 'int3'; known are fp32, fp16"):
+        artifact(small_network(), tmp_path, "cpu", precision="int3")
