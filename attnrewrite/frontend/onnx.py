@@ -7,7 +7,7 @@ loaded nor copied before somebody reads them: a tensor the passes never touch go
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from google.protobuf.message import DecodeError
 
 from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.errors import UserError
+from attnrewrite.frontend.expand import expand_attention
 from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.opset import opset_of, raise_opset
+from attnrewrite.frontend.stream import write_model
+from attnrewrite.functions import function_protos, inlined, overload_of
 from attnrewrite.functions.spec import DOMAIN
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 
@@ -30,6 +33,8 @@ gs.logger.G_LOGGER.severity = logging.ERROR
 # One protobuf message cannot exceed 2 GiB; from here on weights go beside the model.
 EXTERNAL_DATA_LIMIT_BYTES = 1_800_000_000
 CACHED_BYTES = 1 << 20
+# Constants beyond this are written one by one, so that a model is never in memory twice.
+LARGE_BYTES = 1 << 16
 
 
 @dataclass
@@ -65,6 +70,7 @@ def read(model: str | Path | onnx.ModelProto, input_shapes: Mapping[str, Sequenc
         raise UserError(f"{path or 'the model'} is not a valid ONNX model: {error}") from error
     _specialise(graph, input_shapes or {}, path)
     fold(graph)
+    expand_attention(graph)
     return graph
 
 
@@ -257,12 +263,11 @@ def _text(shape: Sequence[Any] | None) -> str:
     return "?" if shape is None else "x".join(map(str, shape))
 
 
-def to_model(graph: Graph, *, inline: bool = False) -> onnx.ModelProto:
-    """The graph as a model. Untouched weights are shared with the model it was read from (external ones stay
-    external).
-    """
-    from attnrewrite.functions import function_protos, inlined, overload_of
+def to_model(graph: Graph, *, inline: bool = False, weights: bool = True) -> onnx.ModelProto:
+    """The graph as a model; without `weights`, its large constants are left out (`large_constants` lists them).
 
+    Weights nobody touched are shared with the model they were read from, external ones stay external.
+    """
     if inline:
         graph = inlined(graph)
     tensors: dict[int, gs.Tensor] = {}
@@ -271,7 +276,7 @@ def to_model(graph: Graph, *, inline: bool = False) -> onnx.ModelProto:
         if value is None:
             return gs.Variable.empty()
         if id(value) not in tensors:
-            tensors[id(value)] = _to_tensor(value)
+            tensors[id(value)] = _to_tensor(value, weights)
         return tensors[id(value)]
 
     nodes = []
@@ -305,6 +310,7 @@ def to_model(graph: Graph, *, inline: bool = False) -> onnx.ModelProto:
     model = gs.export_onnx(rebuilt, do_type_check=False)
     present = {t.name for t in model.graph.initializer}
     captured = {v.name: v for n in graph.nodes for v in n.captures if v.is_constant and v.name not in present}
+    captured = {n: v for n, v in captured.items() if weights or not _is_large(v)}
     for value in captured.values():
         model.graph.initializer.append(gs.exporters.onnx_exporter.OnnxExporter.export_tensor_proto(tensor_of(value)))
     model.ir_version = max(source.ir_version, 10) if functions else source.ir_version
@@ -318,8 +324,17 @@ def to_model(graph: Graph, *, inline: bool = False) -> onnx.ModelProto:
     return model
 
 
-def _to_tensor(value: Value) -> gs.Tensor:
-    if value.is_constant:
+def large_constants(graph: Graph) -> list[Value]:
+    """The constants that are written one by one, in order of first use."""
+    return [v for v in graph.values() if v.is_constant and _is_large(v)]
+
+
+def _is_large(value: Value) -> bool:
+    return isinstance(value.source, onnx.TensorProto) and _is_external(value.source) or value.nbytes > LARGE_BYTES
+
+
+def _to_tensor(value: Value, weights: bool) -> gs.Tensor:
+    if value.is_constant and (weights or not _is_large(value)):
         if isinstance(value.source, onnx.TensorProto):
             return gs.Constant(value.name, gs.ir.tensor.LazyValues(value.source))
         return gs.Constant(value.name, np.asarray(value.constant))
@@ -330,36 +345,54 @@ def _to_tensor(value: Value) -> gs.Tensor:
 def write(graph: Graph, path: str | Path, *, inline: bool = False) -> None:
     """Write the graph as an ONNX file; weights beyond 1.8 GB in all go to `<file name>.data` beside it.
 
-    The caller makes the files appear whole (attnrewrite.atomic). Raises UserError where they cannot be written.
+    Weights pass through memory one at a time. The caller makes the files appear whole (attnrewrite.atomic). Raises
+    UserError where they cannot be written.
     """
-    save(to_model(graph, inline=inline), Path(path), graph.source.folder)
-
-
-def save(model: onnx.ModelProto, path: Path, folder: Path) -> None:
-    """Write a model whose external tensors lie in `folder`; edits the model's tensors."""
-    tensors = [t for t in _all_initializers(model.graph) if t.ByteSize() > 1024 or _is_external(t)]
-    total = sum(_stored_bytes(t) for t in tensors)
+    path = Path(path)
+    if inline:
+        graph = inlined(graph)
+    weights = large_constants(graph)
+    model = to_model(graph, weights=False)
     try:
-        if total <= EXTERNAL_DATA_LIMIT_BYTES:
-            for tensor in filter(_is_external, tensors):
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-                tensor.data_location = onnx.TensorProto.DEFAULT
-                del tensor.external_data[:]
-        else:
-            _write_external(tensors, path.with_name(f"{path.name}.data"), folder)
-        path.write_bytes(model.SerializeToString())
+        if sum(w.nbytes for w in weights) > EXTERNAL_DATA_LIMIT_BYTES:
+            model.graph.initializer.extend(_beside(weights, path.with_name(f"{path.name}.data")))
+            weights = []
+        with path.open("wb") as file:
+            write_model(model, [_reader(w) for w in weights], file)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def _reader(value: Value) -> Callable[[], onnx.TensorProto]:
+    return lambda: _tensor_proto(value)
+
+
+def _tensor_proto(value: Value) -> onnx.TensorProto:
+    """The constant as a tensor that holds its elements itself."""
+    source = value.source
+    if isinstance(source, onnx.TensorProto) and not _is_external(source) and source.name == value.name:
+        return source
+    return onnx.numpy_helper.from_array(np.ascontiguousarray(value.constant), value.name)
+
+
+def _beside(weights: Sequence[Value], path: Path) -> Iterator[onnx.TensorProto]:
+    """Write the tensors' bytes into one file; yields what the model says of each."""
+    with path.open("wb") as file:
+        for value in weights:
+            stored = _tensor_proto(value)
+            if not stored.raw_data:
+                stored = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(stored), value.name)
+            file.write(b"\0" * (-file.tell() % 4096))
+            offset = file.tell()
+            file.write(stored.raw_data)
+            tensor = onnx.TensorProto(name=value.name, dims=stored.dims, data_type=stored.data_type, raw_data=b"0")
+            onnx.external_data_helper.set_external_data(tensor, path.name, offset, len(stored.raw_data))
+            tensor.ClearField("raw_data")
+            yield tensor
+
+
 def _is_external(tensor: onnx.TensorProto) -> bool:
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
-
-
-def _stored_bytes(tensor: onnx.TensorProto) -> int:
-    if _is_external(tensor):
-        return onnx.external_data_helper.ExternalDataInfo(tensor).length or 0
-    return int(tensor.ByteSize())
 
 
 def _all_initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -368,18 +401,3 @@ def _all_initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _all_initializers(attribute.g)
-
-
-def _write_external(tensors: list[onnx.TensorProto], path: Path, folder: Path) -> None:
-    """Move the tensors' bytes into one file, one tensor in memory at a time."""
-    with path.open("wb") as file:
-        for tensor in tensors:
-            if _is_external(tensor):
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-            elif not tensor.raw_data:
-                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
-            file.write(b"\0" * (-file.tell() % 4096))
-            offset, length = file.tell(), len(tensor.raw_data)
-            file.write(tensor.raw_data)
-            onnx.external_data_helper.set_external_data(tensor, path.name, offset, length)
-            tensor.ClearField("raw_data")

@@ -60,6 +60,8 @@ def _raise_graph(graph: onnx.GraphProto, outer_ranks: dict[str, int]) -> None:
             raised.extend(_attribute_to_input(node, AXES_BECAME_INPUT[node.op_type]))
         elif node.op_type in FLATTENED_SOFTMAX:
             raised.extend(_flattened_softmax(node, ranks))
+        elif node.op_type == "Dropout":
+            raised.append(_without_ratio(node))
         else:
             raised.append(node)
     del graph.node[:]
@@ -87,6 +89,15 @@ def _attribute_to_input(node: onnx.NodeProto, attribute: str) -> list[onnx.NodeP
     raised.attribute.remove(moved[0])
     raised.input.append(name)
     return [_constant(name, list(moved[0].ints)), raised]
+
+
+def _without_ratio(node: onnx.NodeProto) -> onnx.NodeProto:
+    """The ratio became an input at opset 12; outside of training it says nothing."""
+    raised = onnx.NodeProto()
+    raised.CopyFrom(node)
+    for attribute in [a for a in raised.attribute if a.name == "ratio"]:
+        raised.attribute.remove(attribute)
+    return raised
 
 
 def _flattened_softmax(node: onnx.NodeProto, ranks: dict[str, int]) -> list[onnx.NodeProto]:

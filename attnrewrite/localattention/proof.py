@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attnrewrite.dims import elements, static
-from attnrewrite.errors import PassError
+from attnrewrite.errors import VerificationError
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
@@ -285,10 +285,10 @@ def _check_kernel(facts: Facts, weight: Value, kernel: Value, slot: int) -> None
 
 
 def check(maps: SiteMaps, node: Node, opset: int, pass_name: str) -> None:
-    """As `prove`, for passes: a failure is a bug of ours."""
+    """As `prove`, for passes: a replacement that is not the original is a failed verification, and a bug of ours."""
     try:
         prove(maps, node, opset)
     except NotProved as error:
-        raise PassError(
+        raise VerificationError(
             f"the pass {pass_name} emitted a replacement that is not the original: {error} ({node.label})"
         ) from error
