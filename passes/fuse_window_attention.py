@@ -53,10 +53,10 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     maps, attention, geometry = match.maps, match.maps.attention, match.geometry.merged()
     site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
     channels = attention.head_dim
-    query = site.operand(attention.query, maps.query, attention.channel_axis, channels)
-    key = site.operand(attention.key, match.key, attention.channel_axis, channels)
+    query = site.operand("query", attention.query, maps.query, attention.channel_axis, channels)
+    key = site.operand("key", attention.key, match.key, attention.channel_axis, channels)
     value_dim = count(attention.output_shape[attention.value_axis])
-    value = site.operand(attention.value, match.value, attention.value_axis, value_dim)
+    value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim)
     query_map, scale = site.scaled_query(query.map, channels)
 
     heads, tokens = site.num_heads, geometry.tokens_per_window

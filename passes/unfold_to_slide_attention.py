@@ -51,9 +51,9 @@ def rewrite_slide_attention(facts: Facts, match: NeighborhoodMatch) -> None:
     maps, attention, geometry = match.maps, match.maps.attention, match.geometry
     site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
     channels, value_dim = attention.head_dim, count(attention.output_shape[attention.value_axis])
-    query = site.operand(attention.query, maps.query, attention.channel_axis, channels)
-    key = site.operand(maps.attention.key, match.key, attention.channel_axis, channels)
-    value = site.operand(maps.attention.value, match.value, attention.value_axis, value_dim)
+    query = site.operand("query", attention.query, maps.query, attention.channel_axis, channels)
+    key = site.operand("key", maps.attention.key, match.key, attention.channel_axis, channels)
+    value = site.operand("value", maps.attention.value, match.value, attention.value_axis, value_dim)
     query_map, scale = site.scaled_query(query.map, channels)
 
     heads = site.num_heads

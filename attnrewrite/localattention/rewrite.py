@@ -42,8 +42,8 @@ class SiteRewriter:
         shape = self.maps.attention.output_shape
         return int(np.prod([count(shape[a]) for a in self.maps.heads], dtype=np.int64))
 
-    def operand(self, operand: Operand, source: Source, channel_axis: int, channels: int) -> Emitted:
-        """query, key or value on the feature map, features ordered by head, then channel."""
+    def operand(self, role: str, operand: Operand, source: Source, channel_axis: int, channels: int) -> Emitted:
+        """`role` (query, key or value) on the feature map, features ordered by head, then channel."""
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         candidate, roles = source.candidate, source.roles
         map_ = hoister.source_map(source.value, roles, self.batch)
@@ -52,7 +52,7 @@ class SiteRewriter:
         try:
             found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
             axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
-            result = hoister.features(found, spread(picked, axes).reshape(-1), operand.value.name)
+            result = hoister.features(found, spread(picked, axes).reshape(-1), f"{attention.output.name}_{role}")
             padding = None
             if candidate.fills:
                 padding = hoister.padding_vector(hoister.laid_out(result, channels_first=False))
