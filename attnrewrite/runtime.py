@@ -1,7 +1,7 @@
 """Load an artifact directory and run it. Needs NumPy and the TVM runtime, nothing else of this package's dependencies.
 
-    model = load("swin-cpu/")
-    model.run({"x": array}, threads=1)["logits"]
+model = load("swin-cpu/")
+model.run({"x": array}, threads=1)["logits"]
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def _from_dlpack(tensor: Tensor, value: Any) -> np.ndarray:
         return np.from_dlpack(value)
     except (AttributeError, TypeError, BufferError, RuntimeError) as error:
         kind = type(value).__name__
-        raise UserError(f"input {tensor.name!r} must be a NumPy array or a DLPack tensor, got {kind}: {error}") from None
+        raise UserError(
+            f"input {tensor.name!r} must be a NumPy array or a DLPack tensor, got {kind}: {error}"
+        ) from None
 
 
 def _shape(shape: Sequence[int | str]) -> str:
@@ -171,7 +173,9 @@ def _devices(manifest: Manifest) -> list[Any]:
 
     device = tvm.device(manifest.device, 0)
     if not device.exist:
-        raise UserError(f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device")
+        raise UserError(
+            f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device"
+        )
     return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
 
 
@@ -196,4 +200,3 @@ def _to_device(array: np.ndarray, device: Any) -> Any:
     import tvm
 
     return tvm.runtime.tensor(array, device)
-

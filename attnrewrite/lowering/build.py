@@ -41,7 +41,9 @@ def tvm_target(target: Target) -> tvm.target.Target:
     try:
         return tvm.target.Target(description)
     except Exception as error:
-        raise CompilerError(f"TVM does not accept the target {description}: {str(error).strip().splitlines()[-1]}") from None
+        raise CompilerError(
+            f"TVM does not accept the target {description}: {str(error).strip().splitlines()[-1]}"
+        ) from None
 
 
 def _with_host_cpu(description: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def check_tvm_version() -> None:
     try:
         installed = importlib.metadata.version("apache-tvm")
     except importlib.metadata.PackageNotFoundError:
-        raise CompilerError(f"compiling needs apache-tvm {TVM_VERSION}: pip install apache-tvm=={TVM_VERSION}") from None
+        raise CompilerError(
+            f"compiling needs apache-tvm {TVM_VERSION}: pip install apache-tvm=={TVM_VERSION}"
+        ) from None
     if installed != TVM_VERSION:
         raise CompilerError(
             f"compiling needs apache-tvm {TVM_VERSION}, found {installed}: pip install apache-tvm=={TVM_VERSION}"
@@ -153,7 +155,15 @@ def _signal_name(number: int) -> str:
 
 
 def _report(result: dict[str, Any], target: Target) -> CompileReport:
-    tensors = {
-        key: tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in result.pop(key)) for key in ("inputs", "outputs")
-    }
-    return CompileReport(target=target.name, library=target.library, versions=versions(), **tensors, **result)
+    inputs, outputs = (
+        tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in result.pop(key))
+        for key in ("inputs", "outputs")
+    )
+    return CompileReport(
+        target=target.name,
+        library=target.library,
+        inputs=inputs,
+        outputs=outputs,
+        versions=versions(),
+        **result,
+    )

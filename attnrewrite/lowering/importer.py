@@ -14,7 +14,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 from tvm.target import Target as TvmTarget
 
 from attnrewrite.errors import CompilerError
-from attnrewrite.functions.spec import DOMAIN, SPECS, FlashWindowAttention, Spec
+from attnrewrite.functions.spec import SPECS, FlashWindowAttention, Spec
 from attnrewrite.lowering.targets import Target
 
 # Operators of ONNX Runtime's own domain that TVM's importer knows.
@@ -97,17 +97,19 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         return relax.call_tir(self._kernels[key], arguments, relax.TensorType(shape, dtype))
 
     def _kernel(self, spec: Spec, shapes: Mapping[str, tuple[Any, ...]], dtype: str, name: str) -> tirx.PrimFunc:
-        window = isinstance(spec, FlashWindowAttention)
-        present = tuple(shapes)
+        present, target = tuple(shapes), self._tvm_target
         if self._target.device == "cpu":
             from attnrewrite.lowering.kernels import slide_cpu, window_cpu
 
-            build = window_cpu.flash_window_attention if window else slide_cpu.slide_attention
-            return build(spec, present, shapes, dtype, self._tvm_target, name)
+            if isinstance(spec, FlashWindowAttention):
+                return window_cpu.flash_window_attention(spec, present, shapes, dtype, target, name)
+            return slide_cpu.slide_attention(spec, present, shapes, dtype, target, name)
         from attnrewrite.lowering.kernels import slide_gpu, window_gpu
 
-        build = window_gpu.flash_window_attention if window else slide_gpu.slide_attention
-        return build(spec, present, [*shapes.values()], dtype, self._tvm_target, name)
+        extents = [*shapes.values()]
+        if isinstance(spec, FlashWindowAttention):
+            return window_gpu.flash_window_attention(spec, present, extents, dtype, target, name)
+        return slide_gpu.slide_attention(spec, present, extents, dtype, target, name)
 
 
 def _snake(name: str) -> str:
@@ -138,7 +140,11 @@ def _gemm(bb: relax.BlockBuilder, inputs: Inputs, attrs: Mapping[str, Any]) -> A
         return result
     if beta != 1.0:
         bias = _constant(c)
-        c = relax.op.multiply(c, relax.const(beta, dtype)) if bias is None else relax.const(bias * bias.dtype.type(beta))
+        c = (
+            relax.op.multiply(c, relax.const(beta, dtype))
+            if bias is None
+            else relax.const(bias * bias.dtype.type(beta))
+        )
     return relax.op.add(bb.emit(result), c)
 
 
@@ -153,13 +159,15 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 
 def interface_names(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
-    """Names of the inputs (not those that only name weights) and outputs, in the order the compiled function has them."""
+    """Names of the inputs (weights are none) and of the outputs, in the order the compiled function has them."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in weights]
     return inputs, [value.name for value in model.graph.output]
 
 
-def interface(mod: IRModule, inputs: list[str], outputs: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def interface(
+    mod: IRModule, inputs: list[str], outputs: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """name, dtype and shape of every input and output of `main`."""
     main = mod["main"]
     result = main.ret_ty

@@ -56,7 +56,7 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
             return call
         if str(weights.ty.dtype.dtype) not in ("float32", "float16") or len(features.ty.shape) < 2:
             return call
-        depth, width = map(int, weights.ty.shape)
+        width = int(weights.ty.shape[1])
         if width < MIN_COLUMNS:
             return call
         columns = choose_tile(_static_rows([*features.ty.shape][:-1]), width, self._unit).columns

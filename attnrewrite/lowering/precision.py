@@ -1,4 +1,4 @@
-"""A float32 ONNX model computing in float16: weights and intermediate values halved, inputs and outputs as they were."""
+"""A float32 ONNX model computing in float16: weights and values in between halved, inputs and outputs as they were."""
 
 from __future__ import annotations
 

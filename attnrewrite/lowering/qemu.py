@@ -28,7 +28,7 @@ _QEMU_NAMES = ("qemu-aarch64-static", "qemu-aarch64")
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
 
 # Oldest first: what pip may take for a glibc of Debian 12 and later.
-_PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 26, 27, 28, 31, 34)) + ("manylinux2014_aarch64",)
+_PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 26, 27, 28, 31, 34))
 
 _GUEST = """
 import sys
@@ -120,7 +120,9 @@ def find_emulator(*, prepare: bool = True) -> Emulator | Missing:
             return Missing(f"{Path(error.cmd[0]).name} failed: {words[-1] if words else error.returncode}")
         except OSError as error:
             return Missing(f"the aarch64 system cannot be prepared: {error}")
-    pythons = sorted(path.name for path in (home / "root" / "usr" / "bin").glob("python3.*") if path.suffix[1:].isdigit())
+    pythons = sorted(
+        path.name for path in (home / "root" / "usr" / "bin").glob("python3.*") if path.suffix[1:].isdigit()
+    )
     return Emulator(Path(qemu), home, pythons[-1]) if pythons else Missing(f"{home} holds no Python; delete it")
 
 

@@ -2,11 +2,12 @@
 
     y = x W + b;  q, k, v = y[..., :n], y[..., n:2n], y[..., 2n:]   ->   q = x W[:, :n] + b[:n], ...
 
-The arithmetic of every element stays what it was; the parts are written where they are read instead of being copied out.
+The arithmetic of every element stays what it was; the parts are written where they are read, not copied out.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -39,7 +40,9 @@ def split_linear(model: onnx.ModelProto) -> None:
                 return  # a subgraph may read any value by name
     for value in graph.output:
         users.setdefault(value.name, []).append(onnx.NodeProto())  # a reader that is no cut
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in graph.value_info if v.type.tensor_type.HasField("shape")}
+    ranks = {
+        v.name: len(v.type.tensor_type.shape.dim) for v in graph.value_info if v.type.tensor_type.HasField("shape")
+    }
 
     replaced: dict[int, list[onnx.NodeProto]] = {}
     dropped: set[int] = set()
@@ -94,7 +97,7 @@ def _parts(
             return None
         parts += found
     ordered = sorted(parts, key=lambda part: part.start)
-    overlap = any(left.stop > right.start for left, right in zip(ordered, ordered[1:], strict=False))
+    overlap = any(left.stop > right.start for left, right in itertools.pairwise(ordered))
     return None if overlap or len(parts) < 2 else parts
 
 
@@ -118,7 +121,9 @@ def _cuts(
         sizes = constants.get(node.input[1]) if len(node.input) > 1 else None
         if sizes is None and width % len(node.output):
             return None
-        widths = [width // len(node.output)] * len(node.output) if sizes is None else numpy_helper.to_array(sizes).tolist()
+        widths = (
+            [width // len(node.output)] * len(node.output) if sizes is None else numpy_helper.to_array(sizes).tolist()
+        )
         edges = np.cumsum([0, *widths]).tolist()
         return [_Part(a, b, o, node) for a, b, o in zip(edges, edges[1:], node.output, strict=True) if o]
     return None

@@ -16,8 +16,8 @@ Kind = Literal["cpu", "arm", "metal", "cuda"]
 class Target:
     """One compilation target.
 
-    name: as the user writes it, `kind` or `kind:chip`. tvm: the TVM target, as the JSON object its constructor takes; the
-    host's own CPU is filled in by the compiler where `tvm` names none. link: the zig target triple the library is
+    name: as the user writes it, `kind` or `kind:chip`. tvm: the TVM target, as the JSON object its constructor takes;
+    the host's own CPU is filled in by the compiler where `tvm` names none. link: the zig target triple the library is
     linked for, None for this machine. library: file name of what comes out. description: one line about that.
     """
 
@@ -166,5 +166,5 @@ def _parse_json(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"--tvm-target is not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(document, dict):
-        raise UserError(f"--tvm-target must be a JSON object such as {{\"mcpu\": \"znver4\"}}, got {text!r}")
+        raise UserError(f'--tvm-target must be a JSON object such as {{"mcpu": "znver4"}}, got {text!r}')
     return document

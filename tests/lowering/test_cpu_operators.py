@@ -24,7 +24,10 @@ GEMMS = [(196, 96, 384), (49, 33, 50), (1, 64, 1000), (7, 16, 5), (101, 31, 67),
 @pytest.mark.parametrize(("rows", "depth", "columns"), GEMMS)
 def test_linear_layer_with_packed_weights(rows, depth, columns):
     nodes = [node("MatMul", "x w", "m"), node("Add", "m b", "y")]
-    check(model(nodes, {"x": [1, rows, depth]}, {"w": normal(depth, columns), "b": normal(columns)}), normal(1, rows, depth))
+    check(
+        model(nodes, {"x": [1, rows, depth]}, {"w": normal(depth, columns), "b": normal(columns)}),
+        normal(1, rows, depth),
+    )
 
 
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(49, 33, 50), (8, 16, 64)])
@@ -45,7 +48,8 @@ def test_activation_in_the_epilogue(activation):
 
 
 @pytest.mark.parametrize(
-    "attributes", [{}, {"transB": 1}, {"transA": 1}, {"alpha": 0.5, "beta": 2.0}, {"alpha": 2.0, "transA": 1, "transB": 1}]
+    "attributes",
+    [{}, {"transB": 1}, {"transA": 1}, {"alpha": 0.5, "beta": 2.0}, {"alpha": 2.0, "transA": 1, "transB": 1}],
 )
 @pytest.mark.parametrize("constant", [True, False])
 def test_gemm(attributes, constant):
@@ -111,7 +115,11 @@ ROWS = {
     "maximum of everything": [node("ReduceMax", "x", "y", keepdims=1)],
     "l2 norm": [node("ReduceL2", "x last", "n", keepdims=1), node("Div", "x n", "y")],
     "transpose": [node("Transpose", "x", "y", perm=[0, 2, 1])],
-    "roll": [node("Slice", "x two end one", "p"), node("Slice", "x nil two one", "q"), node("Concat", "p q", "y", axis=1)],
+    "roll": [
+        node("Slice", "x two end one", "p"),
+        node("Slice", "x nil two one", "q"),
+        node("Concat", "p q", "y", axis=1),
+    ],
     "pad": [node("Pad", "x pads", "y")],
     "flip": [node("Slice", "x minus first one minus", "y")],
 }
@@ -136,9 +144,7 @@ def test_rows_of_half_precision():
     assert relative_error(compiled(proto)(x), reference(single, x.astype(np.float32))) <= FP16
 
 
-@pytest.mark.parametrize(
-    "kind", ["MaxPool", "AveragePool", "GlobalAveragePool"]
-)
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool", "GlobalAveragePool"])
 def test_pooling(kind):
     attributes = {} if kind.startswith("Global") else {"kernel_shape": [3, 3], "strides": [2, 2]}
     check(model([node(kind, "x", "y", **attributes)], {"x": [2, 5, 15, 13]}), normal(2, 5, 15, 13))
@@ -165,7 +171,12 @@ def test_cut_linear_layer_is_split():
 
 
 def test_linear_layer_read_whole_stays_whole():
-    nodes = [node("MatMul", "x w", "m"), node("Slice", "m s0 s24 axis", "q"), node("ReduceSum", "m", "t"), node("Add", "q t", "y")]
+    nodes = [
+        node("MatMul", "x w", "m"),
+        node("Slice", "m s0 s24 axis", "q"),
+        node("ReduceSum", "m", "t"),
+        node("Add", "q t", "y"),
+    ]
     weights = {"s0": np.array([0]), "s24": np.array([24]), "axis": np.array([-1]), "w": normal(24, 72)}
     proto = model(nodes, {"x": [10, 24]}, weights)
     from attnrewrite.lowering.split_linear import split_linear

@@ -1,17 +1,17 @@
 """Matrix products and convolutions: a tile of accumulators stays in registers while the reduction runs.
 
-Every stage `out = sum a * b` is read as a matrix product: *rows* are the output axes only `a` has, *columns* those only
-`b` has (the innermost output axis among them, so that lanes run along columns), *batch* those both have. A tile is
-`rows x columns` accumulators; each step of the reduction broadcasts one element of `a` per row and reads one vector of
-`b` per column vector. `b` is read in place where its columns lie side by side in memory, as packed weights do; otherwise
-a panel of it is copied next to the tile first, which is what im2col does, one tile at a time.
+Every stage `out = sum a * b` is read as a matrix product: *rows* are the output axes only `a` has, *columns* those
+only `b` has (the innermost output axis among them, so that lanes run along columns), *batch* those both have. A tile
+is `rows x columns` accumulators; each step of the reduction broadcasts one element of `a` per row and reads one vector
+of `b` per column vector. `b` is read in place where its columns lie side by side in memory, as packed weights do;
+otherwise a panel of it is copied next to the tile first, which is what im2col does, one tile at a time.
 
 What follows in the same function element by element (bias, activation, residual) is applied to the tile on its way out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import tvm_ffi
@@ -170,7 +170,9 @@ def _classify(stage: Stage, left: Expr, right: Expr) -> Contraction | None:
 
 def _is_packed(right: Expr, columns: Sequence[Axis]) -> bool:
     return len(columns) == 1 and any(
-        isinstance(index, tirx.FloorMod) and index.a.same_as(columns[0].var) for load in loads_of(right) for index in load.indices
+        isinstance(index, tirx.FloorMod) and index.a.same_as(columns[0].var)
+        for load in loads_of(right)
+        for index in load.indices
     )
 
 
@@ -296,20 +298,20 @@ class _Lowering:
         return offset
 
     def pack(self, batch: Mapping[tirx.Var, Expr], j: Expr, panel: tirx.Buffer) -> Stmt:
-        """panel[k, l] = right[k, first column + l]; columns beyond the last repeat it, and are never stored."""
+        """panel[k, lane] = right[k, first column + lane]; columns beyond the last repeat it, and are never stored."""
         right = self.in_own_axes(self.c.right)
 
         def row(at: Sequence[Expr]) -> Stmt:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
 
-            def lane(l: Expr) -> Stmt:
-                column = j * self.tile.columns + l
+            def at_lane(lane: Expr) -> Stmt:
+                column = j * self.tile.columns + lane
                 if not self.n_divides:
                     column = tirx.min(column, self.n - 1)
                 where = {**batch, **reduction, **self.at(self.c.columns, column)}
-                return store(panel, _as(substitute(right, where), self.c.dtype), [self.reduction_offset(at), l])
+                return store(panel, _as(substitute(right, where), self.c.dtype), [self.reduction_offset(at), lane])
 
-            return loop(self.tile.columns, lane, name="l")
+            return loop(self.tile.columns, at_lane, name="l")
 
         return nest(self.c.stage.reduction, row)
 
@@ -330,7 +332,8 @@ class _Lowering:
         def zero() -> Stmt:
             vectors = tile.rows * tile.vectors
             return unrolled(
-                vectors, lambda v: vectorized(tile.lanes, lambda l: store(sums, _zero(dtype), [v * tile.lanes + l]))
+                vectors,
+                lambda v: vectorized(tile.lanes, lambda lane: store(sums, _zero(dtype), [v * tile.lanes + lane])),
             )
 
         def step(at: Sequence[Expr]) -> Stmt:
@@ -341,9 +344,9 @@ class _Lowering:
                 statements.append(tirx.Bind(a, _as(substitute(left, {**batch, **reduction, **rows_at[r]}), dtype)))
 
                 def vector(v: Expr, r: int = r, a: tirx.Var = a) -> Stmt:
-                    def lane(l: Expr) -> Stmt:
-                        slot = r * tile.columns + v * tile.lanes + l
-                        within = v * tile.lanes + l
+                    def at_lane(lane: Expr) -> Stmt:
+                        slot = r * tile.columns + v * tile.lanes + lane
+                        within = v * tile.lanes + lane
                         if panel is not None:
                             b = tirx.BufferLoad(panel, [self.reduction_offset(at), within])
                         elif self.packed:
@@ -355,12 +358,14 @@ class _Lowering:
                             b = _as(substitute(right, {**batch, **reduction, **column}), dtype)
                         return tirx.BufferStore(sums, tirx.BufferLoad(sums, [slot]) + a * b, [slot])
 
-                    return vectorized(tile.lanes, lane)
+                    return vectorized(tile.lanes, at_lane)
 
                 statements.append(unrolled(tile.vectors, vector))
             return seq(*statements)
 
-        return allocated(sums, *bindings, zero(), _reduction_loops(self.c.stage.reduction, step), self.finish(batch, i, j, sums))
+        return allocated(
+            sums, *bindings, zero(), _reduction_loops(self.c.stage.reduction, step), self.finish(batch, i, j, sums)
+        )
 
     def finish(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, sums: tirx.Buffer) -> Stmt:
         """Store the tile: through the epilogue, and only what lies inside the output."""
@@ -371,8 +376,7 @@ class _Lowering:
         def element(r: Expr, column: Expr, slot: Expr) -> Stmt:
             row = i * tile.rows + r
             where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
-            own = {axis.var: where.get(axis.var, None) for axis in stage.axes}
-            own.update({var: substitute(value, where) for var, value in self.c.split.items()})
+            own = {**where, **{var: substitute(value, where) for var, value in self.c.split.items()}}
             indices = [own[axis.var] for axis in stage.axes]
             result = _as(tirx.BufferLoad(source, [slot]), str(stage.buffer.dtype))
             if self.epilogue is None:
@@ -382,11 +386,11 @@ class _Lowering:
         def vector(r: Expr, v: Expr) -> Stmt:
             first = j * tile.columns + v * tile.lanes
             slot = r * tile.columns + v * tile.lanes
-            whole = vectorized(tile.lanes, lambda l: element(r, first + l, slot + l))
+            whole = vectorized(tile.lanes, lambda lane: element(r, first + lane, slot + lane))
             if self.n_divides:
                 return whole
             one_by_one = loop(
-                tile.lanes, lambda l: guarded(first + l < self.n, element(r, first + l, slot + l)), name="l"
+                tile.lanes, lambda lane: guarded(first + lane < self.n, element(r, first + lane, slot + lane)), name="l"
             )
             if self.n_tail_free:
                 return guarded(first < self.n, whole)
@@ -406,7 +410,9 @@ class _Lowering:
             tile.rows * tile.vectors,
             lambda v: vectorized(
                 tile.lanes,
-                lambda l: tirx.BufferStore(source, tirx.BufferLoad(sums, [v * tile.lanes + l]), [v * tile.lanes + l]),
+                lambda lane: tirx.BufferStore(
+                    source, tirx.BufferLoad(sums, [v * tile.lanes + lane]), [v * tile.lanes + lane]
+                ),
             ),
         )
         return allocated(source, copy, stores)
@@ -418,7 +424,7 @@ class _Lowering:
         return n is not None and n % self.tile.lanes == 0
 
 
-def _reduction_loops(axes: Sequence[Axis], step) -> Stmt:  # type: ignore[no-untyped-def]
+def _reduction_loops(axes: Sequence[Axis], step: Callable[[Sequence[Expr]], Stmt]) -> Stmt:
     """Serial loops without unrolling: the step is long enough."""
 
     def inner(depth: int, at: list[Expr]) -> Stmt:

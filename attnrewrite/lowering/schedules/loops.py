@@ -1,4 +1,4 @@
-"""Short names for the statements schedules are written in, and the expression clean-up every stored value goes through."""
+"""Short names for the statements schedules are written in, and the clean-up every stored expression goes through."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parallel(extent: Expr, body: Callable[[Expr], Stmt], work: Expr) -> Stmt:
 
 
 def vectorized(lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
-    """One vector operation per statement of the body; what the body keeps per lane becomes a vector outside the loop."""
+    """One vector operation per statement of the body; what it keeps per lane becomes a vector outside the loop."""
     if lanes == 1:
         return body(const(0))
     lane = tirx.Var("lane", "int64")
@@ -157,7 +157,7 @@ _VECTOR_MATH: dict[str, Callable[..., Expr]] = {
 
 
 def share(value: Expr) -> tuple[list[Stmt], Expr]:
-    """Keep every subexpression object used more than once: (statements that compute them in order, the value in terms of them).
+    """Keep every subexpression object used more than once: (statements that compute them, the value in terms of them).
 
     Sharing is by object, so it undoes what building an expression from repeated operands does, and nothing more.
     """

@@ -7,7 +7,7 @@ row together, and what they hand on to each other stays in a row-sized buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import tvm_ffi
@@ -30,17 +30,18 @@ from attnrewrite.lowering.schedules.stages import (
     Axis,
     Expr,
     Stage,
-    is_load,
     loads_of,
     product,
     same,
     simplify,
-    static_size,
     stride,
     substitute,
 )
 
 Bound = Mapping[tirx.Var, Expr]
+
+# Stores the value of one output element, given where the row's own axes are.
+Put = Callable[[Expr, Bound], Stmt]
 
 # Vectors a reduction keeps in flight: enough to hide the latency of an addition.
 VECTORS = 4
@@ -66,7 +67,9 @@ def lower_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], lanes: int)
         return None
     extents = [axis.extent for axis in stages[0].axes[:shared]]
     row_buffers = {
-        stage.buffer: _row_buffer(stage.buffer, shared) for stage in stages if not any(stage.buffer.same_as(k) for k in kept)
+        stage.buffer: _row_buffer(stage.buffer, shared)
+        for stage in stages
+        if not any(stage.buffer.same_as(k) for k in kept)
     }
     moved = [_with_row_buffers(stage, row_buffers, shared) for stage in stages]
     work = product(extents) * sum(product([a.extent for a in (*s.axes[shared:], *s.reduction)]) for s in stages)
@@ -76,7 +79,9 @@ def lower_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], lanes: int)
         body = []
         for stage in moved:
             bound = dict(zip((a.var for a in stage.axes[:shared]), at, strict=True))
-            body.append(_row(replace(stage, axes=stage.axes[shared:]), bound, lanes, [*stage.axes[:shared]], row_buffers))
+            body.append(
+                _row(replace(stage, axes=stage.axes[shared:]), bound, lanes, [*stage.axes[:shared]], row_buffers)
+            )
         return seq(*(tirx.AllocBuffer(buffer) for buffer in row_buffers.values()), *body)
 
     return parallel(product(extents), row, simplify(work))
@@ -119,7 +124,7 @@ def _row(
     leading: Sequence[Axis] = (),
     row_buffers: Mapping[tirx.Buffer, tirx.Buffer] | None = None,
 ) -> Stmt:
-    """One row of a stage; axes not in `bound` are looped over here. `leading` axes go before the stage's own indices."""
+    """One row of a stage; axes not in `bound` are looped over here. `leading` axes go before its own indices."""
     row_buffer = (row_buffers or {}).get(stage.buffer)
 
     def put(value: Expr, at: Bound) -> Stmt:
@@ -139,9 +144,12 @@ def _row(
         if not stage.reduction:
             if not along_row:
                 return put(substitute(stage.value, where), where)
-            return _tiles(
-                stage.axes[-1], lanes, lambda x: put(substitute(stage.value, {**where, stage.axes[-1].var: x}), {**where, stage.axes[-1].var: x})
-            )
+
+            def element(x: Expr) -> Stmt:
+                at_x = {**where, stage.axes[-1].var: x}
+                return put(substitute(stage.value, at_x), at_x)
+
+            return _tiles(stage.axes[-1], lanes, element)
         if along_row:
             return _reduce_lanes_apart(stage, where, lanes, put)
         if lane_axis is not None:
@@ -151,18 +159,19 @@ def _row(
     return nest(outer, inner)
 
 
-def _tiles(axis: Axis, lanes: int, body) -> Stmt:  # type: ignore[no-untyped-def]
+def _tiles(axis: Axis, lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
     """`body(x)` for every x of an axis, `lanes` at a time; a last partial vector overlaps the one before it."""
     size = axis.size
     if size is None:
-        whole = loop(tirx.floordiv(axis.extent, lanes), lambda t: vectorized(lanes, lambda l: body(t * lanes + l)), name="t")
+        vectors = tirx.floordiv(axis.extent, lanes)
+        whole = loop(vectors, lambda t: vectorized(lanes, lambda lane: body(t * lanes + lane)), name="t")
         rest = loop(tirx.floormod(axis.extent, lanes), lambda i: body(axis.extent - 1 - i))
         return seq(whole, rest)
     width = min(lanes, size)
-    whole = loop(size // width, lambda t: vectorized(width, lambda l: body(t * width + l)), name="t")
+    whole = loop(size // width, lambda t: vectorized(width, lambda lane: body(t * width + lane)), name="t")
     if size % width == 0:
         return whole
-    return seq(whole, vectorized(width, lambda l: body(const(size - width) + l)))
+    return seq(whole, vectorized(width, lambda lane: body(const(size - width) + lane)))
 
 
 def _lane_axis(stage: Stage) -> Axis | None:
@@ -195,7 +204,7 @@ def _as(value: Expr, dtype: str) -> Expr:
     return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
 
 
-def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  # type: ignore[no-untyped-def]
+def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put: Put) -> Stmt:
     """Every lane reduces an output element of its own."""
     axis = stage.axes[-1]
     dtype = _accumulator_dtype(stage)
@@ -208,20 +217,26 @@ def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  #
         sums = local([count * width], dtype, "sums")
 
         def step(at: Sequence[Expr]) -> Stmt:
-            def lane(l: Expr) -> Stmt:
-                mapping = {**where, axis.var: start + l, **dict(zip((a.var for a in stage.reduction), at, strict=True))}
+            def at_lane(lane: Expr) -> Stmt:
+                mapping = {
+                    **where,
+                    axis.var: start + lane,
+                    **dict(zip((a.var for a in stage.reduction), at, strict=True)),
+                }
                 term = _as(substitute(stage.value, mapping), dtype)
-                return store(sums, combine(stage.combine, tirx.BufferLoad(sums, [l]), term), [l])
+                return store(sums, combine(stage.combine, tirx.BufferLoad(sums, [lane]), term), [lane])
 
-            return vectorized(count * width, lane)
+            return vectorized(count * width, at_lane)
 
         return allocated(
             sums,
-            vectorized(count * width, lambda l: store(sums, _as(stage.init, dtype), [l])),
+            vectorized(count * width, lambda lane: store(sums, _as(stage.init, dtype), [lane])),
             nest(stage.reduction, step),
             vectorized(
                 count * width,
-                lambda l: put(_as(tirx.BufferLoad(sums, [l]), str(stage.buffer.dtype)), {**where, axis.var: start + l}),
+                lambda lane: put(
+                    _as(tirx.BufferLoad(sums, [lane]), str(stage.buffer.dtype)), {**where, axis.var: start + lane}
+                ),
             ),
         )
 
@@ -235,7 +250,7 @@ def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  #
     return seq(*body)
 
 
-def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  # type: ignore[no-untyped-def]
+def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put: Put) -> Stmt:
     """All lanes work on one output element; they are combined at the end."""
     *outer, axis = stage.reduction
     dtype = _accumulator_dtype(stage)
@@ -252,7 +267,9 @@ def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  
 
     def step(at: Sequence[Expr]) -> Stmt:
         whole = simplify(tirx.floordiv(axis.extent, width))
-        body = [loop(whole, lambda t: vectorized(width, lambda l: update(at, t * width + l, sums, l)), name="t")]
+        body = [
+            loop(whole, lambda t: vectorized(width, lambda lane: update(at, t * width + lane, sums, lane)), name="t")
+        ]
         if axis.size is None or axis.size % width:
             rest = simplify(tirx.floormod(axis.extent, width))
             body.append(loop(rest, lambda i: update(at, whole * width + i, total, const(0))))
@@ -261,7 +278,7 @@ def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put) -> Stmt:  
     return allocated(
         sums,
         tirx.AllocBuffer(total),
-        vectorized(width, lambda l: store(sums, _as(stage.init, dtype), [l])),
+        vectorized(width, lambda lane: store(sums, _as(stage.init, dtype), [lane])),
         store(total, _as(stage.init, dtype), [const(0)]),
         nest(outer, step),
         *_halvings(sums, width, stage.combine),
@@ -286,7 +303,7 @@ def _halvings(sums: tirx.Buffer, width: int, how: str) -> list[Stmt]:
     return steps
 
 
-def _reduce_scalar(stage: Stage, where: Bound, put) -> Stmt:  # type: ignore[no-untyped-def]
+def _reduce_scalar(stage: Stage, where: Bound, put: Put) -> Stmt:
     dtype = _accumulator_dtype(stage)
     total = local([1], dtype, "total")
 
@@ -301,6 +318,3 @@ def _reduce_scalar(stage: Stage, where: Bound, put) -> Stmt:  # type: ignore[no-
         nest(stage.reduction, step),
         put(_as(tirx.BufferLoad(total, [0]), str(stage.buffer.dtype)), where),
     )
-
-
-__all__ = ["is_load", "lower_rows", "lower_stage", "static_size"]

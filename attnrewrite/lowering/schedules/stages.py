@@ -22,7 +22,8 @@ MAX_INLINED_NODES = 400
 
 # Calls that cost more than the memory traffic of keeping their result.
 EXPENSIVE = frozenset(
-    f"tirx.{name}" for name in ("exp", "exp2", "erf", "tanh", "sigmoid", "pow", "log", "sin", "cos", "atan", "sinh", "cosh")
+    f"tirx.{name}"
+    for name in ("exp", "exp2", "erf", "tanh", "sigmoid", "pow", "log", "sin", "cos", "atan", "sinh", "cosh")
 )
 
 
