@@ -10,7 +10,8 @@ elements outside are zero. The element-wise stage that follows is applied to the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tvm import tirx
@@ -155,7 +156,7 @@ class _Product:
     def stage_left(self, batch: Bound, first_row: Expr, first_step: Expr) -> None:
         contraction = self.contraction
         by_row = _runs_along(contraction.left, contraction.rows, contraction.stage.reduction)
-        for row, step in self.deal(self.tile.rows, DEPTH, first_is_fast=by_row):
+        with self.deal(self.tile.rows, DEPTH, first_is_fast=by_row) as (row, step):
             value = self.element(contraction.left, batch, contraction.rows, first_row + row, first_step + step)
             inside = [below(first_row + row, self.rows, self.tile.rows), below(first_step + step, self.depth, DEPTH)]
             self.left.store(row, step, self.or_zero(every(inside), value, self.left.dtype))
@@ -163,7 +164,7 @@ class _Product:
     def stage_right(self, batch: Bound, first_column: Expr, first_step: Expr) -> None:
         contraction = self.contraction
         by_step = not _runs_along(contraction.right, contraction.columns, contraction.stage.reduction)
-        for step, column in self.deal(DEPTH, self.tile.columns, first_is_fast=by_step):
+        with self.deal(DEPTH, self.tile.columns, first_is_fast=by_step) as (step, column):
             value = self.element(
                 contraction.right, batch, contraction.columns, first_column + column, first_step + step
             )
@@ -173,7 +174,8 @@ class _Product:
             ]
             self.right.store(step, column, self.or_zero(every(inside), value, self.right.dtype))
 
-    def deal(self, first: int, second: int, first_is_fast: bool):  # type: ignore[no-untyped-def]
+    @contextmanager
+    def deal(self, first: int, second: int, first_is_fast: bool) -> Iterator[tuple[Expr, Expr]]:
         """Positions of a first x second tile, dealt over all threads inside a loop; neighbours along the fast one."""
         threads = self.thread.size[0] * self.thread.size[1]
         total = first * second
