@@ -128,6 +128,7 @@ def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
         return [v for v in map(value_of, tensors) if v is not None]
 
     inputs = known([t for t in source.inputs if not isinstance(t, gs.Constant)])
+    outer = {t.name for t in proto.graph.initializer}
     nodes = []
     for node in source.nodes:
         if node.op == "Constant" and (node.domain or "") == STANDARD_DOMAIN:
@@ -139,7 +140,7 @@ def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
                 value.set_constant(constant)
                 continue
         outputs = [value_of(t) or Value(f"{node.name}__unused_{k}") for k, t in enumerate(node.outputs)]
-        captures = known(list(_captured(node)))
+        captures = known([t for t in _captured(node) if not isinstance(t, gs.Constant) or t.name in outer])
         attributes = {k: _attribute(v) for k, v in node.attrs.items()}
         nodes.append(
             Node(
@@ -224,7 +225,7 @@ def _attribute(value: Any) -> Any:
 
 
 def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Outer tensors that the node's subgraphs read."""
+    """Outer tensors that the node's subgraphs read, and initializers of their own."""
     for attribute in node.attrs.values():
         if isinstance(attribute, gs.Graph):
             inner = {id(t) for n in attribute.nodes for t in n.outputs} | {id(t) for t in attribute.inputs}
