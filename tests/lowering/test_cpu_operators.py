@@ -47,6 +47,12 @@ def test_activation_in_the_epilogue(activation):
     check(model(nodes, {"x": [1, 50, 24], "r": [1, 50, 37]}, weights), normal(1, 50, 24), normal(1, 50, 37))
 
 
+@pytest.mark.parametrize("exponent", [0.5, 2.0, 3.0, 4.0, -1.0])
+def test_power(exponent):
+    weights = {"e": np.array(exponent, np.float32)}
+    check(model([node("Pow", "x e", "y")], {"x": [7, 37]}, weights), np.abs(normal(7, 37)) + 0.5)
+
+
 @pytest.mark.parametrize(
     "attributes",
     [{}, {"transB": 1}, {"transA": 1}, {"alpha": 0.5, "beta": 2.0}, {"alpha": 2.0, "transA": 1, "transB": 1}],

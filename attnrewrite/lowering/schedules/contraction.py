@@ -54,7 +54,7 @@ from attnrewrite.lowering.schedules.stages import (
 CACHE_BYTES = 512 * 1024
 
 # Parallel pieces aimed at where rows could also be shared among threads.
-PIECES = 16
+PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class _Lowering:
         if not isinstance(columns, tirx.IntImm) or not isinstance(rows, tirx.IntImm):
             return 1
         wanted = max(1, PIECES // int(columns))
-        return max(1, min(wanted, int(rows) // 4))
+        return max(1, min(wanted, int(rows) // 8))
 
     def batch_at(self, flat: Expr) -> dict[tirx.Var, Expr]:
         return self.at(self.c.batch, flat)

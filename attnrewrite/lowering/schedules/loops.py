@@ -126,12 +126,24 @@ def expand_intrinsics(value: Expr) -> Expr:
     def expand(call: Any) -> Any:
         dtype = str(call.ty.dtype) if isinstance(call.ty, ir.PrimType) else ""
         name = call.op.name if isinstance(call.op, ir.Op) else ""
+        if name == "tirx.pow":
+            return _power(call)
         if name not in _VECTOR_MATH or dtype not in ("float32", "float16"):
             return call
         result = _VECTOR_MATH[name](*(_cast(argument, "float32") for argument in call.args))
         return _cast(result, dtype)
 
     return tvm_ffi.structural_map(value, (ir.Call, expand), order="post")
+
+
+def _power(call: Any) -> Any:
+    """Small whole exponents, which activations use, as products."""
+    base, exponent = call.args
+    times = float(exponent.value) if isinstance(exponent, tirx.FloatImm) else 0.0
+    if times not in (2.0, 3.0, 4.0):
+        return call
+    square = base * base
+    return {2.0: square, 3.0: square * base, 4.0: square * square}[times]
 
 
 def _cast(value: Expr, dtype: str) -> Expr:
