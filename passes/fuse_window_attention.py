@@ -31,7 +31,7 @@ from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.maps import count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter
 from attnrewrite.localattention.site import Decline, MaskKind, Site
-from attnrewrite.localattention.windows import WindowMatch, match_windows
+from attnrewrite.localattention.windows import WindowMatch, match_windows, seen_on_map
 from attnrewrite.pipeline import Pass
 
 NAME = "fuse-window-attention"
@@ -93,22 +93,26 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     """The report's row."""
     if isinstance(found, Decline):
         return Site("", softmax.label, found.kind, "leave", found.reason, found.node, foreign=found.foreign)
-    geometry, attention = found.geometry.merged(), found.maps.attention
+    geometry, attention, seen = found.geometry.merged(), found.maps.attention, seen_on_map(found)
     shifted = any(geometry.shift_size)
-    size = "x".join(map(str, geometry.window_size))
+    size = "x".join(map(str, seen.window_size))
+    grid = any(d > 1 for d in seen.dilation)
     mask: MaskKind = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
     return Site(
         "",
         softmax.label,
-        "window",
+        "grid" if grid else "window",
         "rewrite",
-        f"{size} windows{', shifted' if shifted else ''}: query, key and value maps equal the closed form",
+        f"{size} {'grid' if grid else 'windows'}{', shifted' if shifted else ''}: "
+        "query, key and value maps equal the closed form",
         num_heads=int(np.prod([count(attention.output_shape[a]) for a in found.maps.heads], dtype=np.int64)),
         head_dim=attention.head_dim,
-        feature_size=geometry.feature_size,
-        window_size=geometry.window_size,
-        shift_size=geometry.shift_size,
-        dilation=(1,) * len(geometry.window_size),
+        feature_size=seen.feature_size,
+        window_size=seen.window_size,
+        shift_size=geometry.shift_size
+        if len(geometry.shift_size) == len(seen.window_size)
+        else (0,) * len(seen.window_size),
+        dilation=seen.dilation,
         bias="none" if found.bias is None else "constant",
         mask=mask,
     )

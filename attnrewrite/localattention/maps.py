@@ -97,7 +97,12 @@ def count(extent: Extent) -> int:
 def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     """The token maps of an attention, or why they cannot be read."""
     channels = frozenset({attention.channel_axis, attention.value_axis})
+    node = attention.softmax.label
     ways = {name: _way(facts, attention, operand) for name, operand in _operands(attention).items()}
+    if _sums_over_tokens(attention, ways["query"]):
+        return Decline(
+            "channel attention: the logits sum over the tokens, the softmax runs over channels", node, "channel"
+        )
     features: frozenset[int] = channels
     for name in ("query", "value", "key"):
         found = feature_axes(ways[name], channels) - {attention.key_axis}
@@ -133,6 +138,18 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
 def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:
     """Nearest first, but the query's own feature map before all."""
     return tuple(sorted(sources, key=lambda s: s.value is not query.value))
+
+
+def _sums_over_tokens(attention: Attention, way: Sequence[Candidate]) -> bool:
+    """Whether the summed position of the logits numbers tokens where the query is made of channels."""
+    for candidate in way:
+        node = candidate.value.producer
+        axis = None if node is None else channel_axis_of(node)
+        if node is not None and axis is not None and node.op not in REDUCTIONS:
+            others = [c for a, c in enumerate(candidate.index) if a != axis]
+            mixed = candidate.index[axis].depends_on()
+            return attention.channel_axis in dependencies(others) and attention.channel_axis not in mixed
+    return False
 
 
 def _operands(attention: Attention) -> dict[str, Operand]:

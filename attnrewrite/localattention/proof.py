@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attnrewrite.dims import elements, static
-from attnrewrite.errors import VerificationError
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
@@ -282,13 +281,3 @@ def _check_kernel(facts: Facts, weight: Value, kernel: Value, slot: int) -> None
             if slots.size == 1 and int(slots.reshape(-1)[0]) == slot:
                 return
     raise NotProved(f"slot {slot} of the emitted body uses the kernel of another slot")
-
-
-def check(maps: SiteMaps, node: Node, opset: int, pass_name: str) -> None:
-    """As `prove`, for passes: a replacement that is not the original is a failed verification, and a bug of ours."""
-    try:
-        prove(maps, node, opset)
-    except NotProved as error:
-        raise VerificationError(
-            f"the pass {pass_name} emitted a replacement that is not the original: {error} ({node.label})"
-        ) from error

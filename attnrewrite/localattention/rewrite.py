@@ -15,7 +15,7 @@ from attnrewrite.indexing.map import IndexingError, identity
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
 from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
-from attnrewrite.localattention.proof import check
+from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Roles
 from attnrewrite.pipeline import Declined
@@ -103,7 +103,11 @@ class SiteRewriter:
         returned = self._return(FeatureMap(output, channels_first))
         graph = self.facts.graph
         assert output.producer is not None
-        check(proved, output.producer, graph.opset, self.hoister.made_by)
+        try:
+            prove(proved, output.producer, graph.opset)
+        except NotProved as error:
+            reason = f"the replacement could not be proved equal: {error}"
+            raise Declined(Decline(reason, attention.softmax.label)) from error
         graph.nodes.extend(hoister.nodes)
         graph.replace_uses(maps.back.value, returned)
 

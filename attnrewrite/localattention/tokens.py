@@ -158,19 +158,22 @@ def _elements(value: Value) -> int:
 def feature_axes(way: Iterable[Candidate], channel_axes: frozenset[int]) -> frozenset[int]:
     """Grid axes that number the features of an operand: its channels, and what shares an axis with them (the heads).
 
-    way: the operand's candidates, nearest first. It is read up to the first operator that mixes channels, or else to
-    the first value where a coordinate depends on a channel and something else. channel_axes: the grid axes known as
+    way: the operand's candidates, nearest first. The first operator that mixes channels tells. Without one, a coordinate
+    that depends on a channel and something else does: at the nearest such value, or at the last value if that needs less
+    (a reshape in between may put tokens and channels into one axis for a while). channel_axes: the grid axes known as
     channels.
     """
+    nearest: frozenset[int] | None = None
+    last = channel_axes
     for candidate in way:
         node = candidate.value.producer
         axis = None if node is None else channel_axis_of(node)
         if node is not None and axis is not None and node.op not in REDUCTIONS:
             return candidate.index[axis].depends_on() | channel_axes
-        mixed = dependencies([c for c in candidate.index if c.depends_on() & channel_axes])
-        if mixed - channel_axes:
-            return mixed | channel_axes
-    return channel_axes
+        mixed = dependencies([c for c in candidate.index if c.depends_on() & channel_axes]) | channel_axes
+        nearest = nearest or (mixed if mixed != channel_axes else None)
+        last = mixed
+    return min(nearest or last, last, key=len)
 
 
 def roles(value: Value, index: Index, features: frozenset[int]) -> Roles | None:

@@ -287,6 +287,31 @@ def _token_order(table: np.ndarray, geometry: WindowGeometry) -> np.ndarray | No
     return order if np.array_equal(table[:, order], expected) else None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """How the windows lie on the map as its owner sees it: extents, window and pixel distance per axis."""
+
+    feature_size: tuple[int, ...]
+    window_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def seen_on_map(match: WindowMatch) -> Seen:
+    """The windows on the view of the map with height and width as axes; a grid is windows with pixels between."""
+    geometry = match.geometry.merged()
+    plain = Seen(geometry.feature_size, geometry.window_size, (1,) * len(geometry.window_size))
+    views = [q.spatial for q in match.maps.queries if 1 < len(q.spatial) < len(geometry.feature_size)]
+    whole = [row for row in geometry.pixels() if (row != PADDING).all()]
+    if not views or not whole:
+        return plain
+    spatial = min(views, key=len)
+    axes = [np.unique(c) for c in np.unravel_index(whole[0], spatial)]
+    steps = [np.unique(np.diff(a)) for a in axes]
+    if math.prod(map(len, axes)) != geometry.tokens_per_window or any(len(s) > 1 for s in steps):
+        return plain
+    return Seen(spatial, tuple(map(len, axes)), tuple(int(s[0]) if len(s) else 1 for s in steps))
+
+
 def _terms(
     maps: SiteMaps, window_axes: list[int], query_axes: list[int], element: np.ndarray
 ) -> list[np.ndarray] | Decline:
