@@ -1,0 +1,74 @@
+"""The two ops as nodes of a model: imported, given their kernels, run at several batches from one compilation."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, SlideAttention, Spec
+from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+from attnrewrite.lowering.kernels import reference
+from tests.lowering.compiling import compiled, node, normal, relative_error
+
+HEADS, HEAD_DIM = 3, 6
+CHANNELS = HEADS * HEAD_DIM
+
+WINDOW = FlashWindowAttention(WindowGeometry((11, 9), (4, 3), (2, 1), True), HEADS, HEAD_DIM**-0.5, -100.0)
+SLIDE = SlideAttention(NeighborhoodGeometry((9, 11), (3, 3), (1, 1)), HEADS, HEAD_DIM**-0.5)
+
+
+def network(spec: Spec, batch: int | str) -> onnx.ModelProto:
+    """Two sites of the same geometry, one after the other; bias given, the optional operands before it missing."""
+    size = [*spec.geometry.feature_size]
+    shape = [batch, *size, CHANNELS] if isinstance(spec, FlashWindowAttention) else [batch, CHANNELS, *size]
+    sites = [
+        helper.make_node(spec.op_type, ["x", "x", "x", "bias"], ["a"], domain=DOMAIN, **spec.attributes()),
+        helper.make_node(spec.op_type, ["a", "x", "a", "bias"], ["b"], domain=DOMAIN, **spec.attributes()),
+    ]
+    graph = helper.make_graph(
+        [*sites, node("Add", "b x", "y")],
+        "sites",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [onnx.numpy_helper.from_array(bias_of(spec), "bias")],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def bias_of(spec: Spec) -> np.ndarray:
+    if isinstance(spec, FlashWindowAttention):
+        tokens = spec.geometry.tokens_per_window
+        return normal(1, HEADS, tokens, tokens)
+    return normal(HEADS, spec.geometry.keys_per_query)
+
+
+def expected(spec: Spec, x: np.ndarray) -> np.ndarray:
+    attend = reference.flash_window_attention if isinstance(spec, FlashWindowAttention) else reference.slide_attention
+    operands = {"query": x, "key": x, "value": x, "bias": bias_of(spec)}
+    first = attend(spec, operands)
+    return attend(spec, {**operands, "query": first, "value": first}) + x
+
+
+@pytest.mark.parametrize("spec", [WINDOW, SLIDE], ids=["window", "slide"])
+def test_one_compilation_for_every_batch(spec: Spec) -> None:
+    run = compiled(network(spec, "batch"))
+    size = [*spec.geometry.feature_size]
+    for batch in (1, 2, 5):
+        shape = (batch, *size, CHANNELS) if spec is WINDOW else (batch, CHANNELS, *size)
+        x = normal(*shape)
+        # Two softmaxes over float32 logits of about 5: a few units in the last place each.
+        assert relative_error(run(x), expected(spec, x)) <= 5e-6
+
+
+@pytest.mark.parametrize("spec", [WINDOW, SLIDE], ids=["window", "slide"])
+def test_sites_of_one_geometry_share_a_kernel(spec: Spec) -> None:
+    from attnrewrite.lowering import build, importer
+    from attnrewrite.lowering.targets import parse_target
+
+    target = parse_target("cpu")
+    description = build.tvm_target(target)
+    built = build.build(importer.import_onnx(network(spec, 2), target, description), description)
+    assert built.attention_kernels == 1
