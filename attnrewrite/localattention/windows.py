@@ -72,10 +72,8 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
             "the tokens are rearranged before the attention in a way that its output does not undo", left_over
         )
     if len(queries) == 1:
-        size = "x".join(map(str, maps.query.spatial))
-        return Decline(
-            f"global attention: every token of the {size} map attends all {keys.shape[1]} keys", node, "global"
-        )
+        count_of = f"each of the {queries.size} queries attends the same {keys.size} keys"
+        return Decline(f"global attention: {count_of}", node, "global")
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     if key.spatial != maps.query.spatial:
