@@ -6,6 +6,7 @@ loaded nor copied before somebody reads them: a tensor the passes never touch go
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.expand import expand_attention
 from attnrewrite.frontend.fold import fold
-from attnrewrite.frontend.opset import opset_of, raise_opset
+from attnrewrite.frontend.opset import MINIMUM_OPSET, opset_of, raise_opset
 from attnrewrite.frontend.stream import write_model
 from attnrewrite.functions import function_protos, inlined, overload_of
 from attnrewrite.functions.spec import DOMAIN
@@ -60,6 +61,9 @@ def read(model: str | Path | onnx.ModelProto, input_shapes: Mapping[str, Sequenc
     folder = path.parent if path is not None else Path()
     if path is not None:
         _check_external_data(proto, path)
+    if proto is model and (proto.functions or opset_of(proto) < MINIMUM_OPSET):  # what follows edits in place
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model)
     proto = _without_foreign_functions(proto)
     try:
         proto = raise_opset(proto)
@@ -168,7 +172,7 @@ def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
 
 
 def _to_value(tensor: gs.Tensor, folder: Path) -> Value:
-    dtype = np.dtype(tensor.dtype) if tensor.dtype is not None and not isinstance(tensor.dtype, int) else None
+    dtype = _dtype(tensor.dtype)
     if isinstance(tensor, gs.Constant):
         lazy = tensor._values  # the public attribute would load the elements
         if isinstance(lazy, gs.ir.tensor.LazyValues):
@@ -177,6 +181,13 @@ def _to_value(tensor: gs.Tensor, folder: Path) -> Value:
             return value
         return Value(tensor.name, tuple(tensor.values.shape), dtype, tensor.values)
     return Value(tensor.name, _declared_shape(tensor), dtype)
+
+
+def _dtype(of: Any) -> np.dtype | None:
+    """A NumPy dtype; graphsurgeon gives ONNX's number for element types that NumPy lacks, bfloat16 among them."""
+    if isinstance(of, int):
+        return onnx.helper.tensor_dtype_to_np_dtype(of) if of else None
+    return None if of is None else np.dtype(of)
 
 
 def _loader(tensor: onnx.TensorProto, folder: Path) -> Any:
@@ -281,13 +292,14 @@ def to_model(graph: Graph, *, inline: bool = False, weights: bool = True) -> onn
         return tensors[id(value)]
 
     nodes = []
-    for index, node in enumerate(graph.nodes):
+    names: set[str] = set()
+    for node in graph.nodes:
         for value in node.captures:
             tensor_of(value)
         nodes.append(
             gs.Node(
                 node.op,
-                node.name or f"{node.op}_{index}",
+                _unique(node.name or node.op, names),
                 {k: gs.Constant("", v) if isinstance(v, np.ndarray) else v for k, v in node.attributes.items()},
                 [tensor_of(v) for v in node.inputs],
                 [tensor_of(v) for v in node.outputs],
@@ -320,9 +332,19 @@ def to_model(graph: Graph, *, inline: bool = False, weights: bool = True) -> onn
         model.metadata_props.add(key=key, value=text)
     model.functions.extend(functions)
     for node, proto in zip(graph.nodes, model.graph.node, strict=True):
+        for body in (a.g for a in proto.attribute if a.type == onnx.AttributeProto.GRAPH):
+            _embed(body, source.folder)
         if node.domain and (overload := overload_of(node)):
             proto.overload = overload
     return model
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """The name, numbered where another node has it; ONNX Runtime refuses two of one name."""
+    candidates = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(1)))
+    unique = next(c for c in candidates if c not in taken)
+    taken.add(unique)
+    return unique
 
 
 def large_constants(graph: Graph) -> list[Value]:
@@ -390,6 +412,14 @@ def _beside(weights: Sequence[Value], path: Path) -> Iterator[onnx.TensorProto]:
             onnx.external_data_helper.set_external_data(tensor, path.name, offset, len(stored.raw_data))
             tensor.ClearField("raw_data")
             yield tensor
+
+
+def _embed(body: onnx.GraphProto, folder: Path) -> None:
+    """Take a subgraph's external weights into it: the file goes elsewhere."""
+    for tensor in filter(_is_external, _all_initializers(body)):
+        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:
