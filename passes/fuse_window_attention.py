@@ -29,7 +29,7 @@ from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.maps import count, read_maps
-from attnrewrite.localattention.rewrite import SiteRewriter
+from attnrewrite.localattention.rewrite import SiteRewriter, declined_site
 from attnrewrite.localattention.site import Decline, MaskKind, Site
 from attnrewrite.localattention.windows import WindowMatch, match_windows, seen_on_map
 from attnrewrite.pipeline import Pass
@@ -59,7 +59,7 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim)
     query_map, scale = site.scaled_query(query.map, channels)
 
-    heads, tokens = site.num_heads, geometry.tokens_per_window
+    heads, tokens = maps.num_heads, geometry.tokens_per_window
     tensors = [site.hoister.laid_out(m, channels_first=False) for m in (query_map, key.map, value.map)]
     dtype = tensors[0].dtype
     assert dtype is not None
@@ -92,7 +92,7 @@ def softmax_type(attention: Attention) -> int:
 def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site:
     """The report's row."""
     if isinstance(found, Decline):
-        return Site("", softmax.label, found.kind, "leave", found.reason, found.node, foreign=found.foreign)
+        return declined_site(softmax, found)
     geometry, attention, seen = found.geometry.merged(), found.maps.attention, seen_on_map(found)
     shifted = any(geometry.shift_size)
     size = "x".join(map(str, seen.window_size))
@@ -105,7 +105,7 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         "rewrite",
         f"{size} {'grid' if grid else 'windows'}{', shifted' if shifted else ''}: "
         "query, key and value maps equal the closed form",
-        num_heads=int(np.prod([count(attention.output_shape[a]) for a in found.maps.heads], dtype=np.int64)),
+        num_heads=found.maps.num_heads,
         head_dim=attention.head_dim,
         feature_size=seen.feature_size,
         window_size=seen.window_size,

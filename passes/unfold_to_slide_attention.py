@@ -30,7 +30,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.maps import count
 from attnrewrite.localattention.neighborhoods import NeighborhoodMatch, match_neighborhood
-from attnrewrite.localattention.rewrite import SiteRewriter
+from attnrewrite.localattention.rewrite import SiteRewriter, declined_site
 from attnrewrite.localattention.site import Decline, Site
 from attnrewrite.passes.fuse_window_attention import softmax_type
 from attnrewrite.pipeline import Pass
@@ -56,7 +56,7 @@ def rewrite_slide_attention(facts: Facts, match: NeighborhoodMatch) -> None:
     value = site.operand("value", maps.attention.value, match.value, attention.value_axis, value_dim)
     query_map, scale = site.scaled_query(query.map, channels)
 
-    heads = site.num_heads
+    heads = maps.num_heads
     tensors = [site.hoister.laid_out(m, channels_first=True) for m in (query_map, key.map, value.map)]
     dtype = tensors[0].dtype
     assert dtype is not None
@@ -90,7 +90,7 @@ def _shared(rows: np.ndarray | None, head_dim: int) -> np.ndarray | None:
 def record_slide_attention(softmax: Node, found: NeighborhoodMatch | Decline) -> Site:
     """The report's row."""
     if isinstance(found, Decline):
-        return Site("", softmax.label, found.kind, "leave", found.reason, found.node, foreign=found.foreign)
+        return declined_site(softmax, found)
     geometry, attention = found.geometry, found.maps.attention
     learned = "learned shifts, " if found.key_kernel is not None or found.value_kernel is not None else ""
     size = "x".join(map(str, geometry.kernel_size))
@@ -101,7 +101,7 @@ def record_slide_attention(softmax: Node, found: NeighborhoodMatch | Decline) ->
         "neighborhood",
         "rewrite",
         f"{size} neighbourhood, {learned}zero border: key and value maps equal the closed form",
-        num_heads=int(np.prod([count(attention.output_shape[a]) for a in found.maps.heads], dtype=np.int64)),
+        num_heads=found.maps.num_heads,
         head_dim=attention.head_dim,
         feature_size=geometry.feature_size,
         kernel_size=geometry.kernel_size,

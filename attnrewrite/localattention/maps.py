@@ -83,6 +83,10 @@ class SiteMaps:
         """Grid axes of the output that number windows and query tokens."""
         return tuple(a for a in range(len(self.attention.output_shape)) if a not in self.features)
 
+    @property
+    def num_heads(self) -> int:
+        return math.prod(count(self.attention.output_shape[a]) for a in self.heads)
+
     def facing(self, other: Source) -> SiteMaps:
         """The same maps with the query seen as a map of `other`'s axes, if one of its views has them."""
         same = [q for q in self.queries if q.spatial == other.spatial]

@@ -10,13 +10,13 @@ import numpy as np
 from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import DOMAIN, Spec
-from attnrewrite.graph import Value
+from attnrewrite.graph import Node, Value
 from attnrewrite.indexing.map import IndexingError, identity
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
 from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
 from attnrewrite.localattention.proof import NotProved, prove
-from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.site import Decline, Site
 from attnrewrite.localattention.tokens import Roles
 from attnrewrite.pipeline import Declined
 
@@ -36,11 +36,6 @@ class SiteRewriter:
         self.facts, self.maps, self.spatial = facts, maps, spatial
         self.hoister = Hoister(facts, spatial, pass_name)
         self.batch = _batch(maps.query)
-
-    @property
-    def num_heads(self) -> int:
-        shape = self.maps.attention.output_shape
-        return int(np.prod([count(shape[a]) for a in self.maps.heads], dtype=np.int64))
 
     def operand(self, role: str, operand: Operand, source: Source, channel_axis: int, channels: int) -> Emitted:
         """`role` (query, key or value) on the feature map, features ordered by head, then channel."""
@@ -130,6 +125,14 @@ class SiteRewriter:
         if returned is maps.query.value or returned.producer is None:
             raise Declined(Decline("the result is the input itself", back.value.name))
         return returned
+
+
+def declined_site(softmax: Node, decline: Decline) -> Site:
+    """The report's row of a site that is left."""
+    foreign = decline.foreign
+    return Site(
+        "", softmax.label, decline.kind, "leave", decline.reason, decline.node, foreign=foreign, **decline.known
+    )
 
 
 def _batch(source: Source) -> Extent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["window", "grid", "neighborhood", "halo", "stripe", "outlook", "global", "channel", "other"]
@@ -16,12 +16,14 @@ class Decline:
     """A legal model part that is not rewritten: why, and at which node the proof stopped.
 
     foreign: the site is plainly not of the kind this matcher looks for, so another matcher's reason tells more.
+    known: fields of the report's row that could be read all the same.
     """
 
     reason: str
     node: str
     kind: Kind = "other"
     foreign: bool = False
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

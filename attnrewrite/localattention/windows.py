@@ -73,7 +73,8 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
         )
     if len(queries) == 1:
         count_of = f"each of the {queries.size} queries attends the same {keys.size} keys"
-        return Decline(f"global attention: {count_of}", node, "global")
+        known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
+        return Decline(f"global attention: {count_of}", node, "global", known=known)
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     if key.spatial != maps.query.spatial:
