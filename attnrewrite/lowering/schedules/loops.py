@@ -171,8 +171,9 @@ _VECTOR_MATH: dict[str, Callable[..., Expr]] = {
 def share(value: Expr) -> tuple[list[Stmt], Expr]:
     """Keep every subexpression object used more than once: (statements that compute them, the value in terms of them).
 
-    Sharing is by object, so it undoes what building an expression from repeated operands does, and nothing more.
+    Sharing is by object or by Let, so it undoes what building an expression of repeated parts does, and nothing more.
     """
+    value = _without_lets(value)
     uses: dict[Any, int] = {}
 
     def count(node: Any) -> None:
@@ -200,6 +201,24 @@ def share(value: Expr) -> tuple[list[Stmt], Expr]:
         return result
 
     return bindings, rebuild(value)
+
+
+def _without_lets(value: Expr) -> Expr:
+    """Let-bound variables as the objects they stand for: a DAG. TVM's simplifier would make a tree of the bindings."""
+    bound: dict[Any, Expr] = {}
+    rebuilt: dict[Any, Expr] = {}
+
+    def rebuild(node: Any) -> Expr:
+        if isinstance(node, tirx.Let):
+            bound[node.var] = rebuild(node.value)
+            return rebuild(node.body)
+        if isinstance(node, ir.Var):
+            return bound.get(node, node)
+        if node not in rebuilt:
+            rebuilt[node] = _with_operands(node, [rebuild(operand) for operand in _operands(node)])
+        return rebuilt[node]
+
+    return rebuild(value)
 
 
 _BINARY = (
