@@ -167,8 +167,19 @@ def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
         proto.doc_string,
         folder,
     )
+    _check_defined(graph)
     graph.sort()
     return graph
+
+
+def _check_defined(graph: Graph) -> None:
+    """Raise ValueError where a node or an output of the model reads what nothing defines."""
+    inputs = set(graph.inputs)
+    for reader, value in [(n.label, v) for n in graph.nodes for v in n.reads()] + [
+        ("the model", v) for v in graph.outputs
+    ]:
+        if not value.is_constant and value.producer is None and value not in inputs:
+            raise ValueError(f"{reader} reads {value.name}, which nothing computes")
 
 
 def _to_value(tensor: gs.Tensor, folder: Path) -> Value:
@@ -254,6 +265,8 @@ def _specialise(graph: Graph, input_shapes: Mapping[str, Sequence[int | str]], p
         if shape is None or len(shape) != len(wanted):
             raise UserError(f"input {name} has shape {_text(shape)}, which {_text(tuple(wanted))} does not fit")
         for have, want in zip(shape, wanted, strict=True):
+            if isinstance(want, int) and want < 0:
+                raise UserError(f"input {name} has shape {_text(shape)}, which {_text(tuple(wanted))} does not fit")
             extent: Extent = want if isinstance(want, int) else Dim(((want, 1),))
             if isinstance(have, int):
                 if have != want:
