@@ -131,6 +131,8 @@ class Hoister:
             map_ = FeatureMap(self.reshape(value, (batch, *self.spatial, features)))
         elif first_order == sorted(first_order) and split.tokens[0] == 0:
             map_ = FeatureMap(self.reshape(value, (batch, features, *self.spatial)), channels_first=True)
+        elif batch == 1 and (features_first := [*split.features, *split.tokens]) == sorted(features_first):
+            map_ = FeatureMap(self.reshape(value, (batch, features, *self.spatial)), channels_first=True)
         else:
             moved = self.transpose(value, order + [a for a in range(len(value.shape)) if a not in order])
             map_ = FeatureMap(self.reshape(moved, (batch, *self.spatial, features)))
