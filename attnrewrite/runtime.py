@@ -7,6 +7,7 @@ model.run({"x": array}, threads=1)["logits"]
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from attnrewrite.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
+
+_POOL_VARIABLE = "TVM_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,19 @@ def set_threads(threads: int) -> None:
 
     if threads < 1:
         raise UserError(f"the number of threads must be at least 1, got {threads}")
+    _size_thread_pool(threads)
     all_cores = 1  # of the runtime's affinity modes, the one for equal cores
     tvm.get_global_func("runtime.config_threadpool")(all_cores, threads)
+
+
+def _size_thread_pool(threads: int = 0) -> None:
+    """Let TVM's pool, which is made on first use and never grows, have a thread for every core this process may use.
+
+    On x86 TVM would take half the cores for hyperthreads and leave them idle.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > int(os.environ.setdefault(_POOL_VARIABLE, str(cores))):
+        os.environ[_POOL_VARIABLE] = str(threads)
 
 
 def _checked_array(tensor: Tensor, value: Any, symbols: dict[str, int]) -> np.ndarray:
@@ -171,6 +185,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 def _devices(manifest: Manifest) -> list[Any]:
     import tvm
 
+    _size_thread_pool()
     device = tvm.device(manifest.device, 0)
     if not device.exist:
         raise UserError(

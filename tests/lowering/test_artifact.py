@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -89,6 +90,19 @@ def test_dlpack_and_strided_inputs(on_cpu):
 def test_thread_count_must_be_positive(on_cpu):
     with pytest.raises(UserError, match="at least 1, got 0"):
         runtime.load(on_cpu[0]).run({"x": normal(1, 3, 13, 10)}, threads=0)
+
+
+def test_every_core_gets_a_thread(on_cpu):
+    code = f"""
+import numpy as np, os, tvm
+from attnrewrite import runtime
+model = runtime.load({str(on_cpu[0])!r})
+model.run({{"x": np.ones((1, 3, 13, 10), np.float32)}})
+print(tvm.get_global_func("runtime.NumThreads")() == len(os.sched_getaffinity(0)))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TVM_NUM_THREADS"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == "True", run.stderr
 
 
 def test_runtime_imports_no_compiler(on_cpu):
