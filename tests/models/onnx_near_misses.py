@@ -6,8 +6,10 @@
     near_miss.looks_like    # the spelling it was made from
 
 Each differs from its spelling in one place. Where `same_output` is true the output y is still that of the spelling, but
-something inside has another reader. A near miss must be left alone, with a reason (or rewritten to what it does
-compute).
+something inside has another reader. A near miss must be left alone, with a reason.
+
+UNUSUAL holds models of the same make that are local attention all the same, only not the one they look like: what is
+rewritten must be what they do compute.
 """
 
 from __future__ import annotations
@@ -314,7 +316,6 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "window-keys-and-values-shifted-otherwise": _of_maps(
         "keys and values come from windows shifted against the query's", PLAIN, SHIFTED, SHIFTED
     ),
-    "window-value-heads-rotated": _window("values of head h+1 under the weights of head h", heads=value_heads_rotated),
     "window-value-tokens-rotated": _window("values in another token order than keys", heads=value_tokens_rotated),
     "window-query-tokens-rotated": _window("queries in another token order than outputs", heads=query_tokens_rotated),
     "window-keys-of-the-next-window": _window("keys and values of the next window", heads=keys_of_the_next_window),
@@ -332,9 +333,6 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "window-probabilities-masked": _window("probabilities set to zero after the softmax", softmax=softmax_then_mask),
     "window-softmax-twice": _window("a softmax of a softmax", softmax=softmax_doubled),
     "window-logits-capped": _unshifted("tanh of the logits", logits=logits_capped),
-    "window-logits-over-four-channels": _unshifted(
-        "the logits sum over 4 of 5 channels", logits=logits_over_part_of_the_channels
-    ),
     "window-scale-by-token": _unshifted("every token has its own scale", logits=logits_of_tokens_scaled_apart),
     "window-mask-in-other-order": _window("the mask's windows are not those of the logits", mask=mask_for_other_order),
     "window-padded-by-reflection": NearMiss(
@@ -385,10 +383,17 @@ NEAR_MISSES: dict[str, NearMiss] = {
     ),
     "neighborhood-softmax-over-pixels": _near("softmax over the pixels", attention=attend_over_pixels),
     "neighborhood-softmax-per-channel": _near("no sum over the channels", attention=attend_over_channels),
-    "neighborhood-value-heads-rotated": _near(
-        "values of head h+1 under the weights of head h", attention=attend_with_other_heads
-    ),
     "neighborhood-softmax-over-two-axes": _near(
         "Softmax of opset 11 with axis 2 of 4 normalises over neighbours and pixels", opset=11
+    ),
+}
+
+UNUSUAL: dict[str, NearMiss] = {
+    "window-value-heads-rotated": _window("values of head h+1 under the weights of head h", heads=value_heads_rotated),
+    "window-logits-over-four-channels": _unshifted(
+        "the logits sum over 4 of 5 channels", logits=logits_over_part_of_the_channels
+    ),
+    "neighborhood-value-heads-rotated": _near(
+        "values of head h+1 under the weights of head h", attention=attend_with_other_heads
     ),
 }

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from tests.models.onnx_near_misses import NEAR_MISSES
+from tests.models.onnx_near_misses import NEAR_MISSES, UNUSUAL
 from tests.models.onnx_spellings import SPELLINGS, STRETCH, Spelling, sample_input
 
 # Reductions here are of 15 to 49 terms of order 1: float32 leaves about 1e-6, float16 about 3e-3 of the largest output.
@@ -36,9 +36,9 @@ def test_spelling_computes_the_function_of_its_geometry(name: str) -> None:
     assert error(run(spelling.model(), inputs), spelling.evaluate(inputs["x"])) < TOLERANCE[spelling.element_type]
 
 
-@pytest.mark.parametrize("name", NEAR_MISSES)
+@pytest.mark.parametrize("name", [*NEAR_MISSES, *UNUSUAL])
 def test_near_miss_computes_something_else(name: str) -> None:
-    near_miss = NEAR_MISSES[name]
+    near_miss = {**NEAR_MISSES, **UNUSUAL}[name]
     inputs = sample_input(near_miss.looks_like)
     difference = error(run(near_miss.model(), inputs), near_miss.looks_like.evaluate(inputs["x"]))
     if near_miss.same_output:
