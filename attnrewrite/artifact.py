@@ -145,7 +145,7 @@ def build(
     looks at `Built.verification`; nor does a failed compiler: what was built before it is whole.
     Raises UserError for bad input.
     """
-    from attnrewrite.frontend.onnx import write
+    from attnrewrite.frontend.onnx import copy_model, write
 
     target = check_options(options)
     pipeline = pipeline_of(options.passes)
@@ -153,8 +153,15 @@ def build(
     rewritten = directory / MODEL_NAME
 
     outcome = rewrite(source, pipeline, options.input_shapes, stages, on_pass)
+    lowered = rewritten
     with stages.stage("write", "writing the rewritten model"):
-        write(outcome.graph, rewritten, inline=options.inline)
+        if outcome.modified or options.input_shapes:
+            write(outcome.graph, rewritten, inline=options.inline)
+        else:  # nothing was rewritten: the model is delivered as it came, and compiled from its folded form
+            copy_model(source, rewritten)
+            if options.compile and target is not None:
+                lowered = directory / f"folded-{MODEL_NAME}"
+                write(outcome.graph, lowered)
     report = replace(
         report_of(name or str(source), outcome, stages),
         target=target.name if target is not None else None,
@@ -168,11 +175,14 @@ def build(
     if options.compile and target is not None:
         with stages.stage("compile", f"compiling for {options.target}"):
             try:
-                report = replace(report, compile=_compile(rewritten, target, directory, options, source_sha256))
+                report = replace(report, compile=_compile(lowered, target, directory, options, source_sha256))
             except CompilerError as error:
                 compiler_error = error
                 report = replace(report, compile={"target": target.name, "error": str(error)})
 
+    if lowered is not rewritten:
+        for file in directory.glob(f"{lowered.name}*"):
+            file.unlink()
     verification = None
     if options.verify:
         with stages.stage("verify", "verifying"):

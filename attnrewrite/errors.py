@@ -19,9 +19,5 @@ class CompilerError(AttnRewriteError):
     """TVM, a linker or a GPU compiler failed (exit code 3); the rewritten model is still valid."""
 
 
-class UnsupportedOp(AttnRewriteError):
-    """No rule for an op: names the op and the file to add one to."""
-
-
 class PassError(AttnRewriteError):
     """Our own bug: a pass left the graph invalid; names the pass and those that ran before it."""

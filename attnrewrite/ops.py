@@ -1,4 +1,4 @@
-"""The operator vocabulary, each operator classed once. Names are ONNX's (opset 13 and later), whatever the frontend.
+"""The operator vocabulary by class. Names are ONNX's (opset 13 and later), whatever the frontend.
 
 * movement: has an indexing rule (`indexing/rules.py`), its output elements are input elements or one fill value
 * pointwise: one output element from the elements at the same place, constants broadcast against it
@@ -20,7 +20,7 @@ UNARY = frozenset(
 BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "PRelu", "Sum"})
 POINTWISE = UNARY | BINARY
 
-# Reductions with keepdims whose axis is a channel axis; LayerNormalization and friends; Linear layers.
+# Channelwise where their axis is a channel axis; so are MatMul, Gemm and 1 x 1 Conv with constant weights
+# (`localattention/tokens.py` says when).
 REDUCTIONS = frozenset({"ReduceL1", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceMax", "ReduceMin"})
 NORMALISATIONS = frozenset({"LayerNormalization", "LpNormalization", "RMSNormalization"})
-LINEAR = frozenset({"MatMul", "Gemm", "Conv"})

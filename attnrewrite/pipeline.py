@@ -1,7 +1,8 @@
 """Passes as data, and the pipeline that runs them in order.
 
 A pass is a value: a name, a `match` that never edits, a `rewrite` that never searches, and what it says about a match.
-The pipeline owns everything else: walking the graph, keeping facts fresh, proving each rewrite, counting and timing.
+The pipeline owns everything else: walking the graph, keeping facts fresh, checking that the graph stays valid, counting
+and timing. A rewrite proves itself before it edits (the local attention passes do so in `localattention/proof.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Pass:
     """One rewriting idea.
 
     match: (facts, node) -> a match, a Decline, or None where the node is no anchor of this pass. Never edits.
-    rewrite: (facts, match) -> edits facts.graph; never searches. May raise Decline's exception form, `Declined`.
+    rewrite: (facts, match) -> edits facts.graph; never searches. May raise `Declined` before it has edited anything.
     record: what the report says of a match or a decline; None says nothing.
     after: names of passes that must run before this one, where both run.
     """
@@ -46,7 +47,7 @@ class Declined(Exception):
 
 @dataclass
 class Outcome:
-    """What a pipeline did. seconds: per pass. modified: whether any pass edited the graph."""
+    """What a pipeline did. seconds, rewrites: per pass. modified: whether any pass edited the graph."""
 
     graph: Graph
     sites: tuple[Site, ...] = ()
@@ -80,7 +81,7 @@ class Pipeline:
         """Run all passes on the graph, in place. on_pass(name, graph) is called after each."""
         outcome = Outcome(graph, nodes_before=len(graph.nodes))
         softmaxes = [n for n in graph.nodes if n.op == "Softmax" and n.domain == STANDARD_DOMAIN]
-        said: dict[str, list[Record]] = {n.label: [] for n in softmaxes}
+        said: dict[Node, list[Record]] = {n: [] for n in softmaxes}
         reparam: list[Reparam] = []
         for position, pass_ in enumerate(self.passes):
             start = time.perf_counter()
@@ -88,13 +89,13 @@ class Pipeline:
             outcome.seconds[pass_.name] = time.perf_counter() - start
             if on_pass is not None:
                 on_pass(pass_.name, graph)
-        outcome.sites = tuple(_verdict(f"site{k}", n, said[n.label]) for k, n in enumerate(softmaxes))
+        outcome.sites = tuple(_verdict(f"site{k}", n, said[n]) for k, n in enumerate(softmaxes))
         outcome.reparam = tuple(reparam)
         outcome.nodes_after = len(graph.nodes)
         return outcome
 
     def _run_pass(
-        self, position: int, pass_: Pass, graph: Graph, said: dict[str, list[Record]], reparam: list[Reparam]
+        self, position: int, pass_: Pass, graph: Graph, said: dict[Node, list[Record]], reparam: list[Reparam]
     ) -> int:
         rewrites = 0
         facts = Facts(graph)
@@ -111,7 +112,7 @@ class Pipeline:
             if isinstance(record, Reparam):
                 reparam.append(record)
             elif isinstance(record, Site):
-                said.setdefault(node.label, []).append(replace(record, pass_name=pass_.name))
+                said.setdefault(node, []).append(replace(record, pass_name=pass_.name))
         return rewrites
 
     def _rewrite(self, position: int, pass_: Pass, facts: Facts, match: Any) -> tuple[Any, Facts]:
@@ -153,7 +154,8 @@ def _verdict(site: str, node: Node, said: list[Record]) -> Site:
     """What the report says of a softmax: the rewrite, or the most telling of the declines."""
     records = [r for r in said if isinstance(r, Site)]
     rewritten = [r for r in records if r.verdict == "rewrite"]
-    telling = rewritten or [r for r in records if r.kind != "other"] or [r for r in records if not r.foreign] or records
+    named = [r for r in records if r.kind != "other"]
+    telling = rewritten or named or [r for r in records if not r.foreign] or records[-1:]
     if not telling:
         return Site(site, node.label, "other", "leave", "no pass of this run looks at softmaxes", node.label)
     return replace(telling[0], id=site, pass_name=telling[0].pass_name if rewritten else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,7 +367,7 @@ def large_constants(graph: Graph) -> list[Value]:
 
 
 def _is_large(value: Value) -> bool:
-    return isinstance(value.source, onnx.TensorProto) and _is_external(value.source) or value.nbytes > LARGE_BYTES
+    return (isinstance(value.source, onnx.TensorProto) and _is_external(value.source)) or value.nbytes > LARGE_BYTES
 
 
 def _to_tensor(value: Value, weights: bool) -> gs.Tensor:
@@ -397,6 +398,24 @@ def write(graph: Graph, path: str | Path, *, inline: bool = False) -> None:
             write_model(model, [_reader(w) for w in weights], file)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def copy_model(path: Path, destination: Path) -> None:
+    """Copy a model file as it is, and its external data beside it. Raises UserError where that fails."""
+    proto = onnx.load(path, load_external_data=False)
+    locations = {
+        onnx.external_data_helper.ExternalDataInfo(t).location
+        for t in _all_initializers(proto.graph)
+        if _is_external(t)
+    }
+    try:
+        shutil.copyfile(path, destination)
+        for location in sorted(locations):
+            copy = destination.parent / location
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path.parent / location, copy)
+    except OSError as error:
+        raise UserError(f"{destination} cannot be written: {error.strerror or error}") from error
 
 
 def _reader(value: Value) -> Callable[[], onnx.TensorProto]:

@@ -1,7 +1,7 @@
 """Write a model field by field, one weight in memory at a time.
 
-`SerializeToString` builds the whole file in memory beside the model. Protobuf's wire format is a sequence of fields, and a
-repeated field may follow the others: the graph without its weights, then each weight.
+`SerializeToString` builds the whole file in memory beside the model. Protobuf's wire format is a sequence of fields,
+and a repeated field may follow the others: the graph without its weights, then each weight.
 Source: https://protobuf.dev/programming-guides/encoding/.
 """
 

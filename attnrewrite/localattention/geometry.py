@@ -20,6 +20,11 @@ PADDING = -1
 Sizes = tuple[int, ...]
 
 
+def by(sizes: Sizes) -> str:
+    """Sizes as people write them: 7x7."""
+    return "x".join(map(str, sizes))
+
+
 def ceil_to_multiple(extent: int, step: int) -> int:
     """The smallest multiple of `step` that is not below `extent`."""
     return -(-extent // step) * step

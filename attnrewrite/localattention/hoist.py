@@ -17,7 +17,7 @@ import numpy as np
 from attnrewrite.dims import Dim, Extent, Shape, elements, static
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.evaluate import evaluate
-from attnrewrite.graph import Node, Value
+from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, dependencies, reshape
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
@@ -93,7 +93,9 @@ class Hoister:
         return self.constant(np.array(values, np.int64), stem)
 
     def reshape(self, value: Value, shape: Shape) -> Value:
-        """Reshape with at most one symbolic extent, written as -1."""
+        """Reshape with at most one symbolic extent, written as -1; of several in a row only the last is left."""
+        while (node := value.producer) is not None and node.op == "Reshape" and node.domain == STANDARD_DOMAIN:
+            value = node.required(0)
         if value.shape == shape:
             return value
         target = [e if isinstance(e, int) else -1 for e in shape]
@@ -129,9 +131,9 @@ class Hoister:
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
         if order == sorted(order):
             map_ = FeatureMap(self.reshape(value, (batch, *self.spatial, features)))
-        elif first_order == sorted(first_order) and split.tokens[0] == 0:
-            map_ = FeatureMap(self.reshape(value, (batch, features, *self.spatial)), channels_first=True)
-        elif batch == 1 and (features_first := [*split.features, *split.tokens]) == sorted(features_first):
+        elif (first_order == sorted(first_order) and split.tokens[0] == 0) or (
+            batch == 1 and (features_first := [*split.features, *split.tokens]) == sorted(features_first)
+        ):
             map_ = FeatureMap(self.reshape(value, (batch, features, *self.spatial)), channels_first=True)
         else:
             moved = self.transpose(value, order + [a for a in range(len(value.shape)) if a not in order])
@@ -147,10 +149,11 @@ class Hoister:
         assert map_.value.shape is not None
         shape = (*map_.value.shape[:axis], len(picked), *map_.value.shape[axis + 1 :])
         if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
-            bounds = [self.ints([v], stem) for v in (int(picked[0]), int(picked[0]) + len(picked), axis)]
+            bounds = [self.ints([v], f"{stem}_bound") for v in (int(picked[0]), int(picked[0]) + len(picked), axis)]
             return FeatureMap(self.emit("Slice", [map_.value, *bounds], shape, stem), map_.channels_first)
         return FeatureMap(
-            self.emit("Gather", [map_.value, self.constant(picked, stem)], shape, stem, axis=axis), map_.channels_first
+            self.emit("Gather", [map_.value, self.constant(picked, f"{stem}_index")], shape, stem, axis=axis),
+            map_.channels_first,
         )
 
     def returned(self, map_: FeatureMap, value: Value, split: Roles) -> Value:

@@ -296,7 +296,7 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
                 return None
             tokens = dependencies([c for a, c in enumerate(index) if a not in features])
             own_features |= dependencies([c for a, c in enumerate(index) if a in features]) - {channel_axis}
-            split = _split_axes(value, tokens, own_features)
+            split = _roles_of_return(value, tokens, own_features)
             return (
                 None
                 if split is None or not _passes_batch(attention.output_shape, index)
@@ -309,7 +309,7 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
     return None
 
 
-def _split_axes(value: Value, tokens: frozenset[int], features: frozenset[int]) -> Roles | None:
+def _roles_of_return(value: Value, tokens: frozenset[int], features: frozenset[int]) -> Roles | None:
     assert value.shape is not None
     if tokens & features:
         return None

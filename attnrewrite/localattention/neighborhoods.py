@@ -20,7 +20,7 @@ from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import Attention, constant_at
 from attnrewrite.localattention.contraction import Operand
-from attnrewrite.localattention.geometry import NeighborhoodGeometry
+from attnrewrite.localattention.geometry import NeighborhoodGeometry, by
 from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, rearranged_before
 from attnrewrite.localattention.site import Decline
 
@@ -169,7 +169,7 @@ def _match_key(maps: SiteMaps, key_source: Source, key: Shifted, value: Shifted)
     _, geometry, slots = keys
     value_source, value_geometry, value_slots = values
     if geometry != value_geometry or not np.array_equal(slots, value_slots):
-        return Decline(f"keys lie in a {geometry.kernel_size} neighbourhood, values in another", node)
+        return Decline(f"keys lie in a {by(geometry.kernel_size)} neighbourhood, values in another", node)
     left_over = rearranged_before(maps, "query", maps.query)
     if left_over is not None:
         return Decline("the query tokens are rearranged in a way that the output does not undo", left_over)
@@ -201,7 +201,7 @@ def _fit_operand(
     nearest: Decline | None = None
     for source in found:
         if source.spatial != spatial:
-            maps_of = f"the {name}s come from a {source.spatial} map, the queries from a {spatial} map"
+            maps_of = f"the {name}s come from a {by(source.spatial)} map, the queries from a {by(spatial)} map"
             nearest = nearest or Decline(maps_of, node, foreign=True)
             continue
         if any(f.number for _, f in source.candidate.fills) or any(depth for depth, _ in source.candidate.fills):
@@ -219,7 +219,7 @@ def _fit_operand(
             assert shifted.taps is not None and shifted.dilation is not None
             geometry = NeighborhoodGeometry(spatial, shifted.taps, shifted.dilation)
             if geometry.keys_per_query != attention.num_keys:
-                return Decline(f"{attention.num_keys} slots are made by a {shifted.taps} kernel", node)
+                return Decline(f"{attention.num_keys} slots are made by a {by(shifted.taps)} kernel", node)
             if (difference := first_difference(table[:, 0], np.arange(len(table)))) is None:
                 return source, geometry, np.arange(attention.num_keys)
             nearest = Decline(f"{name} pixel {difference.found} is shifted for query pixel {difference.expected}", node)
@@ -255,7 +255,7 @@ def _fit_neighborhood(table: np.ndarray, spatial: tuple[int, ...]) -> tuple[Neig
         difference = first_difference(rows[:, slots], geometry.pixels())
         if difference is None:
             return geometry, slots
-        kernel = "x".join(map(str, geometry.kernel_size))
+        kernel = by(geometry.kernel_size)
         at, found, expected = difference.at, difference.found, difference.expected
         nearest = (
             f"slot {at[1]} of query pixel {at[0]} reads pixel {found}, a {kernel} neighbourhood reads {expected} "

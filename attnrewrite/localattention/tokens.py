@@ -158,10 +158,10 @@ def _elements(value: Value) -> int:
 def feature_axes(way: Iterable[Candidate], channel_axes: frozenset[int]) -> frozenset[int]:
     """Grid axes that number the features of an operand: its channels, and what shares an axis with them (the heads).
 
-    way: the operand's candidates, nearest first. The first operator that mixes channels tells. Without one, a coordinate
-    that depends on a channel and something else does: at the nearest such value, or at the last value if that needs less
-    (a reshape in between may put tokens and channels into one axis for a while). channel_axes: the grid axes known as
-    channels.
+    way: the operand's candidates, nearest first. The first operator that mixes channels tells. Without one, a
+    coordinate that depends on a channel and something else does: at the nearest such value, or at the last value if
+    that needs less (a reshape in between may put tokens and channels into one axis for a while). channel_axes: the grid
+    axes known as channels.
     """
     nearest: frozenset[int] | None = None
     last = channel_axes

@@ -16,7 +16,7 @@ import numpy as np
 
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.attention import has_fully_masked_row
-from attnrewrite.localattention.geometry import PADDING, WindowGeometry
+from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
 from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, rearranged_before
 from attnrewrite.localattention.site import Decline
 
@@ -78,7 +78,7 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     if key.spatial != maps.query.spatial:
-        return Decline(f"queries come from a {maps.query.spatial} map, keys from a {key.spatial} map", node)
+        return Decline(f"queries come from a {by(maps.query.spatial)} map, keys from a {by(key.spatial)} map", node)
     if queries.shape[1] != keys.shape[1]:
         return Decline(f"{queries.shape[1]} queries attend {keys.shape[1]} keys: not a plain window", node)
 
@@ -128,8 +128,10 @@ def _tables(maps: SiteMaps, key: Source, window_axes: list[int], query_axes: lis
         offset = np.arange(batch)[:, None, None] * math.prod(source.spatial)
         rows = table[element]
         local = np.where(rows == PADDING, PADDING, rows - offset)
-        if _static_batch(source) != batch or (local != local[:1]).any():
+        if _static_batch(source) != batch or local.max() >= math.prod(source.spatial) or local.min() < PADDING:
             return Decline("windows reach from one batch element into another", node)
+        if (local != local[:1]).any():
+            return Decline("the windows of one batch element are not those of another", node)
     return queries[element[0]], keys[element[0]], element
 
 
@@ -188,14 +190,11 @@ def _fit(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
         if window_order is None:
             difference = first_difference(table, expected)
             assert difference is not None
-            size = "x".join(map(str, geometry.window_size))
-            found, wanted = (
-                np.unravel_index(p, spatial) if p >= 0 else ("padding",)
-                for p in (difference.found, difference.expected)
-            )
+            size = by(geometry.window_size)
+            found, wanted = (_point(p, spatial) for p in (difference.found, difference.expected))
             nearest = (
-                f"query token {difference.at} reads pixel {_point(found)}, a {size} window shifted by "
-                f"{'x'.join(map(str, geometry.shift_size))} reads {_point(wanted)}"
+                f"query token {difference.at} reads {found}, a {size} window shifted by "
+                f"{by(geometry.shift_size)} reads {wanted}"
             )
             continue
         token_order = _token_order(table[window_order], geometry)
@@ -204,8 +203,10 @@ def _fit(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
     return nearest
 
 
-def _point(coordinates: tuple[object, ...]) -> str:
-    return "(" + ", ".join(str(c) for c in coordinates) + ")"
+def _point(pixel: int, spatial: tuple[int, ...]) -> str:
+    if pixel == PADDING:
+        return "padding"
+    return "pixel (" + ", ".join(str(int(c)) for c in np.unravel_index(pixel, spatial)) + ")"
 
 
 def _geometries(table: np.ndarray, spatial: tuple[int, ...]) -> Iterator[WindowGeometry]:
