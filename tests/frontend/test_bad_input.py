@@ -42,13 +42,14 @@ BAD_FILES: dict[str, tuple[Make, str]] = {
         "{path} is not an ONNX file, or it is truncated",
     ),
     "weights-missing": (
-        lambda p: external(p).unlink(), "{path} keeps weight in weights.bin, which is missing",
+        lambda p: external(p).unlink(),
+        "{path} keeps weight in weights.bin, which is missing",
     ),
     "weights-truncated": (
         lambda p: external(p).write_bytes(b"short"),  # type: ignore[arg-type,return-value]
         "{path} keeps weight in weights.bin, which is truncated: 16384 bytes expected",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

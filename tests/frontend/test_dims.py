@@ -49,7 +49,7 @@ NON_AFFINE: dict[str, Callable[[], object]] = {
     "half": lambda: B * 0.5,
     "plus-a-half": lambda: B + 0.5,
     "by-a-half": lambda: B // 0.5,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", NON_AFFINE)

@@ -303,7 +303,10 @@ UNUSUAL_OUTPUTS: dict[str, onnx.ModelProto] = {
     "a-constant": outputs_model([node("Relu", ["x"], ["y"])], ["y", "w"]),
     "a-constant-used-too": outputs_model([node("Add", ["x", "w"], ["y"])], ["y", "w"]),
     "a-constant-node": outputs_model(
-        [node("Constant", [], ["c"], value=numpy_helper.from_array(np.ones((2, 64), np.float32))), node("Relu", ["x"], ["y"])],
+        [
+            node("Constant", [], ["c"], value=numpy_helper.from_array(np.ones((2, 64), np.float32))),
+            node("Relu", ["x"], ["y"]),
+        ],
         ["c", "y"],
     ),
     "a-folded-constant": outputs_model([node("Add", ["w", "w"], ["c"]), node("Add", ["x", "c"], ["y"])], ["c", "y"]),
@@ -312,9 +315,15 @@ UNUSUAL_OUTPUTS: dict[str, onnx.ModelProto] = {
     "nothing-but-a-constant": outputs_model([node("Identity", ["w"], ["y"])], ["y"]),
     "an-inner-result-too": outputs_model([node("Relu", ["x"], ["r"]), node("Neg", ["r"], ["y"])], ["y", "r"]),
     "behind-two-nodes-that-do-nothing": outputs_model(
-        [node("Relu", ["x"], ["r"]), node("Identity", ["r"], ["i"]), node("Identity", ["i"], ["y"]), node("Exp", ["i"], ["z"])], ["y", "i", "z"]
+        [
+            node("Relu", ["x"], ["r"]),
+            node("Identity", ["r"], ["i"]),
+            node("Identity", ["i"], ["y"]),
+            node("Exp", ["i"], ["z"]),
+        ],
+        ["y", "i", "z"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNUSUAL_OUTPUTS)

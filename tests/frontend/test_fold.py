@@ -94,18 +94,34 @@ FOLDED: dict[str, tuple[Build, list[str], list[str]]] = {
     "expand-by-where": (expand_by_where, ["B", "3", "4"], ["Expand", "Identity"]),
     "size-and-division": (size_and_division, ["3*B", "20"], ["Reshape", "Identity"]),
     "crop-to-its-own-size": (crop_to_its_own_size, ["B", "6", "10"], ["Identity"]),
-    "reshape-zero": (lambda g: g.reshape(input_(g, "B", 6, 10), 0, 0, 2, 5), ["B", "6", "2", "5"], ["Reshape", "Identity"]),
+    "reshape-zero": (
+        lambda g: g.reshape(input_(g, "B", 6, 10), 0, 0, 2, 5),
+        ["B", "6", "2", "5"],
+        ["Reshape", "Identity"],
+    ),
     "reshape-cancels-two-symbols": (
-        lambda g: g.reshape(input_(g, "B", "S", 6, 10), 0, 0, -1), ["B", "S", "60"], ["Reshape", "Identity"],
+        lambda g: g.reshape(input_(g, "B", "S", 6, 10), 0, 0, -1),
+        ["B", "S", "60"],
+        ["Reshape", "Identity"],
     ),
     "nothing-done": (
-        lambda g: g.op("Dropout", g.op("Cast", g.reshape(g.pad(g.transpose(input_(g, "B", 6), 0, 1), [0, 0], [0, 0]), -1, 6), to=TensorProto.FLOAT)),
-        ["B", "6"], ["Identity"],
+        lambda g: g.op(
+            "Dropout",
+            g.op(
+                "Cast",
+                g.reshape(g.pad(g.transpose(input_(g, "B", 6), 0, 1), [0, 0], [0, 0]), -1, 6),
+                to=TensorProto.FLOAT,
+            ),
+        ),
+        ["B", "6"],
+        ["Identity"],
     ),
     "constants-computed": (
-        lambda g: g.op("Add", input_(g, "B", 6), g.op("Exp", g.op("Cos", g.constant(np.arange(6.0))))), ["B", "6"], ["Add", "Identity"],
+        lambda g: g.op("Add", input_(g, "B", 6), g.op("Exp", g.op("Cos", g.constant(np.arange(6.0))))),
+        ["B", "6"],
+        ["Add", "Identity"],
     ),
-}  # fmt: skip
+}
 
 
 def built(build: Build, opset: int = 17) -> onnx.ModelProto:

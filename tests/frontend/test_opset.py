@@ -44,7 +44,9 @@ CASES: dict[str, list[onnx.NodeProto]] = {
     "log-softmax": [node("LogSoftmax", ["x"], ["y"], axis=1)],
     "hardmax": [node("Hardmax", ["x"], ["y"], axis=1)],
     "softmax-behind-operators": [
-        node("Transpose", ["x"], ["t"], perm=[2, 0, 1]), node("Softmax", ["t"], ["s"], axis=1), node("Exp", ["s"], ["y"]),
+        node("Transpose", ["x"], ["t"], perm=[2, 0, 1]),
+        node("Softmax", ["t"], ["s"], axis=1),
+        node("Exp", ["s"], ["y"]),
     ],
     # Axes and sizes became inputs.
     "unsqueeze-squeeze": [node("Unsqueeze", ["x"], ["u"], axes=[0, 4]), node("Squeeze", ["u"], ["y"], axes=[0])],
@@ -58,7 +60,7 @@ CASES: dict[str, list[onnx.NodeProto]] = {
     "dropout-last": [node("Exp", ["x"], ["e"]), node("Dropout", ["e"], ["y"], ratio=0.3)],
     # Unchanged by name, other attributes.
     "reduce-mean": [node("ReduceMean", ["x"], ["y"], axes=[1])],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("opset", [11, 12])
@@ -156,7 +158,7 @@ def test_a_model_without_an_opset_is_bad_input() -> None:
     model = model_of([node("Exp", ["x"], ["y"])], 13)
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("com.example", 1))
-    with pytest.raises(UserError, match="^the model imports no ONNX operator set$"):
+    with pytest.raises(UserError, match=r"^the model imports no ONNX operator set$"):
         read(model)
 
 

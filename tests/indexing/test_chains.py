@@ -138,8 +138,22 @@ def convolution(draw: Draw, chain: Chain) -> None:
 
 
 STEPS: list[Callable[[Draw, Chain], None]] = [
-    reshape, reshape, transpose, transpose, slice_, roll, split, concat, pad, pad_by_mode, expand, tile, gather, where, convolution,
-]  # fmt: skip
+    reshape,
+    reshape,
+    transpose,
+    transpose,
+    slice_,
+    roll,
+    split,
+    concat,
+    pad,
+    pad_by_mode,
+    expand,
+    tile,
+    gather,
+    where,
+    convolution,
+]
 
 
 @st.composite

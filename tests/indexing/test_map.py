@@ -1,4 +1,4 @@
-"""The map itself: symbolic batches, what cannot be expressed and the sentence for it, comparison with a counterexample."""
+"""The map itself: symbolic batches, what cannot be expressed and why, comparison with a counterexample."""
 
 from __future__ import annotations
 
@@ -86,12 +86,22 @@ SYMBOLIC_NODES: dict[str, tuple[str, Shape, Shape, list[object], dict[str, objec
     "gather": ("Gather", (B, 3), (2, 3), [[0, -1]], {"axis": 0}, "a gather along an axis of symbolic extent B"),
     "repeat": ("Tile", (B, 3), (B * 2, 3), [[2, 1]], {}, "a repetition depends on the symbolic batch"),
     "space-to-depth": (
-        "SpaceToDepth", (2, 3, B * 2, 4), (2, 12, B, 2), [], {"blocksize": 2}, "space to depth depends on the symbolic batch",
+        "SpaceToDepth",
+        (2, 3, B * 2, 4),
+        (2, 12, B, 2),
+        [],
+        {"blocksize": 2},
+        "space to depth depends on the symbolic batch",
     ),
     "depth-to-space": (
-        "DepthToSpace", (2, 12, B, 2), (2, 3, B * 2, 4), [], {"blocksize": 2}, "depth to space depends on the symbolic batch",
+        "DepthToSpace",
+        (2, 12, B, 2),
+        (2, 3, B * 2, 4),
+        [],
+        {"blocksize": 2},
+        "depth to space depends on the symbolic batch",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SYMBOLIC_NODES)

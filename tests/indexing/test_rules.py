@@ -97,7 +97,9 @@ CASES: dict[str, Callable[[], Chain]] = {
     # Concat.
     "concat-of-one": applied(2, 3, op="Concat", axis=0),
     "concat-of-itself": applied(2, 3, op="Concat", operands=("value", "value"), axis=1),
-    "concat-with-numbers": applied(2, 3, op="Concat", operands=(np.full((1, 3), -7), "value", np.full((3, 3), 9)), axis=0),
+    "concat-with-numbers": applied(
+        2, 3, op="Concat", operands=(np.full((1, 3), -7), "value", np.full((3, 3), 9)), axis=0
+    ),
     "concat-negative-axis": applied(2, 3, op="Concat", operands=("value", np.zeros((2, 2), np.int64)), axis=-1),
     "concat-with-an-empty-tensor": applied(2, 3, op="Concat", operands=(np.zeros((2, 0), np.int64), "value"), axis=1),
     # Pad.
@@ -149,7 +151,7 @@ CASES: dict[str, Callable[[], Chain]] = {
         2, 3, 5, 7, op="Conv", operands=(TAPS[:3], np.zeros(3, np.int64)), group=3, pads=[1, 1, 1, 1]
     ),
     "conv-one-hot-even-kernel": conv(2, 5, 7, one_hot((0, 1), (1, 0), kernel=(2, 2)), pads=[0, 0, 1, 1]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,1 @@
+"""The passes on whole ONNX models."""

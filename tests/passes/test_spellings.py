@@ -1,0 +1,200 @@
+"""Every spelling becomes the same op, with the numbers of its geometry's closed form; near misses stay as they are."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from attnrewrite.frontend.onnx import read
+from attnrewrite.functions import spec_of
+from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+from attnrewrite.pipeline import Outcome
+from tests.models.onnx_near_misses import NEAR_MISSES, UNUSUAL
+from tests.models.onnx_spellings import SPELLINGS, STRETCH, Spelling, sample_input
+from tests.passes.rewritten import left_over, local_ops, optimize, ranks, written
+from tests.running import error, run
+
+# Reductions here are of 15 to 49 terms of order 1: float32 leaves about 1e-6, float16 about 3e-3 of the largest output.
+TOLERANCE = {TensorProto.FLOAT: 5e-6, TensorProto.FLOAT16: 5e-3}
+
+# Operators that may stand around an op: per-token arithmetic, layout, and the picking of channels.
+AROUND = {
+    "Add",
+    "MatMul",
+    "Mul",
+    "Reshape",
+    "Transpose",
+    "Slice",
+    "Gather",
+    "Split",
+    "Conv",
+    "Gemm",
+    "Identity",
+    "Cast",
+}
+
+
+def assert_site(outcome: Outcome, spelling: Spelling) -> None:
+    """Every field of the one site is what the spelling says."""
+    expected, geometry = spelling.expected, spelling.expected.geometry
+    (site,) = outcome.sites
+    assert (site.kind, site.verdict) == (expected.kind, "rewrite"), site.reason
+    assert (site.num_heads, site.head_dim) == (expected.num_heads, expected.head_dim)
+    assert (site.bias, site.mask) == (expected.bias, expected.mask)
+    (node,) = local_ops(outcome.graph)
+    assert spec_of(node).geometry == geometry
+    if isinstance(geometry, WindowGeometry):
+        assert (site.feature_size, site.window_size, site.shift_size, site.dilation) == (
+            geometry.feature_size,
+            geometry.window_size,
+            geometry.shift_size,
+            (1, 1),
+        )
+        assert site.pass_name == "fuse-window-attention"
+        assert (site.kernel_size, site.border) == (None, None)
+    else:
+        assert isinstance(geometry, NeighborhoodGeometry)
+        assert (site.feature_size, site.kernel_size, site.dilation, site.border) == (
+            geometry.feature_size,
+            geometry.kernel_size,
+            geometry.dilation,
+            "zero",
+        )
+        assert site.pass_name == "unfold-to-slide-attention"
+        assert (site.window_size, site.shift_size) == (None, None)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling_is_rewritten(name: str) -> None:
+    spelling = SPELLINGS[name]
+    outcome = optimize(spelling.model())
+    assert_site(outcome, spelling)
+    assert not left_over(outcome.graph)
+    assert {n.op for n in outcome.graph.nodes if not n.domain} <= AROUND
+    bound = TOLERANCE[spelling.element_type]
+    for batch in (1, 2, 5) if isinstance(spelling.batch, str) else (spelling.batch,):
+        inputs = sample_input(spelling, int(batch))
+        expected = spelling.evaluate(inputs["x"])
+        for inline in (False, True):
+            assert error(run(written(outcome, inline=inline), inputs)["y"], expected) <= bound
+
+
+@pytest.mark.parametrize("name", STRETCH)
+def test_stretch_spelling_keeps_its_numbers(name: str) -> None:
+    spelling = STRETCH[name]
+    outcome = optimize(spelling.model())
+    inputs = sample_input(spelling)
+    assert error(run(written(outcome), inputs)["y"], spelling.evaluate(inputs["x"])) <= TOLERANCE[TensorProto.FLOAT]
+    assert len(local_ops(outcome.graph)) == sum(s.verdict == "rewrite" for s in outcome.sites)
+
+
+@pytest.mark.parametrize("name", ["window-heads-last", "window-keys-in-another-order", "window-padded-with-a-constant"])
+def test_stretch_spelling_is_rewritten(name: str) -> None:
+    assert_site(optimize(STRETCH[name].model()), STRETCH[name])
+
+
+@pytest.mark.parametrize("name", [n for n, s in SPELLINGS.items() if s.element_type == TensorProto.FLOAT])
+def test_inlined_model_needs_opset_17_and_rank_5(name: str) -> None:
+    """Where the source itself goes beyond, nothing is added to it."""
+    model = SPELLINGS[name].model()
+    result = written(optimize(model), inline=True)
+    opset = next(i.version for i in result.opset_import if not i.domain)
+    assert [i.domain for i in result.opset_import] == [""]
+    assert not result.functions
+    assert opset == max(13, next(i.version for i in model.opset_import))
+    for node in result.graph.node:
+        assert onnx.defs.get_schema(node.op_type, opset).since_version <= opset
+        assert onnx.defs.has(node.op_type, max_inclusive_version=17)
+    assert ranks(result) <= 5
+
+
+# What the report says of a near miss: the beginning of the reason.
+REASONS = {
+    "window-rolled-back-the-wrong-way": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-rolled-back-on-one-axis": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-not-rolled-back": "the tokens are rearranged before the attention in a way that its output does not undo",
+    "window-roll-off-by-one": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-roll-with-a-column-twice": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-merged-as-other-windows": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-merged-columns-first": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-merged-transposed": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-merged-as-grid": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-merged-mirrored": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-keys-shifted-otherwise": "the keys are not those of the queries' window: window 0 reads pixel 0, its "
+    "queries come from pixel 26",
+    "window-values-shifted-otherwise": "token (0, 0) takes its key from pixel 26 and its value from pixel 0",
+    "window-keys-and-values-shifted-otherwise": "the keys are not those of the queries' window: window 0 reads pixel "
+    "26, its queries come from pixel 0",
+    "window-value-tokens-rotated": "token (0, 0) takes its key from pixel 26 and its value from pixel 27",
+    "window-query-tokens-rotated": "the output is rearranged once more, to other pixels than its queries came from",
+    "window-keys-of-the-next-window": "windows reach from one batch element into another",
+    "window-one-window-reordered": "the windows of one batch element are not those of another",
+    "window-heads-mixed-with-tokens": "windows reach from one batch element into another",
+    "window-softmax-over-queries": "the softmax does not run over the keys that are summed",
+    "window-softmax-over-heads": "the softmax does not run over the keys that are summed",
+    "window-softmax-over-two-axes": "the softmax does not run over the keys that are summed",
+    "window-probabilities-masked": "the probabilities go into Mul, not into a sum over values",
+    "window-softmax-twice": "the probabilities go into Softmax, not into a sum over values",
+    "window-logits-capped": "the logits come from Tanh, not from a product of queries and keys",
+    "window-scale-by-token": "the constant c8 differs from token to token",
+    "window-mask-in-other-order": "the mask differs between batch elements",
+    "window-padded-by-reflection": "query token (2, 0) reads pixel (2, 8), a 4x4 window shifted by 2x2 reads padding",
+    "window-logits-read-twice": "the logits are used elsewhere as well",
+    "window-probabilities-read-twice": "the attention probabilities have 2 uses, so they must exist in memory",
+    "neighborhood-one-tap-off": "keys: slot 8 of query pixel 0 reads pixel 11, a 3x3 neighbourhood reads 12",
+    "neighborhood-a-tap-twice": "keys: slot 3 of query pixel 0 reads pixel 0, a 3x3 neighbourhood reads -1",
+    "neighborhood-off-centre": "keys: slot 0 of query pixel 0 reads pixel 0, a 3x3 neighbourhood reads -1",
+    "neighborhood-border-replicated": "keys: the keys are no rectangle of pixels around the query",
+    "neighborhood-border-reflected": "keys: the keys are no rectangle of pixels around the query",
+    "neighborhood-border-of-ones": "keys outside the map are not zero",
+    "neighborhood-channels-exchanged": "the keys do not move with the query, so this is no neighbourhood",
+    "neighborhood-values-dilated": "keys lie in a 3x3 neighbourhood, values in another",
+    "neighborhood-value-taps-transposed": "keys lie in a 3x3 neighbourhood, values in another",
+    "neighborhood-value-border-replicated": "the values come from a 9x77 map, the queries from a 7x11 map",
+    "neighborhood-softmax-over-pixels": "the softmax does not run over the keys that are summed",
+    "neighborhood-softmax-per-channel": "the values have no channel axis of their own",
+    "neighborhood-softmax-over-two-axes": "the softmax does not run over the keys that are summed",
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss_is_left_alone_and_the_reason_said(name: str) -> None:
+    near_miss = NEAR_MISSES[name]
+    graph = read(near_miss.model())
+    before = str(graph)
+    outcome = optimize(near_miss.model())
+    assert str(outcome.graph) == before, near_miss.wrong
+    assert not outcome.modified
+    site = outcome.sites[0]
+    assert site.verdict == "leave"
+    assert site.reason.startswith(REASONS[name]), site.reason
+    assert site.reason_node
+    assert site.pass_name is None
+
+
+def test_every_reason_is_of_a_near_miss() -> None:
+    assert REASONS.keys() == NEAR_MISSES.keys()
+    assert not any(re.search(r"\n|  ", reason) for reason in REASONS.values())
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_attention_is_rewritten_to_what_it_computes(name: str) -> None:
+    model = UNUSUAL[name].model()
+    inputs = sample_input(UNUSUAL[name].looks_like)
+    expected = run(model, inputs)
+    outcome = optimize(UNUSUAL[name].model())
+    assert [s.verdict for s in outcome.sites] == ["rewrite"]
+    assert error(run(written(outcome), inputs)["y"], expected["y"].astype(np.float64)) <= TOLERANCE[TensorProto.FLOAT]
+
+
+def test_second_output_of_a_near_miss_is_still_there() -> None:
+    near_miss = NEAR_MISSES["window-logits-read-twice"]
+    model = near_miss.model()
+    inputs = sample_input(near_miss.looks_like)
+    found = run(written(optimize(near_miss.model())), inputs)
+    for name, expected in run(model, inputs).items():
+        np.testing.assert_array_equal(found[name], expected)
