@@ -36,8 +36,8 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
 
-bench: setup $(MODEL)
-	$(BIN)/attnrewrite bench $(MODEL) --threads $(THREADS)
+bench: setup
+	$(BIN)/python benchmarks/models.py
 
 # The type checker reads the source tree, where `passes` stands at the top: give it the installed layout.
 lint: setup
