@@ -1,0 +1,295 @@
+"""fold-reparam-branches: one convolution with the same numbers in float64, and branches that must stay apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from attnrewrite.frontend.onnx import read
+from attnrewrite.graph import Graph
+from attnrewrite.pipeline import Outcome
+from tests.models.onnx_builder import Builder
+from tests.passes.rewritten import optimize, written
+from tests.running import error, run
+
+SIZE = (7, 11)
+CHANNELS = 6
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A convolution of x [2, 6, *size]: kernel per axis, centred."""
+
+    kernel: tuple[int, ...]
+    bias: bool = True
+    groups: int = 1
+    dilation: int = 1
+    stride: int = 1
+    filters: int = CHANNELS
+
+    def weights(self, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        rng = np.random.default_rng(seed)
+        weight = rng.normal(size=(self.filters, CHANNELS // self.groups, *self.kernel))
+        return weight, rng.normal(size=self.filters) if self.bias else None
+
+    def write(self, g: Builder, x: str, seed: int, **changes: object) -> str:
+        weight, bias = self.weights(seed)
+        same = [self.dilation * (k // 2) for k in self.kernel]
+        axes = len(self.kernel)
+        attributes: dict[str, object] = {
+            "pads": same * 2,
+            "group": self.groups,
+            "strides": [self.stride] * axes,
+            "dilations": [self.dilation] * axes,
+        }
+        operands = [g.constant(weight)] + ([] if bias is None else [g.constant(bias)])
+        return g.op("Conv", x, *operands, **attributes | changes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Branches and how they are summed; offsets are constants added beside them."""
+
+    branches: Sequence[Branch]
+    total: Callable[[Builder, list[str]], str] = field(default=lambda g, values: nested(g, values))
+    size: tuple[int, ...] = SIZE
+    offsets: np.ndarray | float = 0.0
+    element_type: int = TensorProto.FLOAT
+    bound: float = 2e-6  # of max |reference|: sums of up to 6 * 49 terms in float32
+
+    def model(self) -> onnx.ModelProto:
+        g = Builder(element_type=self.element_type)
+        x = g.input("x", [2, CHANNELS, *self.size])
+        return g.model({"y": self.total(g, [b.write(g, x, seed) for seed, b in enumerate(self.branches)])})
+
+    def evaluate(self, x: np.ndarray) -> np.ndarray:
+        parts = [convolve(x.astype(np.float64), b, *b.weights(seed)) for seed, b in enumerate(self.branches)]
+        return sum(parts[1:], parts[0]) + self.offsets
+
+
+def nested(g: Builder, values: list[str]) -> str:
+    """((a + b) + c) + ..."""
+    total = values[0]
+    for value in values[1:]:
+        total = g.op("Add", total, value)
+    return total
+
+
+def nested_right(g: Builder, values: list[str]) -> str:
+    total = values[-1]
+    for value in values[-2::-1]:
+        total = g.op("Add", value, total)
+    return total
+
+
+def summed(g: Builder, values: list[str]) -> str:
+    return g.op("Sum", *values)
+
+
+OFFSETS = np.linspace(-1, 1, CHANNELS)[:, None, None]
+
+
+def with_offsets(g: Builder, values: list[str]) -> str:
+    return nested(g, [g.add(values[0], OFFSETS), *values[1:]])
+
+
+def with_scalar(g: Builder, values: list[str]) -> str:
+    return nested(g, [values[0], g.constant(0.25), *values[1:]])
+
+
+def convolve(x: np.ndarray, branch: Branch, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """The convolution in float64, tap by tap."""
+    axes = len(branch.kernel)
+    margin = [branch.dilation * (k // 2) for k in branch.kernel]
+    padded = np.pad(x, [(0, 0), (0, 0), *((m, m) for m in margin)])
+    size = [-(-e // branch.stride) for e in x.shape[2:]]
+    out = np.zeros((len(x), branch.filters, *size))
+    inputs, outputs = CHANNELS // branch.groups, branch.filters // branch.groups
+    for tap in itertools.product(*map(range, branch.kernel)):
+        starts = [t * branch.dilation for t in tap]
+        taken = padded[(..., *(slice(s, s + x.shape[2 + a], branch.stride) for a, s in enumerate(starts)))]
+        for group in range(branch.groups):
+            rows = slice(group * outputs, (group + 1) * outputs)
+            part = taken[:, group * inputs : (group + 1) * inputs]
+            out[:, rows] += np.moveaxis(np.tensordot(weight[(rows, slice(None), *tap)], part, (1, 1)), 0, 1)
+    return out if bias is None else out + bias.reshape(-1, *[1] * axes)
+
+
+K1, K3, K5 = Branch((1, 1)), Branch((3, 3)), Branch((5, 5))
+SHIFT = Branch((3, 3), groups=CHANNELS, filters=3 * CHANNELS)
+
+CASES: dict[str, Case] = {
+    "two-of-a-kind": Case([K3, K3]),
+    "repvgg-without-identity": Case([K3, K1]),
+    "small-kernel-first": Case([K1, K3, K5]),
+    "summed-by-sum": Case([K3, K1, K5], summed),
+    "nested-right": Case([K3, K1, K5], nested_right),
+    "some-without-bias": Case([Branch((3, 3), bias=False), K1]),
+    "all-without-bias": Case([Branch((3, 3), bias=False), Branch((1, 1), bias=False)]),
+    "rectangular": Case([Branch((1, 5)), Branch((3, 1)), Branch((7, 7))]),
+    "depthwise": Case([Branch((3, 3), groups=CHANNELS), Branch((5, 5), groups=CHANNELS)]),
+    "deformed-shifting": Case([SHIFT, SHIFT]),
+    "grouped": Case([Branch((3, 3), groups=2), Branch((1, 1), groups=2)]),
+    "dilated": Case([Branch((3, 3), dilation=2), Branch((5, 5), dilation=2)]),
+    "strided": Case([Branch((3, 3), stride=2), Branch((1, 1), stride=2)]),
+    "one-axis": Case([Branch((3,)), Branch((5,))], size=(13,)),
+    "three-axes": Case([Branch((3, 1, 3)), Branch((1, 3, 1))], size=(3, 5, 7)),
+    "constant-per-channel": Case([K3, K1], with_offsets, offsets=OFFSETS),
+    "scalar": Case([K3, K1], with_scalar, offsets=0.25),
+    "half": Case([K3, K1], element_type=TensorProto.FLOAT16, bound=4e-3),
+}
+
+
+def convolutions(graph: Graph) -> int:
+    return sum(n.op == "Conv" for n in graph.nodes)
+
+
+def fold(model: onnx.ModelProto) -> Outcome:
+    return optimize(model, ["fold-reparam-branches"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_branches_become_one_convolution(name: str) -> None:
+    case = CASES[name]
+    outcome = fold(case.model())
+    (record,) = outcome.reparam
+    assert (record.branches, record.into, record.verdict) == (len(case.branches), "Conv", "rewrite")
+    assert [n.op for n in outcome.graph.nodes] == ["Conv", "Identity"]
+    x = np.random.default_rng(9).normal(size=(2, CHANNELS, *case.size)).astype(outcome.graph.inputs[0].dtype)
+    assert error(run(written(outcome), {"x": x})["y"], case.evaluate(x)) <= case.bound
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folded_weights_are_exact_in_float64(name: str) -> None:
+    """Rounded once to the model's type: they are the nearest numbers to the exact sum of the branches' stored weights."""
+    case = CASES[name]
+    (conv,) = (n for n in fold(case.model()).graph.nodes if n.op == "Conv")
+    kernel = conv.constant(1)
+    assert kernel is not None
+    exact = np.zeros(kernel.shape)
+    for seed, branch in enumerate(case.branches):
+        weight = branch.weights(seed)[0].astype(kernel.dtype).astype(np.float64)
+        margin = [((b - k) // 2,) * 2 for b, k in zip(kernel.shape[2:], branch.kernel, strict=True)]
+        exact += np.pad(weight, [(0, 0), (0, 0), *margin])
+    np.testing.assert_array_equal(kernel, exact.astype(kernel.dtype))
+
+
+def test_the_report_counts_parameters() -> None:
+    (record,) = fold(CASES["repvgg-without-identity"].model()).reparam
+    assert record.parameters_before == 6 * 6 * 9 + 6 + 6 * 6 + 6
+    assert record.parameters_after == 6 * 6 * 9 + 6
+    assert record.max_weight_error is not None
+    assert 0 < record.max_weight_error < 2**-23 * 8  # half a unit in the last place of numbers below 8
+
+
+def test_a_value_added_to_itself_counts_twice() -> None:
+    g = Builder()
+    conv = K3.write(g, g.input("x", [2, CHANNELS, *SIZE]), 0)
+    model = g.model({"y": g.op("Add", conv, conv)})
+    x = np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)
+    found = run(written(fold(model)), {"x": x})["y"]
+    assert error(found, 2 * convolve(x.astype(np.float64), K3, *K3.weights(0))) <= 2e-6
+
+
+def test_shared_weights_stay_for_whoever_shares_them() -> None:
+    """One weight serves a branch and another convolution elsewhere."""
+    g = Builder()
+    x = g.input("x", [2, CHANNELS, *SIZE])
+    weight = g.constant(K3.weights(0)[0])
+    branch = g.op("Conv", x, weight, pads=[1] * 4)
+    y = g.op("Add", branch, K1.write(g, x, 1))
+    model = g.model({"y": y, "z": g.op("Conv", g.op("Relu", x), weight, pads=[1] * 4)})
+    inputs = {"x": np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)}
+    expected = run(model, inputs)
+    outcome = fold(model)
+    assert convolutions(outcome.graph) == 2
+    found = run(written(outcome), inputs)
+    assert error(found["y"], expected["y"]) <= 2e-6
+    np.testing.assert_array_equal(found["z"], expected["z"])
+
+
+NearMiss = Callable[[Builder, str], str]
+
+
+def computed_weight(g: Builder, x: str) -> str:
+    pooled = g.op("Tanh", g.op("ReduceMean", x, axes=[0, 2, 3], keepdims=1))
+    weight = g.op("Mul", pooled, g.constant(np.ones((CHANNELS, 1, 1, 1))))
+    return g.op("Add", g.op("Conv", x, weight), K3.write(g, x, 0))
+
+
+def read_elsewhere(g: Builder, x: str) -> str:
+    branch = K3.write(g, x, 0)
+    return g.op("Mul", g.op("Add", branch, K1.write(g, x, 1)), branch)
+
+
+def of_two(**changes: object) -> NearMiss:
+    return lambda g, x: g.op("Add", K3.write(g, x, 0), K3.write(g, x, 1, **changes))
+
+
+NEAR_MISSES: dict[str, tuple[NearMiss, str]] = {
+    "other-stride": (
+        lambda g, x: g.op("Add", Branch((3, 3), stride=11).write(g, x, 0), Branch((1, 1), stride=12).write(g, x, 1)),
+        "the branches have different strides",
+    ),
+    "other-dilation": (of_two(dilations=[2, 2], pads=[2, 2, 2, 2]), "the branches have different dilations"),
+    "other-groups": (
+        lambda g, x: g.op("Add", K3.write(g, x, 0), Branch((3, 3), groups=2).write(g, x, 1)),
+        "the branches have different groups",
+    ),
+    "off-centre": (of_two(pads=[2, 1, 0, 1]), "a branch's padding does not keep its kernel centred"),
+    "padded-by-name": (of_two(auto_pad="SAME_UPPER", pads=None), "a branch's padding does not keep its kernel centred"),
+    "even-kernels": (
+        lambda g, x: g.op("Add", Branch((2, 2)).write(g, x, 0), Branch((2, 2)).write(g, x, 1)),
+        "a branch's padding does not keep its kernel centred",
+    ),
+    "computed-weight": (computed_weight, "a branch computes its weights"),
+    "read-elsewhere": (read_elsewhere, "the result of a branch is used elsewhere as well"),
+    "identity-branch": (
+        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), x]),
+        "a summand beside the convolutions is neither one of them nor a constant per channel",
+    ),
+    "constant-per-pixel": (
+        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.constant(np.ones(SIZE))]),
+        "a summand beside the convolutions is neither one of them nor a constant per channel",
+    ),
+    "constant-along-the-width": (  # [11] lines up with the last axis; six channels would not
+        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.constant(np.ones(SIZE[1]))]),
+        "a summand beside the convolutions is neither one of them nor a constant per channel",
+    ),
+}
+
+
+def near_miss(write: NearMiss) -> onnx.ModelProto:
+    g = Builder()
+    return g.model({"y": write(g, g.input("x", [2, CHANNELS, *SIZE]))})
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss_is_left_alone(name: str) -> None:
+    write, reason = NEAR_MISSES[name]
+    outcome = fold(near_miss(write))
+    (record,) = outcome.reparam
+    assert (record.verdict, record.reason) == ("leave", reason)
+    assert record.node
+    assert not outcome.modified
+
+
+SILENT: dict[str, NearMiss] = {
+    "relu-between": lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", K1.write(g, x, 1))),
+    "other-input": lambda g, x: g.op("Add", K3.write(g, x, 0), K1.write(g, g.op("Relu", x), 1)),
+    "one-branch": lambda g, x: g.op("Add", K3.write(g, x, 0), x),
+    "difference": lambda g, x: g.op("Sub", K3.write(g, x, 0), K1.write(g, x, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_are_no_branches_is_not_spoken_of(name: str) -> None:
+    outcome = fold(near_miss(SILENT[name]))
+    assert (outcome.reparam, outcome.modified) == ((), False)
+    assert str(outcome.graph) == str(read(near_miss(SILENT[name])))
