@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -37,6 +37,7 @@ EXTERNAL_DATA_LIMIT_BYTES = 1_800_000_000
 CACHED_BYTES = 1 << 20
 # Constants beyond this are written one by one, so that a model is never in memory twice.
 LARGE_BYTES = 1 << 16
+COPIED_BYTES = 1 << 24
 
 
 @dataclass
@@ -392,7 +393,7 @@ def write(graph: Graph, path: str | Path, *, inline: bool = False) -> None:
     model = to_model(graph, weights=False)
     try:
         if sum(w.nbytes for w in weights) > EXTERNAL_DATA_LIMIT_BYTES:
-            model.graph.initializer.extend(_beside(weights, path.with_name(f"{path.name}.data")))
+            model.graph.initializer.extend(_beside(weights, path.with_name(f"{path.name}.data"), graph.source.folder))
             weights = []
         with path.open("wb") as file:
             write_model(model, [_reader(w) for w in weights], file)
@@ -430,20 +431,36 @@ def _tensor_proto(value: Value) -> onnx.TensorProto:
     return onnx.numpy_helper.from_array(np.ascontiguousarray(value.constant), value.name)
 
 
-def _beside(weights: Sequence[Value], path: Path) -> Iterator[onnx.TensorProto]:
-    """Write the tensors' bytes into one file; yields what the model says of each."""
+def _beside(weights: Sequence[Value], path: Path, folder: Path) -> Iterator[onnx.TensorProto]:
+    """Write the tensors' bytes into one file; yields what the model says of each. `folder` holds external sources."""
     with path.open("wb") as file:
         for value in weights:
-            stored = _tensor_proto(value)
-            if not stored.raw_data:
-                stored = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(stored), value.name)
             file.write(b"\0" * (-file.tell() % 4096))
             offset = file.tell()
-            file.write(stored.raw_data)
-            tensor = onnx.TensorProto(name=value.name, dims=stored.dims, data_type=stored.data_type, raw_data=b"0")
-            onnx.external_data_helper.set_external_data(tensor, path.name, offset, len(stored.raw_data))
+            data_type = _write_elements(value, folder, file)
+            tensor = onnx.TensorProto(name=value.name, dims=value.known_shape, data_type=data_type, raw_data=b"0")
+            onnx.external_data_helper.set_external_data(tensor, path.name, offset, file.tell() - offset)
             tensor.ClearField("raw_data")
             yield tensor
+
+
+def _write_elements(value: Value, folder: Path, file: BinaryIO) -> int:
+    """Append a constant's raw bytes, straight from file to file where they lie in one; returns its ONNX data type."""
+    source = value.source
+    if isinstance(source, onnx.TensorProto) and _is_external(source):
+        info = onnx.external_data_helper.ExternalDataInfo(source)
+        with (folder / info.location).open("rb") as data:
+            data.seek(info.offset or 0)
+            left = value.nbytes
+            while left and (chunk := data.read(min(left, COPIED_BYTES))):
+                file.write(chunk)
+                left -= len(chunk)
+        return int(source.data_type)
+    stored = _tensor_proto(value)
+    if not stored.raw_data:
+        stored = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(stored), value.name)
+    file.write(stored.raw_data)
+    return int(stored.data_type)
 
 
 def _embed(body: onnx.GraphProto, folder: Path) -> None:
