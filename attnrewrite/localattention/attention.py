@@ -16,7 +16,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, axis_groups, identity, reshape
 from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.indexing.rules import Read, broadcast_index, sources
-from attnrewrite.localattention.contraction import Operand, is_contraction, operands, product_of
+from attnrewrite.localattention.contraction import Operand, is_contraction, operands, passes_on, product_of
 from attnrewrite.localattention.site import Decline
 
 
@@ -201,27 +201,30 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
             return user
         if user.op == "Mul":
             after = facts.only_user(user.output)
-            while after is not None and after.op == "Cast":
+            while after is not None and after.op == "Cast" and passes_on(after):
                 after = facts.only_user(after.output)
             if after is not None and product_of(after) is user:
                 return after
-        if user.domain != STANDARD_DOMAIN or user.op not in REARRANGING or user.required(0) is not value:
+        if not _rearranges(user) or user.required(0) is not value:
             return Decline(f"the probabilities go into {user.op}, not into a sum over values", user.label)
         value = user.outputs[0]
 
 
-REARRANGING = frozenset(
-    {"Cast", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"}
-)
+REARRANGING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
+
+
+def _rearranges(node: Node) -> bool:
+    """Whether a node passes its numbers on, in another order or type at most."""
+    return node.domain == STANDARD_DOMAIN and (node.op in REARRANGING or passes_on(node))
 
 
 def _pull_to(target: Value, value: Value, index: Index) -> Provenance | None:
     """Follow rearranging operators from `value[index]` back to `target`."""
     while value is not target:
         node = value.producer
-        if node is None or node.op not in REARRANGING:
+        if node is None or not _rearranges(node):
             return None
-        if node.op in ("Cast", "Dropout"):
+        if node.op not in REARRANGING:
             value = node.required(0)
             continue
         found = sources(node, value, index)
@@ -252,6 +255,10 @@ def _read_logits(facts: Facts, value: Value, index: Index, grid_rank: int) -> Lo
         if isinstance(step, Decline):
             return step
         if step.term is not None:
+            if np.isinf(step.term).any() and (multiplier <= 0).any():
+                return Decline(
+                    "the logits are scaled after keys were excluded, by a number that is not positive", node.label
+                )
             terms.append(Term(scaled(step.term, multiplier), node, step.lowest))
         if step.factor is not None:
             multiplier = multiplier * step.factor
@@ -275,7 +282,7 @@ def scaled(term: np.ndarray, factor: np.ndarray) -> np.ndarray:
 def _step_back(node: Node, value: Value, index: Index) -> _Step | Decline:
     """One operator between logits and softmax: value = data * factor + term, or a rearrangement of data."""
     if node.domain == STANDARD_DOMAIN:
-        if node.op in ("Cast", "Identity", "Dropout"):
+        if passes_on(node):
             return _Step(node.required(0), index)
         if node.op in ("Add", "Sub", "Mul", "Div"):
             return _affine(node, index)

@@ -33,12 +33,31 @@ def is_contraction(node: Node | None) -> bool:
     return product_of(node) is not None
 
 
+def passes_on(node: Node) -> bool:
+    """Whether an Identity, a cast or a Dropout passes its numbers on, rounding aside: not a cast to integers, nor a
+    Dropout in training.
+    """
+    match node.op:
+        case "Identity":
+            return True
+        case "Cast":
+            return _is_floating(node.required(0).dtype) and _is_floating(node.output.dtype)
+        case "Dropout":
+            training = node.constant(2)
+            return node.input(2) is None or (training is not None and not training.any())
+    return False
+
+
+def _is_floating(dtype: np.dtype | None) -> bool:
+    return dtype is not None and (dtype.kind == "f" or dtype.name == "bfloat16")
+
+
 def product_of(node: Node) -> Node | None:
     """The Mul of two computed tensors that a ReduceSum sums, casts between them aside; None where there is none."""
     if node.op != "ReduceSum" or node.domain != STANDARD_DOMAIN:
         return None
     factor = node.required(0).producer
-    while factor is not None and factor.op == "Cast":
+    while factor is not None and factor.op == "Cast" and passes_on(factor):
         factor = factor.required(0).producer
     if factor is None or factor.op != "Mul" or any(v is None or v.is_constant for v in factor.inputs):
         return None
