@@ -167,7 +167,7 @@ def test_branches_become_one_convolution(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_folded_weights_are_exact_in_float64(name: str) -> None:
-    """Rounded once to the model's type: they are the nearest numbers to the exact sum of the branches' stored weights."""
+    """Rounded once to the model's type: the nearest numbers to the exact sum of the branches' stored weights."""
     case = CASES[name]
     (conv,) = (n for n in fold(case.model()).graph.nodes if n.op == "Conv")
     kernel = conv.constant(1)

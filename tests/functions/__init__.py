@@ -1,0 +1,1 @@
+"""The two ops as ONNX functions."""
