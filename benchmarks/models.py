@@ -3,8 +3,8 @@
     python benchmarks/models.py                                  # every model, one thread and two
     python benchmarks/models.py --models unfold_k3 --threads 1
 
-Each row is one run of `attnrewrite bench`'s measurement: one process, the same input, the contestants in turns. Models are
-exported by the examples, with random weights; `rewrite` is what reading, matching, proving and rewriting took.
+Each row is one run of `attnrewrite bench`'s measurement: one process, the same input, the contestants in turns. Models
+are exported by the examples, with random weights; `rewrite` is what reading, matching, proving and rewriting took.
 """
 
 from __future__ import annotations
