@@ -141,6 +141,19 @@ def matmul(node: Node, contents: Contents) -> Shape:
     return (*batch, a[-2], b[-1])
 
 
+def einsum(node: Node, contents: Contents) -> Shape:
+    """Each label's extent is what its axes broadcast to; ONNX's own inference takes that of the first operand."""
+    equation = node.attributes["equation"].replace(" ", "")
+    if "." in equation or "->" not in equation:
+        raise UnknownShape("an implicit output or an ellipsis")
+    terms, output = equation.split("->")
+    extents: dict[str, Extent] = {}
+    for term, value in zip(terms.split(","), node.inputs, strict=True):
+        for label, extent in zip(term, _shape(value), strict=True):
+            extents[label] = broadcast([(extents.get(label, 1),), (extent,)])[0]
+    return tuple(extents[label] for label in output)
+
+
 def constant_of_shape(node: Node, contents: Contents) -> Shape:
     return tuple(_content(contents, node.input(0)))
 
@@ -162,6 +175,7 @@ SHAPE_RULES: dict[str, Callable[[Node, Contents], Shape]] = {
     "Transpose": transpose,
     "Concat": concat,
     "MatMul": matmul,
+    "Einsum": einsum,
     "ConstantOfShape": constant_of_shape,
     "Flatten": flatten,
     **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Mod"], pointwise),
