@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import onnx
 
 from attnrewrite.dims import Dim
 from attnrewrite.frontend.onnx import read, to_model
-from attnrewrite.functions import is_local_op
+from attnrewrite.functions import is_local_op, spec_of
 from attnrewrite.graph import Graph, Node
+from attnrewrite.localattention.geometry import WindowGeometry
 from attnrewrite.pipeline import Outcome, select
 
 
@@ -23,14 +25,15 @@ def local_ops(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if is_local_op(node)]
 
 
-def left_over(graph: Graph, batch: int | str = "batch") -> list[str]:
+def left_over(graph: Graph, batch: str = "batch") -> list[str]:
     """Movement of sites that a rewritten graph still holds, one sentence each; [] for a clean one.
 
     Judged by what the nodes do: nothing that a pass wrote may move tokens (only channels may be picked, and the two
     layouts exchanged), nor read or be read by a tensor of more than five axes; no roll, and no partition or merge by
-    the usual transpose, may remain anywhere; and no tensor may hold windows or neighbourhoods in its batch axis (told
-    where the batch is symbolic).
+    the usual transpose, may remain anywhere; and no tensor may hold the windows or pixels of a site in its batch axis
+    (told where the batch is symbolic; in a graph without ops, any multiple of it counts).
     """
+    counts = {_rows(node) for node in local_ops(graph)}
     found = [f"{node.label} moves tokens ({node.op})" for node in graph.nodes if node.made_by and _moves_tokens(node)]
     users = graph.users()
     for node in (n for n in graph.nodes if n.made_by):
@@ -43,9 +46,23 @@ def left_over(graph: Graph, batch: int | str = "batch") -> list[str]:
             found.append(f"{node.label} partitions or merges")
         for output in node.outputs:
             for extent in (output.shape or ())[:1]:
-                if isinstance(extent, Dim) and extent != Dim(((str(batch), 1),)):
+                if (
+                    isinstance(extent, Dim)
+                    and extent != Dim(((batch, 1),))
+                    and (not counts or _factor(extent) in counts)
+                ):
                     found.append(f"{node.label} has {extent} rows")
     return found
+
+
+def _rows(node: Node) -> int:
+    """Windows, or pixels with a neighbourhood, of an op."""
+    geometry = spec_of(node).geometry
+    return geometry.num_windows if isinstance(geometry, WindowGeometry) else math.prod(geometry.feature_size)
+
+
+def _factor(extent: Dim) -> int:
+    return extent.terms[0][1]
 
 
 def _is_roll(node: Node) -> bool:
