@@ -20,7 +20,7 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.dims import Dim, Extent, Shape, static
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.expand import expand_attention
 from attnrewrite.frontend.fold import fold
@@ -438,7 +438,7 @@ def _beside(weights: Sequence[Value], path: Path, folder: Path) -> Iterator[onnx
             file.write(b"\0" * (-file.tell() % 4096))
             offset = file.tell()
             data_type = _write_elements(value, folder, file)
-            tensor = onnx.TensorProto(name=value.name, dims=value.known_shape, data_type=data_type, raw_data=b"0")
+            tensor = onnx.TensorProto(name=value.name, dims=map(static, value.known_shape), data_type=data_type, raw_data=b"0")
             onnx.external_data_helper.set_external_data(tensor, path.name, offset, file.tell() - offset)
             tensor.ClearField("raw_data")
             yield tensor
