@@ -438,7 +438,9 @@ def _beside(weights: Sequence[Value], path: Path, folder: Path) -> Iterator[onnx
             file.write(b"\0" * (-file.tell() % 4096))
             offset = file.tell()
             data_type = _write_elements(value, folder, file)
-            tensor = onnx.TensorProto(name=value.name, dims=map(static, value.known_shape), data_type=data_type, raw_data=b"0")
+            tensor = onnx.TensorProto(
+                name=value.name, dims=map(static, value.known_shape), data_type=data_type, raw_data=b"0"
+            )
             onnx.external_data_helper.set_external_data(tensor, path.name, offset, file.tell() - offset)
             tensor.ClearField("raw_data")
             yield tensor
