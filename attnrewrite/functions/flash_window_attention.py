@@ -162,14 +162,14 @@ def _with_terms(
         per_window.append(b.reshape(b.cast(mask, dtype), (windows, 1, tokens, tokens)))
     if spec.mask_value is not None:
         labels = spec.geometry.regions()
-        crosses = b.op(
+        same_region = b.op(
             "Equal",
             [b.constant(labels[:, None, :, None]), b.constant(labels[:, None, None, :])],
             (windows, 1, tokens, tokens),
             np.dtype(bool),
         )
-        same, other = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
-        per_window.append(b.op("Where", [crosses, same, other], (windows, 1, tokens, tokens), logits.dtype))
+        nothing, penalty = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
+        per_window.append(b.op("Where", [same_region, nothing, penalty], (windows, 1, tokens, tokens), logits.dtype))
     if not per_window:
         return logits
     assert logits.shape is not None

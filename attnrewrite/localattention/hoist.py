@@ -69,8 +69,9 @@ class Hoister:
         self.facts, self.graph, self.spatial, self.made_by = facts, facts.graph, spatial, made_by
         self.nodes: list[Node] = []
         self.padded: dict[FeatureMap, float] = {}
-        self._full: dict[tuple[Value, Value], FeatureMap] = {}
-        self._maps: dict[Value, FeatureMap] = {}
+        self._full: dict[tuple[Value, FeatureMap, tuple[int, ...]], FeatureMap] = {}
+        self._maps: dict[tuple[Value, tuple[int, ...], tuple[int, ...]], FeatureMap] = {}
+        self._picked: dict[tuple[FeatureMap, bytes], FeatureMap] = {}
         self._converted: dict[tuple[Value, bool], Value] = {}
 
     # -- emitting -----------------------------------------------------------------------------------------------------
@@ -123,8 +124,9 @@ class Hoister:
 
     def source_map(self, value: Value, split: Roles, batch: Extent, channels_first: bool = False) -> FeatureMap:
         """A value of the graph as a feature map, in its own layout where that is one of the two."""
-        if value in self._maps:
-            return self._maps[value]
+        key = (value, split.tokens, split.features)
+        if key in self._maps:
+            return self._maps[key]
         assert value.shape is not None
         features = elements(tuple(value.shape[a] for a in split.features))
         order = [*split.tokens, *split.features]
@@ -138,13 +140,19 @@ class Hoister:
         else:
             moved = self.transpose(value, order + [a for a in range(len(value.shape)) if a not in order])
             map_ = FeatureMap(self.reshape(moved, (batch, *self.spatial, features)))
-        self._maps[value] = map_
+        self._maps[key] = map_
         return map_
 
     def features(self, map_: FeatureMap, picked: np.ndarray, stem: str) -> FeatureMap:
         """The map with these features, in this order (int64 [F'])."""
         if np.array_equal(picked, np.arange(map_.num_features)):
             return map_
+        key = (map_, picked.tobytes())
+        if key not in self._picked:
+            self._picked[key] = self._pick(map_, picked, stem)
+        return self._picked[key]
+
+    def _pick(self, map_: FeatureMap, picked: np.ndarray, stem: str) -> FeatureMap:
         axis = 1 if map_.channels_first else len(self.spatial) + 1
         assert map_.value.shape is not None
         shape = (*map_.value.shape[:axis], len(picked), *map_.value.shape[axis + 1 :])
@@ -199,7 +207,7 @@ class Hoister:
             raise NotHoistable(f"{node.label} mixes tokens and channels")
         assert last.value.shape is not None
         flat = _flat_features(last.value.shape, last.index, split.features)
-        key = (last.value, anchor.map.value)
+        key = (last.value, anchor.map, anchor.roles.tokens)
         if key not in self._full:
             full = _all_features(last.value, last.index, split, channel_axis)
             self._full[key] = self._operator(node, last.value, full, split, channel_axis, features, anchor)
