@@ -93,7 +93,7 @@ def test_progress_is_told():
 def test_wrong_rewriting_raises(monkeypatch):
     import attnrewrite.frontend.onnx as frontend
 
-    monkeypatch.setattr(frontend, "write", lambda graph, path, *, inline: tiny.save(path, tiny.linear(factor=2.0)))
+    monkeypatch.setattr(frontend, "copy_model", lambda path, copy: tiny.save(copy, tiny.linear(factor=2.0)))
     with pytest.raises(VerificationError, match="the rewritten model differs at output y"):
         attnrewrite.optimize(tiny.linear(), threads=1)
 

@@ -118,7 +118,7 @@ def test_symbolic_axes_are_specialised(command, tmp_path):
 def test_wrong_rewriting_is_exit_1_and_writes_nothing(command, tmp_path, mlp, monkeypatch):
     import attnrewrite.frontend.onnx as frontend
 
-    monkeypatch.setattr(frontend, "write", lambda graph, path, *, inline: tiny.save(path, tiny.linear(factor=2.0)))
+    monkeypatch.setattr(frontend, "copy_model", lambda path, copy: tiny.save(copy, tiny.linear(factor=2.0)))
     done = command("optimize", mlp, "--no-compile", "-o", tmp_path / "out", "--json")
     assert done.code == 1
     assert done.json["verification"]["passed"] is False
