@@ -22,14 +22,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx
 
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node
-from attnrewrite.localattention.attention import Attention, read_attention
+from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.maps import count, read_maps
-from attnrewrite.localattention.rewrite import SiteRewriter, declined_site
+from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.site import Decline, MaskKind, Site
 from attnrewrite.localattention.windows import WindowMatch, match_windows, seen_on_map
 from attnrewrite.pipeline import Pass
@@ -80,13 +79,6 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
         replace(maps, keys=(match.key,), values=(match.value,)),
         channels_first=False,
     )
-
-
-def softmax_type(attention: Attention) -> int:
-    """ONNX data type of the softmax where it differs from the operands', else 0."""
-    if attention.softmax_dtype == attention.query.value.dtype:
-        return 0
-    return int(onnx.helper.np_dtype_to_tensor_dtype(attention.softmax_dtype))
 
 
 def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site:

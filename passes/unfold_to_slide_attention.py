@@ -30,9 +30,8 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.maps import count
 from attnrewrite.localattention.neighborhoods import NeighborhoodMatch, match_neighborhood
-from attnrewrite.localattention.rewrite import SiteRewriter, declined_site
+from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.site import Decline, Site
-from attnrewrite.passes.fuse_window_attention import softmax_type
 from attnrewrite.pipeline import Pass
 
 NAME = "unfold-to-slide-attention"

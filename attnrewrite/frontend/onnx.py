@@ -27,7 +27,7 @@ from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.opset import MINIMUM_OPSET, opset_of, raise_opset
 from attnrewrite.frontend.stream import write_model
 from attnrewrite.functions import function_protos, inlined, overload_of
-from attnrewrite.functions.spec import DOMAIN
+from attnrewrite.functions.spec import DOMAIN, DOMAIN_VERSION
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 
 gs.logger.G_LOGGER.severity = logging.ERROR
@@ -326,7 +326,7 @@ def to_model(graph: Graph, *, inline: bool = False, weights: bool = True) -> onn
     imports = [onnx.helper.make_opsetid(i.domain, i.version) for i in source.imports if i.domain not in ("", "ai.onnx")]
     imports = [onnx.helper.make_opsetid("", graph.opset), *imports]
     used = {f.domain for f in functions} - {i.domain for i in imports}
-    imports += [onnx.helper.make_opsetid(d, 1) for d in sorted(used)]
+    imports += [onnx.helper.make_opsetid(d, DOMAIN_VERSION) for d in sorted(used)]
     rebuilt = gs.Graph(
         nodes,
         [tensor_of(v) for v in graph.inputs],

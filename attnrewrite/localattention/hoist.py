@@ -122,7 +122,7 @@ class Hoister:
 
     # -- sources and results ------------------------------------------------------------------------------------------
 
-    def source_map(self, value: Value, split: Roles, batch: Extent, channels_first: bool = False) -> FeatureMap:
+    def source_map(self, value: Value, split: Roles, batch: Extent) -> FeatureMap:
         """A value of the graph as a feature map, in its own layout where that is one of the two."""
         key = (value, split.tokens, split.features)
         if key in self._maps:

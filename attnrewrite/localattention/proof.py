@@ -8,7 +8,7 @@ of the original. Pixels are compared as integers, the order of keys aside.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,8 +73,12 @@ def prove(maps: SiteMaps, node: Node, opset: int) -> None:
         _prove_slots(maps, node, opset)
 
 
-def original_reads(maps: SiteMaps) -> Reads:
-    """The reads of a site as its graph says, key and value taken from the same maps as the query's pixels."""
+def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
+    """The reads of a site as its graph says, key and value taken from the same maps as the query's pixels.
+
+    learned: of "key" and "value", those whose shifts are learned: they read the pixel itself in every slot, as the
+    body's kernels do.
+    """
     attention = maps.attention
     shape, axes = attention.output_shape, list(maps.token_axes)
     pixels = math.prod(maps.query.spatial)
@@ -86,12 +90,11 @@ def original_reads(maps: SiteMaps) -> Reads:
     if (order < 0).any():
         raise NotProved(f"no query is computed for pixel {int(np.argmax(order < 0))}")
     tables = []
-    for sources in (maps.keys, maps.values):
+    for name, sources in (("key", maps.keys), ("value", maps.values)):
         source = next(s for s in sources if math.prod(s.spatial) == pixels and _enumerated_batch(s) == batch)
-        flat = flat_pixels(
-            source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, attention.num_keys)]
-        )
-        tables.append(flat.reshape(len(rows), -1)[order])
+        slots = 1 if name in learned else attention.num_keys
+        flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, slots)])
+        tables.append(np.broadcast_to(flat.reshape(len(rows), slots)[order], (pixels, attention.num_keys)))
     return _in_order(tables[0], tables[1], _terms(maps, order))
 
 
@@ -172,31 +175,12 @@ def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
     keys, values = (np.stack(found[n], axis=1) for n in ("key", "value"))
     if keys.shape != (pixels, maps.attention.num_keys) or values.shape != keys.shape:
         raise NotProved("the emitted body does not have the original's slots")
-    learned = {n: f"{n}_kernel" in inputs for n in ("key", "value")}
+    learned = [n for n in ("key", "value") if f"{n}_kernel" in inputs]
     bias = operands_of(node).get("bias")
     terms = np.zeros((1, 1, keys.shape[1])) if bias is None else bias.constant.astype(np.float64)[:, None]
-    difference = _original_slots(maps, learned).difference(_in_order(keys, values, terms), maps.attention.softmax_dtype)
+    difference = original_reads(maps, learned).difference(_in_order(keys, values, terms), maps.attention.softmax_dtype)
     if difference is not None:
         raise NotProved(difference)
-
-
-def _original_slots(maps: SiteMaps, learned: dict[str, bool]) -> Reads:
-    """Original reads; where a shift is learned the original reads the pixel itself in every slot, as the body's kernels
-    do.
-    """
-    attention = maps.attention
-    shape, axes = attention.output_shape, list(maps.token_axes)
-    pixels = math.prod(maps.query.spatial)
-    rows = flat_pixels(maps.query.candidate, maps.query.roles.tokens, shape, axes).reshape(-1)
-    order = np.argsort(rows, kind="stable")[:pixels]
-    tables = []
-    for name, sources in (("key", maps.keys), ("value", maps.values)):
-        source = next(s for s in sources if s.spatial == maps.query.spatial)
-        keys = 1 if learned[name] else attention.num_keys
-        flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, keys)])
-        table = flat.reshape(len(rows), keys)[order]
-        tables.append(np.broadcast_to(table, (pixels, attention.num_keys)))
-    return _in_order(tables[0], tables[1], _terms(maps, order))
 
 
 def _slots(body: Graph) -> dict[str, list[Value]]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 
 from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import DOMAIN, Spec
 from attnrewrite.graph import Node, Value
 from attnrewrite.indexing.map import IndexingError, identity
+from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
 from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
@@ -125,6 +127,13 @@ class SiteRewriter:
         if returned is maps.query.value or returned.producer is None:
             raise Declined(Decline("the result is the input itself", back.value.name))
         return returned
+
+
+def softmax_type(attention: Attention) -> int:
+    """ONNX data type of the softmax where it differs from the operands', else 0."""
+    if attention.softmax_dtype == attention.query.value.dtype:
+        return 0
+    return int(onnx.helper.np_dtype_to_tensor_dtype(attention.softmax_dtype))
 
 
 def declined_site(softmax: Node, decline: Decline) -> Site:

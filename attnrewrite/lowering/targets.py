@@ -34,11 +34,6 @@ class Target:
         """The device type the artifact's tensors live on: cpu, metal or cuda."""
         return "cpu" if self.kind == "arm" else self.kind
 
-    @property
-    def file_stem(self) -> str:
-        """The name as part of a directory name: `cuda:sm_90` -> `cuda-sm-90`."""
-        return "".join(c if c.isalnum() else "-" for c in self.name)
-
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "tvm": self.tvm, "link": self.link, "library": self.library}
 
