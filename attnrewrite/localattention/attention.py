@@ -69,7 +69,32 @@ def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
         return Decline(str(error), softmax.label)
 
 
-def _read(facts: Facts, softmax: Node) -> Attention | Decline:
+@dataclass(frozen=True, eq=False)
+class WeightedSum:
+    """sum_j probabilities[j] . value[j] around a softmax, on the grid [*output axes, keys, channels].
+
+    weights: where the softmax's output is read. value_axes: output axes that the value alone depends on.
+    """
+
+    consumer: Node
+    output_shape: tuple[Extent, ...]
+    weights: Index
+    value: Operand
+    key_axis: int
+    value_axes: tuple[int, ...]
+    num_keys: int
+
+    @property
+    def output(self) -> Value:
+        return self.consumer.output
+
+    @property
+    def channel_axis(self) -> int:
+        return self.key_axis + 1
+
+
+def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
+    """The sum over values behind a softmax. Raises IndexingError where a map on the way cannot be expressed."""
     if softmax.output.shape is None or softmax.output.dtype is None:
         return Decline("the shape of the softmax is unknown", softmax.label)
     consumer = _contraction_after(facts, softmax)
@@ -101,10 +126,18 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     if any(key_axis in c.depends_on() for a, c in enumerate(weights.index) if a != axis):
         return Decline("the softmax does not run over the keys that are summed", softmax.label)
     value_axes = [a for a in range(key_axis) if _varies(value.index, a) and not _varies(weights.index, a)]
-    if len(value_axes) != 1:
-        return Decline("the values have no channel axis of their own", consumer.label)
+    return WeightedSum(consumer, output_shape, weights.index, value, key_axis, tuple(value_axes), num_keys)
 
-    read = _read_logits(facts, softmax.required(0), weights.index, channel_axis + 1)
+
+def _read(facts: Facts, softmax: Node) -> Attention | Decline:
+    summed = read_weighted_sum(facts, softmax)
+    if isinstance(summed, Decline):
+        return summed
+    key_axis, channel_axis = summed.key_axis, summed.channel_axis
+    if len(summed.value_axes) != 1:
+        return Decline("the values have no channel axis of their own", summed.consumer.label)
+
+    read = _read_logits(facts, softmax.required(0), summed.weights, channel_axis + 1)
     if isinstance(read, Decline):
         return read
     logits, logits_index, scale, terms, contraction = read
@@ -121,20 +154,20 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     assert softmax.output.dtype is not None
     return Attention(
         softmax,
-        output,
+        summed.output,
         query,
         key,
-        value,
+        summed.value,
         scale,
         tuple(terms),
         key_axis,
         channel_axis,
-        value_axes[0],
-        num_keys,
+        summed.value_axes[0],
+        summed.num_keys,
         head_dim,
         softmax.output.dtype,
         logits,
-        output_shape,
+        summed.output_shape,
     )
 
 
