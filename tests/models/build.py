@@ -34,13 +34,15 @@ _SOURCES = (Path(__file__), _EXAMPLES / "exporting.py", *sorted((_EXAMPLES / "mo
 class ModelCase:
     """How to build a model: `build()` gives a torch module taking a float32 array of `input_shape`.
 
-    softmaxes: the Softmax nodes its export holds. small: builds and exports in about a second or two.
+    softmaxes: the Softmax nodes its export holds. small: builds and exports in about a second or two. sources: files
+    beside examples/ whose edit makes the export a new one.
     """
 
     build: Callable[[], Any]
     input_shape: tuple[int, ...]
     softmaxes: int
     small: bool = True
+    sources: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,14 @@ for _contraction in ("einsum", "sum"):
 SMALL = tuple(name for name, case in MODELS.items() if case.small)
 
 
-def build_model(name: str, *, half: bool = False) -> Any:
+def build_model(name: str, *, half: bool = False, case: ModelCase | None = None) -> Any:
     """The torch module `name` in eval mode, its parameters random (always the same ones); float16 where `half`."""
     import torch
 
     from examples.models.common import randomize_
 
     torch.manual_seed(0)
-    model = randomize_(MODELS[name].build(), seed=0).eval()
+    model = randomize_((case or MODELS[name]).build(), seed=0).eval()
     return model.half() if half else model
 
 
@@ -178,21 +180,25 @@ def exported(
     dynamic_batch: bool = False,
     half: bool = False,
     external_data: bool = False,
+    case: ModelCase | None = None,
 ) -> Path:
     """Path of the ONNX file of MODELS[name], built at the first call; skips the test where its packages are missing.
 
     dynamic_batch: batch is symbolic, and the references hold batches 1, 2 and 5; otherwise batch 1. half: float16
-    weights, input and output. external_data: the weights lie in a second file beside it.
+    weights, input and output. external_data: the weights lie in a second file beside it. case: the model, where it is
+    none of MODELS.
     """
     pytest.importorskip("torch")
     options = f"{exporter}-{opset}{'-dynamic' * dynamic_batch}{'-half' * half}{'-external' * external_data}"
-    folder = _cache() / f"{name}-{options}"
+    case = case or MODELS[name]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in case.sources)).hexdigest()[:16]
+    folder = _cache() / f"{name}-{options}{f'-{digest}' * bool(case.sources)}"
     path = folder / f"{name}.onnx"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:  # parallel test processes share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _build(name, path, exporter, opset, dynamic_batch, half, external_data)
+            _build(name, case, path, exporter, opset, dynamic_batch, half, external_data)
     return path
 
 
@@ -204,14 +210,21 @@ def references(path: Path) -> list[Reference]:
 
 
 def _build(
-    name: str, path: Path, exporter: Any, opset: int, dynamic_batch: bool, half: bool, external_data: bool
+    name: str,
+    case: ModelCase,
+    path: Path,
+    exporter: Any,
+    opset: int,
+    dynamic_batch: bool,
+    half: bool,
+    external_data: bool,
 ) -> None:
     import torch
 
     from examples.exporting import export
 
-    model = build_model(name, half=half)
-    _, *shape = MODELS[name].input_shape
+    model = build_model(name, half=half, case=case)
+    _, *shape = case.input_shape
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randn(batch, *shape, generator=generator) for batch in ((1, 2, 5) if dynamic_batch else (1,))]
     samples = [x.half() if half else x for x in samples]
