@@ -8,8 +8,8 @@ of the original. Pixels are compared as integers, the order of keys aside.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,48 +19,17 @@ from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Node, Value
-from attnrewrite.indexing.map import Coordinate, Index, identity
+from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps
+from attnrewrite.localattention.reads import Reads, Table
 from attnrewrite.localattention.site import Decline
 
 
 class NotProved(Exception):
     """The emitted body does not read what the original reads; the message says where they part."""
-
-
-@dataclass(frozen=True, eq=False)
-class Reads:
-    """What a site reads, per output pixel of one batch element, row-major.
-
-    keys, values: int64 [P, K], flat pixel or PADDING; terms: float64 [nH or 1, P or 1, K] added to the logits. The K
-    slots of a pixel are in the order of (key, value, terms), so equal sets are equal arrays.
-    """
-
-    keys: np.ndarray
-    values: np.ndarray
-    terms: np.ndarray
-
-    def difference(self, other: Reads, dtype: np.dtype) -> str | None:
-        """Where the two part, in one sentence; None where they are equal (terms: to two roundings of dtype)."""
-        for name, one, two in (("key", self.keys, other.keys), ("value", self.values, other.values)):
-            if one.shape != two.shape:
-                return (
-                    f"{one.shape[0]} pixels read {one.shape[1]} {name}s in the original, {two.shape} in the replacement"
-                )
-            if (differs := one != two).any():
-                pixel, slot = (int(i) for i in np.argwhere(differs)[0])
-                found, now = one[pixel, slot], two[pixel, slot]
-                return f"output pixel {pixel} reads {name} pixel {found} in the original, {now} now"
-        one, two = np.broadcast_arrays(self.terms, other.terms)
-        with np.errstate(invalid="ignore"):
-            off = np.where(one == two, 0.0, np.abs(one - two))
-        scale = np.abs(np.where(np.isfinite(one), one, 0.0)).max(initial=0.0)
-        if not (off <= 2 * np.finfo(dtype).eps * max(scale, 1e-30)).all():
-            return f"the logits are offset by up to {float(np.nanmax(off)):g} from the original's"
-        return None
 
 
 def prove(maps: SiteMaps, node: Node, opset: int) -> None:
@@ -93,34 +62,47 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
     for name, sources in (("key", maps.keys), ("value", maps.values)):
         source = next(s for s in sources if math.prod(s.spatial) == pixels and _enumerated_batch(s) == batch)
         slots = 1 if name in learned else attention.num_keys
+        axes = _token_axes_of(maps, source)
         flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, slots)])
-        tables.append(np.broadcast_to(flat.reshape(len(rows), slots)[order], (pixels, attention.num_keys)))
-    return _in_order(tables[0], tables[1], _terms(maps, order))
+        table = np.broadcast_to(flat.reshape(-1, slots), (flat.size // slots, attention.num_keys))
+        tables.append(Table(table, _rows_along(maps, axes, order)))
+    return Reads(tables[0], tables[1], _terms(maps, order))
 
 
-def _terms(maps: SiteMaps, order: np.ndarray) -> np.ndarray:
-    """float64 [nH or 1, P or 1, K]: what is added to the logits, the output's rows in this order."""
+def _token_axes_of(maps: SiteMaps, source: Source) -> list[int]:
+    """The token axes of the output on which it depends what the source is read at."""
+    reads = dependencies([source.candidate.index[a] for a in source.roles.tokens])
+    domain = source.candidate.domain
+    if domain is not None:
+        reads |= frozenset(a for a, e in enumerate(domain.shape) if e > 1)
+    return [a for a in maps.token_axes if a in reads]
+
+
+def _rows_along(maps: SiteMaps, axes: Sequence[int], order: np.ndarray) -> np.ndarray:
+    """int64 [P]: rows of the output, numbered over all its token axes, as rows over these axes alone."""
+    extents = [count(maps.attention.output_shape[a]) for a in maps.token_axes]
+    positions = dict(zip(maps.token_axes, np.unravel_index(order, extents), strict=True))
+    rows = np.zeros(len(order), np.int64)
+    for axis in axes:
+        rows = rows * count(maps.attention.output_shape[axis]) + positions[axis]
+    return rows
+
+
+def _terms(maps: SiteMaps, order: np.ndarray) -> Table:
+    """float64 [nH or 1, T, K or 1]: what is added to the logits, the output's rows in this order."""
     attention = maps.attention
-    terms = np.zeros((1, 1, attention.num_keys))
+    total = Table(np.zeros((1, 1, 1)), np.zeros(len(order), np.int64))
     for term in attention.terms:
         values = term.values.reshape(term.values.shape + (1,) * (attention.grid_rank - term.values.ndim))
-        flat = grouped(values, [list(maps.heads), list(maps.token_axes), [attention.key_axis]], attention)
-        terms = terms + (flat[:, order] if flat.shape[1] > 1 else flat)
-    return terms
+        axes = [a for a in maps.token_axes if values.shape[a] > 1]
+        flat = grouped(values, [list(maps.heads), axes, [attention.key_axis]], attention)
+        total = total + Table(flat, _rows_along(maps, axes, order)).compact()
+    return total
 
 
 def _enumerated_batch(source: Source) -> int:
     assert source.value.shape is not None
     return count(source.value.shape[0]) if source.has_batch else 1
-
-
-def _in_order(keys: np.ndarray, values: np.ndarray, terms: np.ndarray) -> Reads:
-    """Sort the slots of every pixel by key, value and first head's term."""
-    terms = np.broadcast_to(terms, (terms.shape[0], terms.shape[1], keys.shape[1]))
-    first = np.broadcast_to(terms[0], keys.shape)
-    order = np.lexsort((first, values, keys), axis=-1)
-    sorted_terms = np.take_along_axis(np.broadcast_to(terms, (len(terms), *keys.shape)), order[None], axis=-1)
-    return Reads(np.take_along_axis(keys, order, -1), np.take_along_axis(values, order, -1), sorted_terms)
 
 
 def _window_reads(node: Node, opset: int) -> Reads:
@@ -177,8 +159,10 @@ def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
         raise NotProved("the emitted body does not have the original's slots")
     learned = [n for n in ("key", "value") if f"{n}_kernel" in inputs]
     bias = operands_of(node).get("bias")
-    terms = np.zeros((1, 1, keys.shape[1])) if bias is None else bias.constant.astype(np.float64)[:, None]
-    difference = original_reads(maps, learned).difference(_in_order(keys, values, terms), maps.attention.softmax_dtype)
+    terms = np.zeros((1, 1, 1)) if bias is None else bias.constant.astype(np.float64)[:, None]
+    own = np.arange(pixels)
+    reads = Reads(Table(keys, own), Table(values, own), Table(terms, np.zeros(pixels, np.int64)))
+    difference = original_reads(maps, learned).difference(reads, maps.attention.softmax_dtype)
     if difference is not None:
         raise NotProved(difference)
 
