@@ -154,21 +154,24 @@ def build(
 
     outcome = rewrite(source, pipeline, options.input_shapes, stages, on_pass)
     lowered = rewritten
+    changed = outcome.modified or bool(options.input_shapes)
     with stages.stage("write", "writing the rewritten model"):
-        if outcome.modified or options.input_shapes:
+        if changed:
             write(outcome.graph, rewritten, inline=options.inline)
-        else:  # nothing was rewritten: the model is delivered as it came, and compiled from its folded form
+        elif options.compile and target is not None:  # compiled from its folded form
+            lowered = directory / f"folded-{MODEL_NAME}"
+            write(outcome.graph, lowered)
+    report = report_of(name or str(source), outcome, stages)
+    del outcome
+    gc.collect()  # the graph holds the weights, and its values and nodes hold each other
+    if not changed:  # nothing was rewritten: the model is delivered as it came
+        with stages.stage("write", "copying the model"):
             copy_model(source, rewritten)
-            if options.compile and target is not None:
-                lowered = directory / f"folded-{MODEL_NAME}"
-                write(outcome.graph, lowered)
     report = replace(
-        report_of(name or str(source), outcome, stages),
+        report,
         target=target.name if target is not None else None,
         precision=options.precision if options.compile and target is not None else None,
     )
-    del outcome
-    gc.collect()  # the graph holds the weights, and its values and nodes hold each other
 
     source_sha256 = sha256_of(source)
     compiler_error: CompilerError | None = None

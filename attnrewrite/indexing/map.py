@@ -22,21 +22,56 @@ class IndexingError(ValueError):
     """The map cannot be expressed; the message says why, in terms of the model."""
 
 
-@dataclass(frozen=True, eq=False)
 class Coordinate:
     """One coordinate of a map: `batch * b + values`, values int64, one axis per grid axis, extent 1 where
     independent.
+
+    The values may be a sum of parts that vary along different grid axes: a coordinate that runs over rows, columns and
+    channels in one axis is three vectors, and is added up only where somebody looks at every element.
     """
 
-    values: np.ndarray
-    batch: int = 0
+    __slots__ = ("_values", "batch", "parts")
+
+    def __init__(self, values: np.ndarray, batch: int = 0) -> None:
+        self.parts: tuple[np.ndarray, ...] = (values,)
+        self.batch = batch
+        self._values: np.ndarray | None = values
+
+    @classmethod
+    def total(cls, parts: Sequence[np.ndarray], batch: int = 0) -> Coordinate:
+        """The sum of arrays; those that vary along a common grid axis are added up."""
+        coordinate = cls(parts[0], batch)
+        coordinate.parts = _disjoint(parts)
+        coordinate._values = coordinate.parts[0] if len(coordinate.parts) == 1 else None
+        return coordinate
+
+    @property
+    def values(self) -> np.ndarray:
+        if self._values is None:
+            self._values = _sum(self.parts)
+        return self._values
+
+    @property
+    def rank(self) -> int:
+        """How many axes the grid has."""
+        return self.parts[0].ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `values`."""
+        return tuple(max(p.shape[a] for p in self.parts) for a in range(self.rank))
 
     def depends_on(self) -> frozenset[int]:
         """Grid axes the coordinate varies with."""
-        return frozenset(a for a, extent in enumerate(self.values.shape) if extent > 1)
+        return frozenset(a for a, extent in enumerate(self.shape) if extent > 1)
 
     def __add__(self, offset: int | np.ndarray) -> Coordinate:
+        if isinstance(offset, int):
+            return Coordinate.total([self.parts[0] + offset, *self.parts[1:]], self.batch)
         return Coordinate(self.values + offset, self.batch)
+
+    def __mul__(self, factor: int) -> Coordinate:
+        return Coordinate.total([p * factor for p in self.parts], self.batch * factor)
 
     def static(self, what: str) -> np.ndarray:
         """The values of a coordinate without a symbolic part; IndexingError names `what` otherwise."""
@@ -45,7 +80,34 @@ class Coordinate:
         return self.values
 
     def equals(self, other: Coordinate) -> bool:
-        return self.batch == other.batch and bool((self.values == other.values).all())
+        if self.batch != other.batch or self.rank != other.rank:
+            return False
+        if len(self.parts) == len(other.parts) and all(a is b for a, b in zip(self.parts, other.parts, strict=True)):
+            return True
+        return bool((self.values == other.values).all())
+
+
+def _sum(parts: Sequence[np.ndarray]) -> np.ndarray:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _disjoint(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The same sum in parts that vary along no common axis, each reduced; what is constant goes into one of them."""
+    result: list[np.ndarray] = []
+    for part in map(reduced, parts):
+        common = [r for r in result if part.size == 1 or r.size == 1 or _overlap(part, r)]
+        if part.size == 1 or not common:
+            common = common[:1]
+        result = [r for r in result if not any(r is c for c in common)]
+        result.append(reduced(_sum([part, *common])) if common else part)
+    return tuple(result)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    return any(x > 1 and y > 1 for x, y in zip(a.shape, b.shape, strict=True))
 
 
 Index = tuple[Coordinate, ...]
@@ -141,7 +203,7 @@ def _below(a: Extent, b: Extent) -> bool:
 
 
 def _regroup(coordinates: Index, extents: Shape, targets: Shape, index: Index) -> list[Coordinate]:
-    rank = index[0].values.ndim if index else 0
+    rank = index[0].rank if index else 0
     if tuple(extents) == tuple(targets):
         return list(coordinates)
     kept = [(c, e) for c, e in zip(coordinates, extents, strict=True) if e != 1]
@@ -149,28 +211,31 @@ def _regroup(coordinates: Index, extents: Shape, targets: Shape, index: Index) -
     if tuple(e for _, e in kept) == tuple(wanted):
         pending = [c for c, _ in kept]
         return [constant(0, rank) if t == 1 else pending.pop(0) for t in targets]
-    linear, batch, stride = np.zeros((1,) * rank, np.int64), 0, 1
+    parts, batch, stride = [np.zeros((1,) * rank, np.int64)], 0, 1
     for position, (coordinate, extent) in reversed(list(enumerate(kept))):
-        linear = linear + coordinate.values * stride
+        parts += [p * stride for p in coordinate.parts]
         batch += coordinate.batch * stride
         if position:
             if isinstance(extent, Dim):
                 raise IndexingError(f"the symbolic extent {extent} is merged behind another axis")
             stride *= extent
+    parts = list(_disjoint(parts))
     split: list[Coordinate] = []
     for position, target in reversed(list(enumerate(targets))):
         outermost = all(t == 1 for t in targets[:position])
         if target == 1:
             split.append(constant(0, rank))
         elif outermost:
-            split.append(Coordinate(reduced(linear), batch))
+            split.append(Coordinate.total(parts, batch))
         else:
             if isinstance(target, Dim):
                 raise IndexingError(f"the symbolic extent {target} is split off behind another axis")
             if batch % target:
                 raise IndexingError(f"a symbolic extent is split by {target}")
-            split.append(Coordinate(reduced(linear % target)))
-            linear, batch = linear // target, batch // target
+            if sum(int((p % target).max(initial=0)) for p in parts) >= target:  # the sum of the remainders carries over
+                parts = [_sum(parts)]
+            split.append(Coordinate.total([p % target for p in parts]))
+            parts, batch = list(_disjoint([p // target for p in parts])), batch // target
     return split[::-1]
 
 

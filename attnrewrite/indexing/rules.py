@@ -71,7 +71,7 @@ def _extent(value: Value, axis: int, what: str) -> int:
 
 def _elements(table: np.ndarray, at: tuple[np.ndarray, ...], index: Index) -> np.ndarray:
     """Elements of a constant at these positions, with one axis per grid axis also where the constant is a scalar."""
-    rank = index[0].values.ndim if index else 0
+    rank = index[0].rank if index else 0
     return np.asarray(table[at] if at else table.reshape((1,) * rank))
 
 
@@ -117,7 +117,7 @@ def slice_rule(node: Node, output: Value, index: Index) -> Sources | None:
         if start == 0 and step == 1 and output.shape is not None and data.shape[axis] == output.shape[axis]:
             continue
         first = python_slice(start, end, step, _extent(data, axis, "a slice")).start
-        index = _with(index, axis, Coordinate(index[axis].values * step + first, index[axis].batch * step))
+        index = _with(index, axis, index[axis] * step + first)
     return [Read(data, index)]
 
 
@@ -164,7 +164,7 @@ def pad(node: Node, output: Value, index: Index) -> Sources | None:
         return None
     number = node.constant(2)
     fill = 0.0 if number is None else float(number.reshape(-1)[0])
-    inside: np.ndarray = np.ones((1,) * index[0].values.ndim, bool)
+    inside: np.ndarray = np.ones((1,) * index[0].rank, bool)
     half = len(pads) // 2
     for k, axis in enumerate(int(a) % len(index) for a in axes):
         before, after = int(pads[k]), int(pads[k + half])
@@ -204,7 +204,7 @@ def broadcast_index(index: Index, value: Value) -> Index:
     """Coordinates of an operand that NumPy broadcasting reads at `index`."""
     assert value.shape is not None
     own = index[len(index) - len(value.shape) :]
-    return tuple(constant(0, c.values.ndim) if e == 1 else c for c, e in zip(own, value.shape, strict=True))
+    return tuple(constant(0, c.rank) if e == 1 else c for c, e in zip(own, value.shape, strict=True))
 
 
 @index_rule("Tile")

@@ -218,7 +218,7 @@ def _varies(index: Index, axis: int) -> bool:
 
 
 def _extent_along(index: Index, axis: int) -> int:
-    return max((c.values.shape[axis] for c in index), default=1)
+    return max((c.shape[axis] for c in index), default=1)
 
 
 def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:

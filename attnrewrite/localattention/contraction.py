@@ -97,7 +97,7 @@ def _matmul(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
     assert a.shape is not None and b.shape is not None
     if len(a.shape) < 2 or len(b.shape) < 2:
         raise IndexingError(f"{node.label} multiplies a vector")
-    (k,) = _summed([_static(a.shape[-1], node)], axis, index[0].values.ndim)
+    (k,) = _summed([_static(a.shape[-1], node)], axis, index[0].rank)
     return (
         Operand(a, broadcast_index((*index[:-1], k), a)),
         Operand(b, broadcast_index((*index[:-2], k, index[-1]), b)),
@@ -122,7 +122,7 @@ def _einsum(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
     labels = [x for x in dict.fromkeys(left + right) if x not in output]
     if any(x not in left or x not in right for x in labels):
         raise IndexingError(f"{node.label} sums one operand alone")
-    rank = index[0].values.ndim
+    rank = index[0].rank
     coordinates = dict(zip(output, index, strict=True))
     coordinates |= dict(zip(labels, _summed([_static(extents[x], node) for x in labels], axis, rank), strict=True))
     found = []
@@ -143,7 +143,7 @@ def _sum_of_products(node: Node, index: Index, axis: int) -> tuple[Operand, Oper
     if axes is None:
         raise IndexingError(f"{node.label} sums over every axis")
     summed = sorted(int(a) % rank for a in axes.reshape(-1))
-    positions = _summed([_static(product.shape[a], node) for a in summed], axis, index[0].values.ndim)
+    positions = _summed([_static(product.shape[a], node) for a in summed], axis, index[0].rank)
     kept = list(index)
     if node.attributes.get("keepdims", 1):
         kept = [c for a, c in enumerate(index) if a not in summed]

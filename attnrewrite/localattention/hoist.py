@@ -374,7 +374,7 @@ class Hoister:
 
 
 def full_extent(index: Index, axis: int) -> int:
-    return max(c.values.shape[axis] for c in index)
+    return max(c.shape[axis] for c in index)
 
 
 def _vector(array: np.ndarray, channel_axis: int) -> np.ndarray:
@@ -386,7 +386,7 @@ def _vector(array: np.ndarray, channel_axis: int) -> np.ndarray:
 
 def _flat_features(shape: Shape, index: Index, axes: Sequence[int]) -> np.ndarray:
     """Row-major position among the feature axes that each grid point reads."""
-    flat: np.ndarray = np.zeros((1,) * index[0].values.ndim, np.int64)
+    flat: np.ndarray = np.zeros((1,) * index[0].rank, np.int64)
     for axis in axes:
         extent = shape[axis]
         if isinstance(extent, Dim):
@@ -399,7 +399,7 @@ def _all_features(value: Value, index: Index, split: Roles, channel_axis: int) -
     """The same tokens with all features of `value` laid out along the channel axis."""
     assert value.shape is not None
     extents = [static(value.shape[a]) for a in split.features]
-    rank = index[0].values.ndim
+    rank = index[0].rank
     whole = full_range(channel_axis, math.prod(extents), rank).values
     coordinates = list(index)
     for axis, positions in zip(split.features, np.unravel_index(whole, extents) if extents else (), strict=True):

@@ -364,7 +364,7 @@ def flat_pixels(
     """
     value_shape = candidate.value.shape
     assert value_shape is not None
-    flat: np.ndarray = np.zeros((1,) * candidate.index[0].values.ndim, np.int64)
+    flat: np.ndarray = np.zeros((1,) * candidate.index[0].rank, np.int64)
     for axis in tokens:
         flat = flat * count(value_shape[axis]) + candidate.index[axis].values
     if candidate.domain is not None:

@@ -226,7 +226,7 @@ def _pixels(index: Index, operand: Value, domain: np.ndarray | None) -> np.ndarr
     """
     assert operand.shape is not None
     spatial = [static(e) for e in operand.shape[2:]]
-    flat: np.ndarray = np.zeros((1,) * index[0].values.ndim, np.int64)
+    flat: np.ndarray = np.zeros((1,) * index[0].rank, np.int64)
     for extent, coordinate in zip(spatial, index[2:], strict=True):
         flat = flat * extent + coordinate.values
     if domain is not None:

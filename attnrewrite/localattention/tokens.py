@@ -109,7 +109,7 @@ def per_token_inputs(node: Node, index: Index, channel_axis: int) -> list[tuple[
             raise IndexingError(f"{node.label} mixes the symbolic extent {extent}")
         if dependencies(others) & (index[axis].depends_on() | {channel_axis}):
             return None
-        whole = full_range(channel_axis, extent, index[0].values.ndim)
+        whole = full_range(channel_axis, extent, index[0].rank)
         return [(data, (*index[:axis], whole, *index[axis + 1 :]))]
     if node.op in POINTWISE and len(node.outputs) == 1:
         computed = [v for v in node.inputs if v is not None and not v.is_constant]

@@ -151,3 +151,27 @@ def test_coordinates_are_equal_where_their_values_and_batch_strides_are() -> Non
     assert one.equals(Coordinate(np.zeros((2, 1), np.int64)))
     assert not one.equals(Coordinate(np.zeros((1, 3), np.int64), batch=1))
     assert not one.equals(Coordinate(np.ones((1, 3), np.int64)))
+
+
+def test_merged_axes_cost_their_sum_not_their_product() -> None:
+    (merged,) = reshape(identity((64, 48, 96)), (64, 48, 96), (64 * 48 * 96,))
+    assert sum(part.size for part in merged.parts) <= 64 + 48 + 96 + 1
+    assert merged.shape == (64, 48, 96)
+    np.testing.assert_array_equal(merged.values.reshape(-1), np.arange(64 * 48 * 96))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 12, 384), (4, 2, 8, 4608), (32, 96, 96), (9, 32768)])
+def test_merged_axes_are_split_exactly(shape: tuple[int, ...]) -> None:
+    """Also where a remainder carries over into the next axis (9 x 32768)."""
+    (merged,) = reshape(identity((64, 48, 96)), (64, 48, 96), (64 * 48 * 96,))
+    back = reshape((merged,), (64 * 48 * 96,), shape)
+    for found, expected in zip(back, np.unravel_index(merged.values, shape), strict=True):
+        np.testing.assert_array_equal(np.broadcast_to(found.values, expected.shape), expected)
+
+
+def test_parts_that_vary_along_one_axis_are_added_up() -> None:
+    one, two = np.arange(6).reshape(6, 1), np.arange(12).reshape(6, 2)
+    coordinate = Coordinate.total([one, np.full((1, 1), 5), two])
+    np.testing.assert_array_equal(coordinate.values, one + 5 + two)
+    assert len(coordinate.parts) == 1
+    assert Coordinate.total([one, 5 - one]).depends_on() == frozenset()
