@@ -15,6 +15,7 @@ from typing import Any
 from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node
+from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.site import Decline, Reparam, Site
 
 Record = Site | Reparam
@@ -102,7 +103,7 @@ class Pipeline:
         for node in list(graph.nodes):
             if not all(o in facts.positions for o in node.outputs):
                 continue  # an earlier rewrite of this pass removed it
-            found = pass_.match(facts, node)
+            found = _match(pass_, facts, node)
             if found is None:
                 continue
             if not isinstance(found, Decline):
@@ -131,6 +132,14 @@ class Pipeline:
                 f"the pass {pass_.name} left the graph invalid: {error} (passes before it: {before})"
             ) from error
         return match, Facts(graph)
+
+
+def _match(pass_: Pass, facts: Facts, node: Node) -> Any:
+    """What the pass finds at a node; a map that cannot be expressed is a reason to leave a softmax as it is."""
+    try:
+        return pass_.match(facts, node)
+    except IndexingError as error:
+        return Decline(str(error), node.label) if node.op == "Softmax" else None
 
 
 def check(graph: Graph) -> None:

@@ -206,10 +206,11 @@ def _meet(
                 same = [q for q in queries if _agree(attention, features, q, back)]
                 fitting = [r for r in returns if _agree(attention, features, query, r)]
                 first = min(r.depth for r in fitting)
-                chosen = min(
-                    (r for r in fitting if r.depth == first), key=lambda r: _spelled_out(len(r.roles.tokens) - 1)
-                )
-                moved_again = [r for r in returns if r not in fitting and _follows(facts, chosen, r)]
+                nearest = [r for r in fitting if r.depth == first]
+                moved = [r for r in returns if r not in fitting and _follows(facts, nearest[0], r)]
+                moved_again = [r for r in moved if _follows(facts, fitting[-1], r)]
+                back_again = [r for r in nearest if not any(_follows(facts, r, m) for m in moved if m.depth == first)]
+                chosen = min(back_again or nearest, key=lambda r: _spelled_out(len(r.roles.tokens) - 1))
                 return (
                     tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
                     chosen,
@@ -225,9 +226,9 @@ def _follows(facts: Facts, one: Return, other: Return) -> bool:
     return facts.positions[other.value] > facts.positions[one.value] and tokens[0] == tokens[1]
 
 
-def rearranged_before(maps: SiteMaps, name: str, chosen: Source) -> str | None:
-    """The value from which the tokens of the chosen map are rearranged once more, before anything joins them; None if
-    none.
+def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
+    """The chosen map, or the one before it whose tokens are rearranged and put back; where they are rearranged for good
+    before anything joins them, the name of the value that shows it.
 
     A map of as many tokens in another order (a roll, a flip, windows of a folded batch) belongs to the site: what is
     left of it would remain in the graph.
@@ -237,14 +238,16 @@ def rearranged_before(maps: SiteMaps, name: str, chosen: Source) -> str | None:
     shape = (*attention.output_shape, attention.num_keys, 1)
     own = flat_pixels(chosen.candidate, chosen.roles.tokens, shape, axes)
     total = tokens_of(chosen)
-    later = False
+    later, moved = False, None
     for source in maps.sources[name]:
         later = later or source.candidate is chosen.candidate
         if not later or source.candidate.joins != chosen.candidate.joins or tokens_of(source) != total:
             continue
         if not np.array_equal(flat_pixels(source.candidate, source.roles.tokens, shape, axes), own):
-            return source.value.name
-    return None
+            moved = moved or source.value.name
+        elif moved is not None:
+            chosen, moved = source, None
+    return moved or chosen
 
 
 def tokens_of(source: Source) -> int:
@@ -335,6 +338,8 @@ def _agree(attention: Attention, features: frozenset[int], query: Source, back: 
         return False
     rows = [c.values for a, c in enumerate(back.index) if a not in features]
     axes = [a for a in range(len(attention.output_shape)) if a not in features]
+    if not axes:
+        return False
     flat = flat_pixels(query.candidate, query.roles.tokens, attention.output_shape, axes)
     read = flat[tuple(np.minimum(r, flat.shape[k] - 1) for k, r in enumerate(rows))]
     # the grid of `back` has one axis per axis of the returned value, and one for channels it mixes

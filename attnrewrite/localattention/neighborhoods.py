@@ -21,7 +21,7 @@ from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import Attention, constant_at
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, by
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, rearranged_before
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, settled
 from attnrewrite.localattention.site import Decline
 
 
@@ -170,14 +170,14 @@ def _match_key(maps: SiteMaps, key_source: Source, key: Shifted, value: Shifted)
     value_source, value_geometry, value_slots = values
     if geometry != value_geometry or not np.array_equal(slots, value_slots):
         return Decline(f"keys lie in a {by(geometry.kernel_size)} neighbourhood, values in another", node)
-    left_over = rearranged_before(maps, "query", maps.query)
-    if left_over is not None:
-        return Decline("the query tokens are rearranged in a way that the output does not undo", left_over)
+    query = settled(maps, "query", maps.query)
+    if isinstance(query, str):
+        return Decline("the query tokens are rearranged in a way that the output does not undo", query)
     bias = _logit_bias(maps, slots)
     if isinstance(bias, Decline):
         return bias
     return NeighborhoodMatch(
-        maps, geometry, key_source, value_source, bias,
+        replace(maps, query=query), geometry, key_source, value_source, bias,
         _per_slot(key.kernel, maps, attention.channel_axis, slots, geometry.kernel_size),
         _per_slot(key.bias, maps, attention.channel_axis, slots, None),
         _per_slot(value.kernel, maps, attention.value_axis, slots, geometry.kernel_size),

@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.attention import has_fully_masked_row
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, rearranged_before
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, settled
 from attnrewrite.localattention.site import Decline
 
 
@@ -66,11 +66,9 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     if isinstance(tables, Decline):
         return tables
     queries, keys, element = tables
-    left_over = rearranged_before(maps, "query", maps.query)
-    if left_over is not None:
-        return Decline(
-            "the tokens are rearranged before the attention in a way that its output does not undo", left_over
-        )
+    query = settled(maps, "query", maps.query)
+    if isinstance(query, str):
+        return Decline("the tokens are rearranged before the attention in a way that its output does not undo", query)
     if len(queries) == 1:
         count_of = f"each of the {queries.size} queries attends the same {keys.size} keys"
         known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
@@ -98,18 +96,20 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     value = _matching_value(maps, keys, window_axes, key.spatial, element)
     if isinstance(value, Decline):
         return value
+    sources = []
     for name, source in (("key", key), ("value", value)):
-        left_over = rearranged_before(maps, name, source)
-        if left_over is not None:
+        found = settled(maps, name, source)
+        if isinstance(found, str):
             return Decline(
-                f"the {name} tokens are rearranged before the windows in a way that the output does not undo", left_over
+                f"the {name} tokens are rearranged before the windows in a way that the output does not undo", found
             )
+        sources.append(found)
     terms = _terms(maps, window_axes, query_axes, element)
     if isinstance(terms, Decline):
         return terms
     ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
     bias, mask, mask_value = _split_terms(ordered, geometry, maps.attention.softmax_dtype)
-    return WindowMatch(maps, geometry, key, value, bias, mask, mask_value)
+    return WindowMatch(replace(maps, query=query), geometry, *sources, bias, mask, mask_value)
 
 
 Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
