@@ -110,4 +110,6 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     )
 
 
-fuse_window_attention = Pass(NAME, match_window_attention, rewrite_window_attention, record_window_attention)
+fuse_window_attention = Pass(
+    NAME, match_window_attention, rewrite_window_attention, record_window_attention, after=("move-partitions",)
+)

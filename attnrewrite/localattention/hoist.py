@@ -269,7 +269,7 @@ class Hoister:
             case "MatMul":
                 result = self.emit("MatMul", [grouped, weights[0]], shape, stem)
             case "Gemm" | "Conv":
-                result = self._linear(node, grouped, shape, stem)
+                result = self.linear(node, grouped, shape, stem)
             case op if op in REDUCTIONS:
                 attributes = {k: v for k, v in node.attributes.items() if k != "axes"}
                 if "axes" in node.attributes:
@@ -281,7 +281,7 @@ class Hoister:
                 result = self.emit(node.op, [grouped, *weights], shape, stem, **attributes)
         return FeatureMap(self.reshape(result, (*outside, groups * outer)) if groups > 1 else result)
 
-    def _linear(self, node: Node, data: Value, shape: Shape, stem: str) -> Value:
+    def linear(self, node: Node, data: Value, shape: Shape, stem: str) -> Value:
         """Gemm and 1 x 1 convolution as MatMul and Add."""
         weight = node.constant(1)
         bias = node.constant(2)

@@ -19,6 +19,7 @@ from attnrewrite.localattention.attention import has_fully_masked_row
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
 from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, settled
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.views import dilated_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,8 +224,14 @@ def _geometries(table: np.ndarray, spatial: tuple[int, ...]) -> Iterator[WindowG
 
 
 def _spatial_sizes(spatial: tuple[int, ...], rows: np.ndarray) -> Iterator[tuple[int, ...]]:
-    """The axes of the map; tokens in one axis are tried as the 2-D maps of every factorisation after the 1-D one."""
+    """The axes of the map; tokens in one axis are tried as the 2-D maps of every factorisation after the 1-D one.
+
+    After the map itself its view for dilated windows.
+    """
     yield spatial
+    dilated = dilated_view(spatial, rows[0])
+    if dilated is not None:
+        yield dilated
     if len(spatial) == 1:
         total = spatial[0]
         square = math.isqrt(total)

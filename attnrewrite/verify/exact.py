@@ -33,8 +33,9 @@ class Check:
 
 
 def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
-    """One check per local attention op of the rewritten graph. Folds the original's branches in place, as the passes
-    do.
+    """One check per local attention op of the rewritten graph.
+
+    Folds the original's branches and moves its partitions in place, as the passes do.
     """
     pending = _sites(original)
     checks = []
@@ -59,7 +60,7 @@ def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
 def _sites(graph: Graph) -> list[tuple[Node, SiteMaps]]:
     """The local attention sites of a graph, in order, with the maps they are proved against."""
     passes = {p.name: p for p in select().passes}
-    select(["fold-reparam-branches"]).run(graph)
+    select(["fold-reparam-branches", "move-partitions"]).run(graph)
     facts = Facts(graph)
     found: list[tuple[Node, SiteMaps]] = []
     for node in graph.nodes:
