@@ -6,6 +6,7 @@ with symbolic extents passed through as named dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -165,6 +166,31 @@ def flatten(node: Node, contents: Contents) -> Shape:
     return (product(shape[:axis]), product(shape[axis:]))
 
 
+def resize(node: Node, contents: Contents) -> Shape:
+    """floor(extent * scale), or the sizes given; a symbolic extent passes through a scale of 1."""
+    shape = _shape(node.required(0))
+    stretched = node.attributes.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if node.attributes.get("axes") is not None or not stretched:
+        raise UnknownShape("a resize of some axes")
+    if node.input(3) is not None:
+        return tuple(_content(contents, node.input(3)))
+    scales = contents(node.input(2))
+    if scales is None or scales.size != len(shape):
+        raise UnknownShape("scales computed from data")
+    result: list[Extent] = []
+    for extent, scale in zip(shape, scales.reshape(-1), strict=True):
+        if isinstance(extent, Dim):
+            if scale != 1:
+                raise UnknownShape("a symbolic axis is resized")
+            result.append(extent)
+            continue
+        scaled = math.floor(extent * float(scale))
+        if scaled != math.floor(np.float32(extent) * scale):
+            raise UnknownShape("an extent that depends on how the scale is rounded")
+        result.append(scaled)
+    return tuple(result)
+
+
 SHAPE_RULES: dict[str, Callable[[Node, Contents], Shape]] = {
     "Reshape": reshape,
     "Expand": expand,
@@ -178,6 +204,7 @@ SHAPE_RULES: dict[str, Callable[[Node, Contents], Shape]] = {
     "Einsum": einsum,
     "ConstantOfShape": constant_of_shape,
     "Flatten": flatten,
+    "Resize": resize,
     **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Mod"], pointwise),
 }
 COMPARISONS = frozenset({"Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or"})

@@ -101,7 +101,8 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
     if isinstance(consumer, Decline):
         return consumer
     output = consumer.output
-    assert output.shape is not None
+    if output.shape is None:
+        return Decline("the shape of the attention's output is unknown", consumer.label)
     output_shape = _split_axes(facts, output)
     key_axis, channel_axis = len(output_shape), len(output_shape) + 1
     index = reshape(identity(output_shape, channel_axis + 1), output_shape, output.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -118,10 +119,11 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     for name, sources in found_sources.items():
         if not sources:
             operand = _operands(attention)[name]
-            return Decline(f"the {name} is not one set of features per token", operand.value.name)
+            left = Decline(f"the {name} is not one set of features per token", operand.value.name)
+            return _attends_everything(attention, features, found_sources["key"]) or left
     maps = _meet(facts, attention, features, found_sources["query"])
     if isinstance(maps, Decline):
-        return maps
+        return _attends_everything(attention, features, found_sources["key"]) or maps
     queries, back, moved_again = maps
     if moved_again:
         return Decline("the output is rearranged once more, to other pixels than its queries came from", moved_again)
@@ -137,6 +139,43 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
         values,
         {n: tuple(s) for n, s in found_sources.items()},
     )
+
+
+def global_attention(queries: int, keys: int, node: str, **known: Any) -> Decline:
+    """The site is left: every query of a batch element attends the same keys."""
+    who = "the one query attends" if queries == 1 else f"each of the {queries} queries attends"
+    which = "one key" if keys == 1 else f"the same {keys} keys" if queries > 1 else f"all {keys} keys"
+    return Decline(f"global attention: {who} {which}", node, "global", known=known)
+
+
+def _attends_everything(attention: Attention, features: frozenset[int], keys: Sequence[Source]) -> Decline | None:
+    """The decline of a global attention whose queries are on no feature map of the keys (learned queries, say), else
+    None.
+    """
+    shape = attention.output_shape
+    rows = reads_alike(attention, keys)
+    if not keys or rows is None:
+        return None
+    queries = math.prod(count(e) for a, e in enumerate(shape) if a not in features and a not in rows)
+    return global_attention(queries, attention.num_keys, attention.softmax.label)
+
+
+def reads_alike(attention: Attention, keys: Sequence[Source]) -> frozenset[int] | None:
+    """The grid axes that number batch elements, if all queries of one read the same keys on every view of these.
+
+    None where they do not: the queries of a window read alike on the nearest views alone.
+    """
+    rows: frozenset[int] = frozenset()
+    for source in keys:
+        index, domain = source.candidate.index, source.candidate.domain
+        reads = dependencies([index[a] for a in source.spatial_axes])
+        if domain is not None:
+            reads |= frozenset(a for a, e in enumerate(domain.shape) if e > 1)
+        if source.has_batch:
+            rows |= index[0].depends_on() - {attention.key_axis}
+        if reads - {attention.key_axis}:
+            return None
+    return rows
 
 
 def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:

@@ -17,7 +17,16 @@ import numpy as np
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.attention import has_fully_masked_row
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, settled
+from attnrewrite.localattention.maps import (
+    SiteMaps,
+    Source,
+    count,
+    flat_pixels,
+    global_attention,
+    grouped,
+    reads_alike,
+    settled,
+)
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.views import dilated_view
 
@@ -71,9 +80,10 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     if isinstance(query, str):
         return Decline("the tokens are rearranged before the attention in a way that its output does not undo", query)
     if len(queries) == 1:
-        count_of = f"each of the {queries.size} queries attends the same {keys.size} keys"
         known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
-        return Decline(f"global attention: {count_of}", node, "global", known=known)
+        if reads_alike(attention, maps.sources["key"]) is None:
+            return _made_inside(maps)
+        return global_attention(queries.size, keys.size, node, **known)
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     if key.spatial != maps.query.spatial:
@@ -111,6 +121,14 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
     bias, mask, mask_value = _split_terms(ordered, geometry, maps.attention.softmax_dtype)
     return WindowMatch(replace(maps, query=query), geometry, *sources, bias, mask, mask_value)
+
+
+def _made_inside(maps: SiteMaps) -> Decline:
+    """The keys lie in windows of a feature map; the queries can be followed no farther than into their window."""
+    nearest = maps.sources["query"][-1].value
+    maker = nearest.producer
+    what = nearest.name if maker is None else f"{maker.op} ({maker.label})"
+    return Decline(f"{what} makes the queries inside each window, so they have no place on the feature map", what)
 
 
 Tables = tuple[np.ndarray, np.ndarray, np.ndarray]

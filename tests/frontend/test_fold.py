@@ -86,6 +86,12 @@ def crop_to_its_own_size(g: Builder) -> str:
     return g.op("Slice", x, g.constant([0]), shape_of(g, x, 1), g.constant([1]))
 
 
+def resized_to_its_own_size(g: Builder) -> str:
+    """F.interpolate by a factor, then a crop as wide as the result."""
+    x = g.op("Resize", input_(g, "B", 3, 5, 7), "", g.constant([1.0, 1.0, 2.0, 1.5]), mode="nearest")
+    return g.op("Slice", x, g.constant([0]), shape_of(g, x, 3), g.constant([3]))
+
+
 FOLDED: dict[str, tuple[Build, list[str], list[str]]] = {
     # build, the shape of y, the operators that remain
     "torchscript-view": (torchscript_view, ["B", "3", "2", "2", "5", "4"], ["Reshape", "Identity"]),
@@ -94,6 +100,7 @@ FOLDED: dict[str, tuple[Build, list[str], list[str]]] = {
     "expand-by-where": (expand_by_where, ["B", "3", "4"], ["Expand", "Identity"]),
     "size-and-division": (size_and_division, ["3*B", "20"], ["Reshape", "Identity"]),
     "crop-to-its-own-size": (crop_to_its_own_size, ["B", "6", "10"], ["Identity"]),
+    "resized-to-its-own-size": (resized_to_its_own_size, ["B", "3", "10", "10"], ["Resize", "Identity"]),
     "reshape-zero": (
         lambda g: g.reshape(input_(g, "B", 6, 10), 0, 0, 2, 5),
         ["B", "6", "2", "5"],
