@@ -8,9 +8,10 @@ Rewrites to
     the per-token operators on the feature map, FlashWindowAttention(query, key, value, bias, mask, paddings), and the
     per-token operators behind it on the returned map.
 Exact when
-    query map o return map is the identity on the pixels; query, key and value maps equal `WindowGeometry.pixels()` up
-    to one order of windows and one of tokens (undone in bias and mask); the terms are constants of [nW, nH, N, N];
-    padded tokens hold the value that the operators give to the padding.
+    query map o return map is the identity on the pixels; the query map equals `WindowGeometry.pixels()`, key and value
+    maps `key_pixels()` (the same windows; larger ones; those of a map of another size), up to one order of windows and
+    one of tokens each (undone in bias and mask); the terms are constants of [nW, nH, N, M]; padded tokens hold the
+    value that the operators give to the padding.
 Declines when
     one of these fails, the logits or probabilities are used elsewhere, or a single window covers the map (global).
 Source
@@ -27,10 +28,11 @@ from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.maps import count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.site import Decline, MaskKind, Site
-from attnrewrite.localattention.windows import WindowMatch, match_windows, seen_on_map
+from attnrewrite.localattention.windows import Seen, WindowMatch, match_windows, seen_on_map
 from attnrewrite.pipeline import Pass
 
 NAME = "fuse-window-attention"
@@ -53,19 +55,19 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
     channels = attention.head_dim
     query = site.operand("query", attention.query, maps.query, attention.channel_axis, channels)
-    key = site.operand("key", attention.key, match.key, attention.channel_axis, channels)
+    key = site.operand("key", attention.key, match.key, attention.channel_axis, channels, geometry.key_size)
     value_dim = count(attention.output_shape[attention.value_axis])
-    value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim)
+    value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim, geometry.key_size)
     query_map, scale = site.scaled_query(query.map, channels)
 
-    heads, tokens = maps.num_heads, geometry.tokens_per_window
+    heads = maps.num_heads
     tensors = [site.hoister.laid_out(m, channels_first=False) for m in (query_map, key.map, value.map)]
     dtype = tensors[0].dtype
     assert dtype is not None
     logits_dtype = attention.softmax_dtype
     bias = match.bias
     if bias is not None:
-        bias = np.broadcast_to(bias, (bias.shape[0], heads, tokens, tokens))
+        bias = np.broadcast_to(bias, (bias.shape[0], heads, *bias.shape[2:]))
     spec = FlashWindowAttention(geometry, heads, scale, match.mask_value, softmax_type(attention))
     site.finish(
         spec,
@@ -86,28 +88,36 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     if isinstance(found, Decline):
         return declined_site(softmax, found)
     geometry, attention, seen = found.geometry.merged(), found.maps.attention, seen_on_map(found)
-    shifted = any(geometry.shift_size)
-    size = "x".join(map(str, seen.window_size))
-    grid = any(d > 1 for d in seen.dilation)
     mask: MaskKind = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
+    same_axes = len(geometry.shift_size) == len(seen.window_size)
     return Site(
         "",
         softmax.label,
-        "grid" if grid else "window",
+        seen.kind,
         "rewrite",
-        f"{size} {'grid' if grid else 'windows'}{', shifted' if shifted else ''}: "
-        "query, key and value maps equal the closed form",
+        f"{_in_words(geometry, seen)}: query, key and value maps equal the closed form",
         num_heads=found.maps.num_heads,
         head_dim=attention.head_dim,
         feature_size=seen.feature_size,
         window_size=seen.window_size,
-        shift_size=geometry.shift_size
-        if len(geometry.shift_size) == len(seen.window_size)
-        else (0,) * len(seen.window_size),
+        shift_size=geometry.shift_size if same_axes else (0,) * len(seen.window_size),
+        key_size=None if geometry.keys is None else geometry.keys.feature_size,
+        key_window_size=None if geometry.keys is None else geometry.keys.window_size,
         dilation=seen.dilation,
         bias="none" if found.bias is None else "constant",
         mask=mask,
     )
+
+
+def _in_words(geometry: WindowGeometry, seen: Seen) -> str:
+    nouns = {"grid": "grid", "stripe": "stripes"}
+    words = f"{by(seen.window_size)} {nouns.get(seen.kind, 'windows')}{', shifted' if any(geometry.shift_size) else ''}"
+    if geometry.keys is None:
+        return words
+    keys = f"{by(geometry.keys.window_size)} windows"
+    if geometry.keys.feature_size != geometry.feature_size:
+        keys = f"{keys} of a {by(geometry.keys.feature_size)} map"
+    return f"{words}, their keys {keys}"
 
 
 fuse_window_attention = Pass(

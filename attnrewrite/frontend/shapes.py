@@ -229,12 +229,13 @@ def infer(node: Node, contents: Contents, opset: int) -> Inferred:
 
 
 def _local_op(node: Node) -> Inferred:
-    """The two ops return a map like the query's, with the channels of the value."""
+    """The two ops return a map like the query's (of the windows' feature_size), with the channels of the value."""
     query, value = node.required(0), node.required(2)
     if query.shape is None or value.shape is None or node.op not in SPECS:
         return [(None, query.dtype)]
-    axis = 1 if node.op == SlideAttention.op_type else len(query.shape) - 1
-    return [((*query.shape[:axis], value.shape[axis], *query.shape[axis + 1 :]), query.dtype)]
+    if node.op == SlideAttention.op_type:
+        return [((query.shape[0], value.shape[1], *query.shape[2:]), query.dtype)]
+    return [((value.shape[0], *node.attributes["feature_size"], value.shape[-1]), query.dtype)]
 
 
 def _onnx_inference(node: Node, contents: Contents, opset: int) -> Inferred:

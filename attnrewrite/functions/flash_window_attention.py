@@ -1,7 +1,8 @@
 """FlashWindowAttention in standard operators of rank 5 at most.
 
 pad and roll -> windows as rows -> softmax(scale q k^T + bias + mask) v -> merge -> unroll and crop. A partition of any
-number of spatial axes goes axis by axis, so no tensor has more axes than [rows, tokens, windows, rest].
+number of spatial axes goes axis by axis, so no tensor has more axes than [rows, tokens, windows, rest]. Key windows of
+their own are gathered, axis by axis too, each pixel once for every window that holds it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from attnrewrite.dims import Extent, static
 from attnrewrite.functions.body import BodyBuilder, softmax_dtype
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Value
-from attnrewrite.localattention.geometry import WindowGeometry
+from attnrewrite.localattention.geometry import PADDING, Sizes, WindowGeometry
 
 
 def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> Graph:
@@ -20,27 +21,60 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     b = BodyBuilder(list(operands.values()), opset)
     geometry, heads = spec.geometry, spec.num_heads
     query, key, value = (operands[name] for name in ("query", "key", "value"))
-    assert query.shape is not None
-    batch = query.shape[0]
+    assert key.shape is not None
+    batch, rows = key.shape[0], key.shape[0] * geometry.num_windows
+    tokens, keys = geometry.tokens_per_window, geometry.keys_per_window
 
-    q = _heads(b, _partition(b, query, geometry), heads)
+    q = _heads(b, _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry), heads)
     if spec.scale != 1.0:
-        assert q.shape is not None
-        q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.shape)
-    k = _heads(b, _partition(b, _padded(b, key, operands.get("key_padding"), geometry), geometry), heads)
-    v = _heads(b, _partition(b, _padded(b, value, operands.get("value_padding"), geometry), geometry), heads)
+        q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.known_shape)
+    k = _heads(b, _key_windows(b, key, operands.get("key_padding"), geometry), heads)
+    v = _heads(b, _key_windows(b, value, operands.get("value_padding"), geometry), heads)
     k = b.transpose(k, (0, 1, 3, 2))
-    assert q.shape is not None and k.shape is not None and v.shape is not None
-    tokens = geometry.tokens_per_window
-    logits = b.op("MatMul", [q, k], (q.shape[0], heads, tokens, tokens))
+    if spec.shared_query:
+        per_image = b.reshape(k, (batch, geometry.num_windows, *k.known_shape[1:]))
+        q = b.reshape(q, (batch, 1, *q.known_shape[1:]))
+        logits = b.op("MatMul", [q, per_image], (batch, geometry.num_windows, heads, tokens, keys))
+        logits = b.reshape(logits, (rows, heads, tokens, keys))
+    else:
+        logits = b.op("MatMul", [q, k], (rows, heads, tokens, keys))
     logits = b.cast(logits, softmax_dtype(spec.softmax_dtype, query))
     logits = _with_terms(b, logits, spec, operands, batch)
-    assert logits.shape is not None
-    weights = b.cast(b.op("Softmax", [logits], logits.shape, axis=-1), value.dtype or np.dtype(np.float32))
-    attended = b.op("MatMul", [weights, v], (q.shape[0], heads, tokens, v.shape[3]))
-    channels = heads * static(v.shape[3])
-    rows = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (q.shape[0], tokens, channels))
-    return b.output(_merge(b, rows, geometry, batch, channels))
+    weights = b.cast(b.op("Softmax", [logits], logits.known_shape, axis=-1), value.dtype or np.dtype(np.float32))
+    value_dim = static(v.known_shape[3])
+    attended = b.op("MatMul", [weights, v], (rows, heads, tokens, value_dim))
+    attended = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (rows, tokens, heads * value_dim))
+    return b.output(_merge(b, attended, geometry, batch, heads * value_dim))
+
+
+def _shared(b: BodyBuilder, query: Value, geometry: WindowGeometry) -> Value:
+    """[B, *window, C] -> [B, N, C]."""
+    shape = query.known_shape
+    return b.reshape(query, (shape[0], geometry.tokens_per_window, shape[-1]))
+
+
+def _key_windows(b: BodyBuilder, x: Value, padding: Value | None, geometry: WindowGeometry) -> Value:
+    """[B, *key map, C] -> [B*nW, M, C]; padding: what a position outside the map holds, zero if absent."""
+    if geometry.keys is None:
+        return _partition(b, _padded(b, x, padding, geometry), geometry)
+    extents = geometry.keys.feature_size
+    tables = [geometry.key_axis_table(axis) for axis in range(len(extents))]
+    padded = tuple(e + int((t == PADDING).any()) for e, t in zip(extents, tables, strict=True))
+    x = _filled(
+        b,
+        b.pad(x, [0] * (len(extents) + 2), [0, *(p - e for p, e in zip(padded, extents, strict=True)), 0]),
+        padding,
+        extents,
+        padded,
+    )  # one position behind the map is the padding of all windows
+    for axis, (table, extent) in enumerate(zip(tables, extents, strict=True), start=1):
+        index = np.where(table == PADDING, extent, table).reshape(-1)
+        if not np.array_equal(index, np.arange(padded[axis - 1])):
+            shape = (*x.known_shape[:axis], len(index), *x.known_shape[axis + 1 :])
+            x = b.op("Gather", [x, b.ints(index.tolist())], shape, axis=axis)
+    return _partition(
+        b, x, WindowGeometry(tuple(t.size for t in tables), geometry.keys.window_size, (0,) * len(tables))
+    )
 
 
 def _roll(b: BodyBuilder, x: Value, shifts: tuple[int, ...], extents: tuple[int, ...]) -> Value:
@@ -61,13 +95,19 @@ def _padded(b: BodyBuilder, x: Value, vector: Value | None, geometry: WindowGeom
     """The map padded at the end, its padding holding a vector: x where x is, 0 + vector elsewhere."""
     if vector is None or not geometry.is_padded:
         return x
-    x = _pad_end(b, x, geometry)
+    return _filled(b, _pad_end(b, x, geometry), vector, geometry.feature_size, geometry.padded_size)
+
+
+def _filled(b: BodyBuilder, x: Value, vector: Value | None, extents: Sizes, padded: Sizes) -> Value:
+    """A map padded with zeros from `extents` to `padded`, the vector added there."""
+    if vector is None or extents == padded:
+        return x
     assert x.shape is not None and x.dtype is not None and vector.shape is not None
-    inside = np.zeros((), bool)
-    for axis, (extent, padded) in enumerate(zip(geometry.feature_size, geometry.padded_size, strict=True)):
-        beyond = np.arange(padded) >= extent
-        inside = inside | beyond.reshape([-1 if a == axis else 1 for a in range(len(geometry.feature_size))])
-    outside = b.constant(inside.astype(x.dtype)[None, ..., None])
+    beyond = np.zeros((), bool)
+    for axis, (extent, full) in enumerate(zip(extents, padded, strict=True)):
+        past = np.arange(full) >= extent
+        beyond = beyond | past.reshape([-1 if a == axis else 1 for a in range(len(extents))])
+    outside = b.constant(beyond.astype(x.dtype)[None, ..., None])
     assert outside.shape is not None
     filling = b.op("Mul", [outside, vector], (*outside.shape[:-1], *vector.shape))
     return b.op("Add", [x, filling], x.shape)
@@ -159,7 +199,8 @@ def _with_terms(
         else:
             per_window.append(bias)
     if mask is not None:
-        per_window.append(b.reshape(b.cast(mask, dtype), (windows, 1, tokens, tokens)))
+        mask = b.cast(mask, dtype)
+        per_window.append(b.reshape(mask, (mask.known_shape[0], 1, *mask.known_shape[1:])))
     if spec.mask_value is not None:
         labels = spec.geometry.regions()
         same_region = b.op(

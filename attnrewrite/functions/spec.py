@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnrewrite.localattention.geometry import NeighborhoodGeometry, Sizes, WindowGeometry
+from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, Sizes, WindowGeometry
 
 DOMAIN = "attnrewrite"
 DOMAIN_VERSION = 1
@@ -22,6 +22,7 @@ class FlashWindowAttention:
     scale multiplies the logits q.k; mask_value, where given, is added to every logit whose query and key lie in
     different regions of the shifted map (`WindowGeometry.crosses_regions`): Swin's shift mask, carried as geometry.
     softmax_dtype: ONNX TensorProto data type the logits are cast to for bias, mask and softmax; 0 = that of the inputs.
+    shared_query: the query is [B, *window_size, nH*d], one set of queries for all windows.
     """
 
     geometry: WindowGeometry
@@ -29,6 +30,7 @@ class FlashWindowAttention:
     scale: float
     mask_value: float | None = None
     softmax_dtype: int = 0
+    shared_query: bool = False
 
     op_type = "FlashWindowAttention"
     operands = ("query", "key", "value", "bias", "mask", "key_padding", "value_padding")
@@ -47,6 +49,10 @@ class FlashWindowAttention:
         }
         if self.mask_value is not None:
             attributes["mask_value"] = float(self.mask_value)
+        if geometry.keys is not None:
+            attributes |= _key_attributes(geometry.keys)
+        if self.shared_query:
+            attributes["shared_query"] = 1
         return attributes
 
     @classmethod
@@ -56,6 +62,7 @@ class FlashWindowAttention:
             sizes(attributes["window_size"]),
             sizes(attributes["shift_size"]),
             bool(attributes.get("shift_padded", 0)),
+            _key_windows(attributes),
         )
         return cls(
             geometry,
@@ -63,7 +70,35 @@ class FlashWindowAttention:
             float(attributes["scale"]),
             float(attributes["mask_value"]) if "mask_value" in attributes else None,
             int(attributes.get("softmax_dtype", 0)),
+            bool(attributes.get("shared_query", 0)),
         )
+
+
+def _key_attributes(keys: KeyWindows) -> dict[str, Any]:
+    """The attributes of key windows that are not the queries' own."""
+    return {
+        "key_size": list(keys.feature_size),
+        "key_window_size": list(keys.window_size),
+        "key_stride": list(keys.stride),
+        "key_offset": list(keys.offset),
+        "key_dilation": list(keys.dilation),
+        "key_border": keys.border,
+    }
+
+
+def _key_windows(attributes: Mapping[str, Any]) -> KeyWindows | None:
+    """Key windows from a node's attributes; what is absent is as for the query's windows."""
+    if not any(name.startswith("key_") for name in attributes):
+        return None
+    feature, window = attributes["feature_size"], attributes["window_size"]
+    return KeyWindows(
+        sizes(attributes.get("key_size", feature)),
+        sizes(attributes.get("key_window_size", window)),
+        sizes(attributes.get("key_stride", window)),
+        sizes(attributes.get("key_offset", [0] * len(feature))),
+        sizes(attributes.get("key_dilation", [1] * len(feature))),
+        text(attributes.get("key_border", "padding")),
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +140,7 @@ class SlideAttention:
             geometry,
             int(attributes["num_heads"]),
             float(attributes["scale"]),
-            border.decode() if isinstance(border, bytes) else str(border),
+            text(border),
             int(attributes.get("softmax_dtype", 0)),
         )
 
@@ -118,3 +153,8 @@ SPECS: dict[str, type[FlashWindowAttention] | type[SlideAttention]] = {
 
 def sizes(values: Any) -> Sizes:
     return tuple(int(v) for v in values)
+
+
+def text(value: Any) -> str:
+    """A string attribute, which ONNX readers give as bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -11,11 +11,14 @@ Letters: H/W feature-map height/width, N tokens per window, nW windows, K keys p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 PADDING = -1
+
+# What a position outside the map reads: nothing (the padding), or a pixel of the map.
+KEY_BORDERS = ("padding", "wrap", "edge", "reflect")
 
 Sizes = tuple[int, ...]
 
@@ -45,6 +48,42 @@ def product_of_axes(tables: list[np.ndarray], sizes: Sizes) -> np.ndarray:
     return flat
 
 
+def within(position: np.ndarray, extent: int, border: str) -> np.ndarray:
+    """Positions along an axis as positions within [0, extent), or PADDING: what `border` (KEY_BORDERS) makes of them.
+
+    "reflect" mirrors without repeating the outermost pixel, as Pad does; an axis of one pixel reads that pixel.
+    """
+    match border:
+        case "padding":
+            return np.where((position >= 0) & (position < extent), position, PADDING)
+        case "wrap":
+            return position % extent
+        case "edge":
+            return np.clip(position, 0, extent - 1)
+        case "reflect":
+            period = max(2 * (extent - 1), 1)
+            folded = position % period
+            return np.where(folded < extent, folded, period - folded)
+    raise ValueError(f"no border is called {border!r}; the borders are {', '.join(KEY_BORDERS)}")
+
+
+@dataclass(frozen=True)
+class KeyWindows:
+    """The key window of each query window, where it is not the query window itself; sizes in pixels, one per axis.
+
+    Key token j of window n reads position n * stride + offset + j * dilation of the shifted key map of extent
+    feature_size. Halo: a window_size above the stride. Queries pooled or keys downsampled inside their window: a
+    feature_size that is not the queries'. border: what positions outside the map read, one of KEY_BORDERS.
+    """
+
+    feature_size: Sizes
+    window_size: Sizes
+    stride: Sizes
+    offset: Sizes
+    dilation: Sizes
+    border: str = "padding"
+
+
 @dataclass(frozen=True)
 class WindowGeometry:
     """Non-overlapping windows over a feature map, cyclically shifted, padded at the end to a multiple of the window.
@@ -52,12 +91,14 @@ class WindowGeometry:
     feature_size, window_size, shift_size: one entry per spatial axis, in pixels; 0 <= shift < window.
     shift_padded: the cyclic shift runs over the padded map (torchvision, transformers: pad, then roll) or over the map
     itself (timm: roll, then pad). Without padding both are the same geometry, and False is the canonical value.
+    keys: the windows that keys and values come from; None where they are those of the queries.
     """
 
     feature_size: Sizes
     window_size: Sizes
     shift_size: Sizes
     shift_padded: bool = False
+    keys: KeyWindows | None = None
 
     @property
     def padded_size(self) -> Sizes:
@@ -80,8 +121,26 @@ class WindowGeometry:
     def tokens_per_window(self) -> int:
         return math.prod(self.window_size)
 
+    @property
+    def key_size(self) -> Sizes:
+        """Extents of the map that keys and values come from."""
+        return self.feature_size if self.keys is None else self.keys.feature_size
+
+    @property
+    def keys_per_window(self) -> int:
+        return math.prod(self.window_size if self.keys is None else self.keys.window_size)
+
+    def queries(self) -> WindowGeometry:
+        """The geometry of the queries alone."""
+        return replace(self, keys=None)
+
     def merged(self) -> WindowGeometry:
-        """The same windows with the fewest axes: (n, w) in windows of (1, w) is one axis of n * w in windows of w."""
+        """The same windows with the fewest axes: (n, w) in windows of (1, w) is one axis of n * w in windows of w.
+
+        Windows whose keys lie elsewhere stay as they are.
+        """
+        if self.keys is not None:
+            return self
         axes = list(zip(self.feature_size, self.window_size, self.shift_size, strict=True))
         at = 0
         while at + 1 < len(axes):
@@ -92,7 +151,7 @@ class WindowGeometry:
             else:
                 at += 1
         feature, window, shift = (tuple(a[k] for a in axes) for k in range(3))
-        return WindowGeometry(feature, window, shift, self.shift_padded)
+        return replace(self, feature_size=feature, window_size=window, shift_size=shift)
 
     def axis_table(self, axis: int) -> np.ndarray:
         """int64 [windows, window_size] of one axis: the pixel that each token of each window reads, or PADDING."""
@@ -109,6 +168,33 @@ class WindowGeometry:
     def pixels(self) -> np.ndarray:
         """int64 [nW, N]: the flat pixel that each token of each window reads, or PADDING; all row-major."""
         return product_of_axes([self.axis_table(a) for a in range(len(self.feature_size))], self.feature_size)
+
+    def key_axis_table(self, axis: int) -> np.ndarray:
+        """int64 [windows, key window_size] of one axis: the pixel of the key map each key token reads, or PADDING."""
+        if self.keys is None:
+            return self.axis_table(axis)
+        keys, (extent, shift) = self.keys, self.key_roll(axis)
+        starts = np.arange(self.grid[axis])[:, None] * keys.stride[axis] + keys.offset[axis]
+        position = starts + np.arange(keys.window_size[axis]) * keys.dilation[axis]
+        inside = within(position, extent, keys.border)
+        pixel = np.where(inside == PADDING, PADDING, (inside + shift) % extent)
+        return np.where(pixel < keys.feature_size[axis], pixel, PADDING)
+
+    def key_roll(self, axis: int) -> tuple[int, int]:
+        """(extent that is rolled, shift) of the key map along one axis.
+
+        A key map of another size is rolled by the same part of its extent.
+        """
+        size = self.key_size[axis]
+        if size == self.feature_size[axis]:
+            return (self.padded_size[axis] if self.shift_padded else size), self.shift_size[axis]
+        return size, self.shift_size[axis] * size // self.feature_size[axis]
+
+    def key_pixels(self) -> np.ndarray:
+        """int64 [nW, M]: the flat pixel of the key map that each key token of each window reads, or PADDING."""
+        if self.keys is None:
+            return self.pixels()
+        return product_of_axes([self.key_axis_table(a) for a in range(len(self.feature_size))], self.key_size)
 
     def regions(self) -> np.ndarray:
         """int64 [nW, N]: the region label Swin gives each token; tokens of one window attend within their region.

@@ -70,7 +70,7 @@ class Hoister:
         self.nodes: list[Node] = []
         self.padded: dict[FeatureMap, float] = {}
         self._full: dict[tuple[Value, FeatureMap, tuple[int, ...]], FeatureMap] = {}
-        self._maps: dict[tuple[Value, tuple[int, ...], tuple[int, ...]], FeatureMap] = {}
+        self._maps: dict[tuple[Value, tuple[int, ...], tuple[int, ...], tuple[int, ...]], FeatureMap] = {}
         self._picked: dict[tuple[FeatureMap, bytes], FeatureMap] = {}
         self._converted: dict[tuple[Value, bool], Value] = {}
 
@@ -122,9 +122,11 @@ class Hoister:
 
     # -- sources and results ------------------------------------------------------------------------------------------
 
-    def source_map(self, value: Value, split: Roles, batch: Extent) -> FeatureMap:
-        """A value of the graph as a feature map, in its own layout where that is one of the two."""
-        key = (value, split.tokens, split.features)
+    def source_map(self, value: Value, split: Roles, batch: Extent, spatial: tuple[int, ...]) -> FeatureMap:
+        """A value of the graph as a feature map of these spatial extents, in its own layout where that is one of the
+        two.
+        """
+        key = (value, split.tokens, split.features, spatial)
         if key in self._maps:
             return self._maps[key]
         assert value.shape is not None
@@ -132,14 +134,14 @@ class Hoister:
         order = [*split.tokens, *split.features]
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
         if order == sorted(order):
-            map_ = FeatureMap(self.reshape(value, (batch, *self.spatial, features)))
+            map_ = FeatureMap(self.reshape(value, (batch, *spatial, features)))
         elif (first_order == sorted(first_order) and split.tokens[0] == 0) or (
             batch == 1 and (features_first := [*split.features, *split.tokens]) == sorted(features_first)
         ):
-            map_ = FeatureMap(self.reshape(value, (batch, features, *self.spatial)), channels_first=True)
+            map_ = FeatureMap(self.reshape(value, (batch, features, *spatial)), channels_first=True)
         else:
             moved = self.transpose(value, order + [a for a in range(len(value.shape)) if a not in order])
-            map_ = FeatureMap(self.reshape(moved, (batch, *self.spatial, features)))
+            map_ = FeatureMap(self.reshape(moved, (batch, *spatial, features)))
         self._maps[key] = map_
         return map_
 

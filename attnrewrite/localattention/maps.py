@@ -89,8 +89,9 @@ class SiteMaps:
         return math.prod(count(self.attention.output_shape[a]) for a in self.heads)
 
     def facing(self, other: Source) -> SiteMaps:
-        """The same maps with the query seen as a map of `other`'s axes, if one of its views has them."""
+        """The same maps with the query seen as a map of `other`'s extents, or of as many axes, if a view is such."""
         same = [q for q in self.queries if q.spatial == other.spatial]
+        same += [q for q in self.queries if len(q.spatial) == len(other.spatial)]
         return replace(self, query=same[0]) if same else self
 
 
@@ -243,10 +244,12 @@ def _meet(
         for query in queries:
             if _agree(attention, features, query, back):
                 same = [q for q in queries if _agree(attention, features, q, back)]
-                fitting = [r for r in returns if _agree(attention, features, query, r)]
+                agreeing = [r for r in returns if _agree(attention, features, query, r)]
+                batch = min(count(q.value.known_shape[0]) for q in same)
+                fitting = [r for r in agreeing if count(r.value.known_shape[0]) == batch] or agreeing
                 first = min(r.depth for r in fitting)
                 nearest = [r for r in fitting if r.depth == first]
-                moved = [r for r in returns if r not in fitting and _follows(facts, nearest[0], r)]
+                moved = [r for r in returns if r not in agreeing and _follows(facts, nearest[0], r)]
                 moved_again = [r for r in moved if _follows(facts, fitting[-1], r)]
                 back_again = [r for r in nearest if not any(_follows(facts, r, m) for m in moved if m.depth == first)]
                 chosen = min(back_again or nearest, key=lambda r: _spelled_out(len(r.roles.tokens) - 1))
@@ -270,17 +273,24 @@ def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
     before anything joins them, the name of the value that shows it.
 
     A map of as many tokens in another order (a roll, a flip, windows of a folded batch) belongs to the site: what is
-    left of it would remain in the graph.
+    left of it would remain in the graph. So does a map of another size than the query's that was cut out of the query's
+    or holds tokens more than once.
     """
     attention = maps.attention
     axes = [*maps.token_axes, *([] if name == "query" else [attention.key_axis])]
     shape = (*attention.output_shape, attention.num_keys, 1)
     own = flat_pixels(chosen.candidate, chosen.roles.tokens, shape, axes)
     total = tokens_of(chosen)
+    same_size = math.prod(chosen.spatial) == math.prod(maps.query.spatial)
     later, moved = False, None
     for source in maps.sources[name]:
         later = later or source.candidate is chosen.candidate
-        if not later or source.candidate.joins != chosen.candidate.joins or tokens_of(source) != total:
+        if not later or source.candidate.joins != chosen.candidate.joins:
+            continue
+        tokens = tokens_of(source)
+        if tokens != total:
+            if not same_size and (tokens < total or tokens == tokens_of(maps.query)):
+                return source.value.name
             continue
         if not np.array_equal(flat_pixels(source.candidate, source.roles.tokens, shape, axes), own):
             moved = moved or source.value.name

@@ -43,7 +43,7 @@ def prove(maps: SiteMaps, node: Node, opset: int) -> None:
 
 
 def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
-    """The reads of a site as its graph says, key and value taken from the same maps as the query's pixels.
+    """The reads of a site as its graph says, of the first of the maps named for key and value.
 
     learned: of "key" and "value", those whose shifts are learned: they read the pixel itself in every slot, as the
     body's kernels do.
@@ -59,14 +59,16 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
     if (order < 0).any():
         raise NotProved(f"no query is computed for pixel {int(np.argmax(order < 0))}")
     tables = []
-    for name, sources in (("key", maps.keys), ("value", maps.values)):
-        source = next(s for s in sources if math.prod(s.spatial) == pixels and _enumerated_batch(s) == batch)
+    for name, source in (("key", maps.keys[0]), ("value", maps.values[0])):
+        if _enumerated_batch(source) != batch:
+            raise NotProved(f"the {name} has another batch than the query")
         slots = 1 if name in learned else attention.num_keys
         axes = _token_axes_of(maps, source)
         flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, slots)])
         table = np.broadcast_to(flat.reshape(-1, slots), (flat.size // slots, attention.num_keys))
         tables.append(Table(table, _rows_along(maps, axes, order)))
-    return Reads(tables[0], tables[1], _terms(maps, order))
+    sizes = (pixels, math.prod(maps.keys[0].spatial), math.prod(maps.values[0].spatial))
+    return Reads(tables[0], tables[1], _terms(maps, order), sizes)
 
 
 def _token_axes_of(maps: SiteMaps, source: Source) -> list[int]:
@@ -161,7 +163,8 @@ def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
     bias = operands_of(node).get("bias")
     terms = np.zeros((1, 1, 1)) if bias is None else bias.constant.astype(np.float64)[:, None]
     own = np.arange(pixels)
-    reads = Reads(Table(keys, own), Table(values, own), Table(terms, np.zeros(pixels, np.int64)))
+    added = Table(terms, np.zeros(pixels, np.int64))
+    reads = Reads(Table(keys, own), Table(values, own), added, (pixels, pixels, pixels))
     difference = original_reads(maps, learned).difference(reads, maps.attention.softmax_dtype)
     if difference is not None:
         raise NotProved(difference)

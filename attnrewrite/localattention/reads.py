@@ -76,17 +76,21 @@ class Reads:
     """What a site reads, per output pixel of one batch element, row-major.
 
     keys, values: flat pixels or PADDING [T, K]; terms: float64 [nH or 1, T, K or 1], added to the logits. The order of
-    the K slots is the site's own; it is the same in all three and means nothing.
+    the K slots is the site's own; it is the same in all three and means nothing. sizes: pixels of the maps of query,
+    key and value, where they are known.
     """
 
     keys: Table
     values: Table
     terms: Table
+    sizes: tuple[int, ...] = ()
 
     def difference(self, other: Reads, dtype: np.dtype) -> str | None:
         """Where the two part, in one sentence; None where they are equal (terms: to two roundings of dtype), the order
         of a pixel's slots aside.
         """
+        if self.sizes != other.sizes:
+            return f"maps of {self.sizes} pixels are read in the original, of {other.sizes} in the replacement"
         for name, one, two in (("key", self.keys, other.keys), ("value", self.values, other.values)):
             if (one.pixels, one.slots) != (two.pixels, two.slots):
                 return (

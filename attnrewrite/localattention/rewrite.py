@@ -39,11 +39,22 @@ class SiteRewriter:
         self.hoister = Hoister(facts, spatial, pass_name)
         self.batch = _batch(maps.query)
 
-    def operand(self, role: str, operand: Operand, source: Source, channel_axis: int, channels: int) -> Emitted:
-        """`role` (query, key or value) on the feature map, features ordered by head, then channel."""
+    def operand(
+        self,
+        role: str,
+        operand: Operand,
+        source: Source,
+        channel_axis: int,
+        channels: int,
+        spatial: tuple[int, ...] | None = None,
+    ) -> Emitted:
+        """`role` (query, key or value) on the feature map, features ordered by head, then channel.
+
+        spatial: the map's extents where they are not those of the site.
+        """
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         candidate, roles = source.candidate, source.roles
-        map_ = hoister.source_map(source.value, roles, self.batch)
+        map_ = hoister.source_map(source.value, roles, self.batch, spatial or self.spatial)
         assert source.value.shape is not None
         anchor = Anchor(source.value, source.value.shape, candidate.index, roles, roles.features, map_)
         try:
@@ -91,10 +102,10 @@ class SiteRewriter:
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         while operands and operands[-1] is None:
             operands.pop()
-        query, value = operands[0], operands[2]
-        assert query is not None and value is not None and query.shape is not None and value.shape is not None
-        axis = 1 if channels_first else len(self.spatial) + 1
-        shape = (*query.shape[:axis], value.shape[axis], *query.shape[axis + 1 :])
+        value = operands[2]
+        assert value is not None and value.shape is not None
+        channels = value.shape[1 if channels_first else -1]
+        shape = (self.batch, channels, *self.spatial) if channels_first else (self.batch, *self.spatial, channels)
         attributes: dict[str, Any] = spec.attributes()
         output = hoister.emit(spec.op_type, operands, shape, f"{attention.output.name}_local", DOMAIN, **attributes)
         returned = self._return(FeatureMap(output, channels_first))

@@ -28,7 +28,10 @@ class Decline:
 
 @dataclass(frozen=True)
 class Site:
-    """One softmax. Sizes have one entry per spatial axis, in pixels; None where the geometry was not read."""
+    """One softmax. Sizes have one entry per spatial axis, in pixels; None where the geometry was not read.
+
+    key_size, key_window_size: map and window of the keys, where they are not those of the queries.
+    """
 
     id: str
     node: str
@@ -41,6 +44,8 @@ class Site:
     feature_size: tuple[int, ...] | None = None
     window_size: tuple[int, ...] | None = None
     shift_size: tuple[int, ...] | None = None
+    key_size: tuple[int, ...] | None = None
+    key_window_size: tuple[int, ...] | None = None
     kernel_size: tuple[int, ...] | None = None
     border: str | None = None
     dilation: tuple[int, ...] | None = None

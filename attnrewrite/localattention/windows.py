@@ -1,22 +1,20 @@
 """Is this attention window attention? Token tables of one site against the closed form of windows.
 
-The closed form is `WindowGeometry`. Windows and the tokens inside them may be listed in any order: a permutation
-changes nothing but the order in which bias and mask are read, so it is found, checked against every element, and undone
-there.
+The closed form is `WindowGeometry`, fitted in `window_fit`. Windows and the tokens inside them may be listed in any
+order: a permutation changes nothing but the order in which bias and mask are read, so it is found, checked against
+every element, and undone there.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.attention import has_fully_masked_row
-from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
+from attnrewrite.localattention.geometry import PADDING, WindowGeometry
 from attnrewrite.localattention.maps import (
     SiteMaps,
     Source,
@@ -27,16 +25,17 @@ from attnrewrite.localattention.maps import (
     reads_alike,
     settled,
 )
-from attnrewrite.localattention.site import Decline
-from attnrewrite.localattention.views import dilated_view
+from attnrewrite.localattention.site import Decline, Kind
+from attnrewrite.localattention.window_fit import fit_keys, fit_windows
 
 
 @dataclass(frozen=True, eq=False)
 class WindowMatch:
     """A site proved to be window attention.
 
-    key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, N] or None; mask: float64 [nW, N, N] or
-    None; mask_value: the penalty where the mask is Swin's shift mask; all in the geometry's own window and token order.
+    key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, M] or None; mask: float64 [nW, N or 1, M]
+    or None; mask_value: the penalty where the mask is Swin's shift mask; all in the geometry's own window and token
+    order.
     """
 
     maps: SiteMaps
@@ -86,41 +85,30 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
         return global_attention(queries.size, keys.size, node, **known)
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
-    if key.spatial != maps.query.spatial:
-        return Decline(f"queries come from a {by(maps.query.spatial)} map, keys from a {by(key.spatial)} map", node)
-    if queries.shape[1] != keys.shape[1]:
-        return Decline(f"{queries.shape[1]} queries attend {keys.shape[1]} keys: not a plain window", node)
-
-    fitted = _fit(queries, maps.query.spatial)
+    fitted = fit_windows(queries, maps.query.spatial)
     if isinstance(fitted, str):
         return Decline(fitted, node)
     geometry, window_order, query_order = fitted
-    key_order = _token_order(keys[window_order], geometry)
-    if key_order is None:
-        difference = first_difference(np.sort(keys[window_order], axis=1), np.sort(geometry.pixels(), axis=1))
-        assert difference is not None or keys.shape == geometry.pixels().shape
-        detail = "in an order that changes from window to window"
-        if difference is not None:
-            window, found, expected = difference.at[0], difference.found, difference.expected
-            detail = f"window {window} reads pixel {found}, its queries come from pixel {expected}"
-        return Decline(f"the keys are not those of the queries' window: {detail}", node)
+    placed = fit_keys(keys[window_order], key.spatial, geometry)
+    if isinstance(placed, str):
+        return Decline(placed, node)
+    geometry, key_order = placed
     value = _matching_value(maps, keys, window_axes, key.spatial, element)
     if isinstance(value, Decline):
         return value
-    sources = []
-    for name, source in (("key", key), ("value", value)):
-        found = settled(maps, name, source)
-        if isinstance(found, str):
+    settled_key, settled_value = settled(maps, "key", key), settled(maps, "value", value)
+    for name, source in (("key", settled_key), ("value", settled_value)):
+        if isinstance(source, str):
             return Decline(
-                f"the {name} tokens are rearranged before the windows in a way that the output does not undo", found
+                f"the {name} tokens are rearranged before the windows in a way that the output does not undo", source
             )
-        sources.append(found)
+    assert isinstance(settled_key, Source) and isinstance(settled_value, Source)
     terms = _terms(maps, window_axes, query_axes, element)
     if isinstance(terms, Decline):
         return terms
     ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
     bias, mask, mask_value = _split_terms(ordered, geometry, maps.attention.softmax_dtype)
-    return WindowMatch(replace(maps, query=query), geometry, *sources, bias, mask, mask_value)
+    return WindowMatch(replace(maps, query=query), geometry, settled_key, settled_value, bias, mask, mask_value)
 
 
 def _made_inside(maps: SiteMaps) -> Decline:
@@ -191,150 +179,54 @@ def _matching_value(
     return Decline(f"token {at} takes its key from pixel {expected} and its value from pixel {found_pixel}", node)
 
 
-Fitted = tuple[WindowGeometry, np.ndarray, np.ndarray]
-
-
-def _fit(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
-    """(geometry, window order, token order) with table[window order][:, token order] == geometry.pixels(), or why
-    not.
-    """
-    nearest = "the queries of a window are no rectangle of pixels"
-    for geometry in _geometries(table, spatial):
-        expected = geometry.pixels()
-        if expected.shape != table.shape:
-            continue
-        if np.array_equal(table, expected):
-            return geometry, np.arange(len(table)), np.arange(table.shape[1])
-        window_order = _window_order(table, expected)
-        if window_order is None:
-            difference = first_difference(table, expected)
-            assert difference is not None
-            size = by(geometry.window_size)
-            found, wanted = (_point(p, spatial) for p in (difference.found, difference.expected))
-            nearest = (
-                f"query token {difference.at} reads {found}, a {size} window shifted by "
-                f"{by(geometry.shift_size)} reads {wanted}"
-            )
-            continue
-        token_order = _token_order(table[window_order], geometry)
-        if token_order is not None:
-            return geometry, window_order, token_order
-    return nearest
-
-
-def _point(pixel: int, spatial: tuple[int, ...]) -> str:
-    if pixel == PADDING:
-        return "padding"
-    return "pixel (" + ", ".join(str(int(c)) for c in np.unravel_index(pixel, spatial)) + ")"
-
-
-def _geometries(table: np.ndarray, spatial: tuple[int, ...]) -> Iterator[WindowGeometry]:
-    """Window geometries that the table may be, most likely first."""
-    whole = table[(table != PADDING).all(axis=1)]
-    for sizes in _spatial_sizes(spatial, whole if len(whole) else table):
-        for window in _window_sizes(whole, sizes, table.shape[1]):
-            shifts = [_shifts(whole, sizes, window, axis) for axis in range(len(sizes))]
-            for shift in itertools.product(*shifts):
-                plain = WindowGeometry(sizes, window, shift)
-                yield plain
-                if plain.is_padded and any(shift):
-                    yield WindowGeometry(sizes, window, shift, shift_padded=True)
-
-
-def _spatial_sizes(spatial: tuple[int, ...], rows: np.ndarray) -> Iterator[tuple[int, ...]]:
-    """The axes of the map; tokens in one axis are tried as the 2-D maps of every factorisation after the 1-D one.
-
-    After the map itself its view for dilated windows.
-    """
-    yield spatial
-    dilated = dilated_view(spatial, rows[0])
-    if dilated is not None:
-        yield dilated
-    if len(spatial) == 1:
-        total = spatial[0]
-        square = math.isqrt(total)
-        divisors = [h for h in range(2, total) if total % h == 0 and total // h > 1]
-        for height in sorted(divisors, key=lambda h: abs(h - square)):
-            yield height, total // height
-
-
-def _window_sizes(whole: np.ndarray, spatial: tuple[int, ...], tokens: int) -> Iterator[tuple[int, ...]]:
-    """Distinct rows, columns ... of a window without padding; all factorisations where every window is padded."""
-    if len(whole):
-        for row in whole[:1]:
-            coordinates = np.unravel_index(row, spatial)
-            window = tuple(len(np.unique(c)) for c in coordinates)
-            if math.prod(window) == tokens:
-                yield window
-        return
-    for window in itertools.product(*[[w for w in range(1, tokens + 1) if tokens % w == 0]] * len(spatial)):
-        if math.prod(window) == tokens:
-            yield window
-
-
-def _shifts(whole: np.ndarray, spatial: tuple[int, ...], window: tuple[int, ...], axis: int) -> list[int]:
-    """Shifts an axis may have: where windows without wrap start, modulo the window."""
-    if window[axis] == 1 or window[axis] >= spatial[axis]:
-        return [0]
-    if not len(whole):
-        return list(range(window[axis]))
-    coordinates = np.unravel_index(whole, spatial)[axis]
-    first, last = coordinates.min(axis=1), coordinates.max(axis=1)
-    starts = first[last - first == window[axis] - 1]
-    found = sorted({int(s) % window[axis] for s in starts[:64]})
-    return found if found else list(range(window[axis]))
-
-
-def _window_order(table: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
-    """The order of rows in which the table's windows hold the expected pixel sets, or None."""
-    found_sets, expected_sets = np.sort(table, axis=1), np.sort(expected, axis=1)
-    found_rank, expected_rank = np.lexsort(found_sets.T[::-1]), np.lexsort(expected_sets.T[::-1])
-    if not np.array_equal(found_sets[found_rank], expected_sets[expected_rank]):
-        return None
-    order = np.empty(len(table), np.int64)
-    order[expected_rank] = found_rank
-    return order
-
-
-def _token_order(table: np.ndarray, geometry: WindowGeometry) -> np.ndarray | None:
-    """One order of tokens that makes every window equal to the closed form, or None."""
-    expected = geometry.pixels()
-    if table.shape != expected.shape:
-        return None
-    if np.array_equal(table, expected):
-        return np.arange(table.shape[1])
-    whole = np.flatnonzero((expected != PADDING).all(axis=1) & (table != PADDING).all(axis=1))
-    if not len(whole):
-        return None
-    found, wanted = table[whole[0]], expected[whole[0]]
-    order = np.empty(len(wanted), np.int64)
-    order[np.argsort(wanted, kind="stable")] = np.argsort(found, kind="stable")
-    return order if np.array_equal(table[:, order], expected) else None
-
-
 @dataclass(frozen=True)
 class Seen:
     """How the windows lie on the map as its owner sees it: extents, window and pixel distance per axis."""
 
+    kind: Kind
     feature_size: tuple[int, ...]
     window_size: tuple[int, ...]
     dilation: tuple[int, ...]
 
 
 def seen_on_map(match: WindowMatch) -> Seen:
-    """The windows on the view of the map with height and width as axes; a grid is windows with pixels between."""
+    """The windows on the view of the map with height and width as axes.
+
+    A grid is windows with pixels between; a stripe one that spans a whole axis of the map and is no square; a halo has
+    keys around its window, which neighbouring windows read too.
+    """
     geometry = match.geometry.merged()
-    plain = Seen(geometry.feature_size, geometry.window_size, (1,) * len(geometry.window_size))
+    keys = geometry.keys
+    plain = (geometry.feature_size, geometry.window_size, (1,) * len(geometry.window_size))
+    if keys is not None:
+        reach = [w * d for w, d in zip(keys.window_size, keys.dilation, strict=True)]
+        overlaps = any(r > s for r, s in zip(reach, keys.stride, strict=True))
+        return Seen("halo" if overlaps else "window", *plain)
     views = [q.spatial for q in match.maps.queries if 1 < len(q.spatial) < len(geometry.feature_size)]
+    if len(geometry.feature_size) == 1:
+        views = [q.spatial for q in match.maps.queries if len(q.spatial) > 1]
     whole = [row for row in geometry.pixels() if (row != PADDING).all()]
-    if not views or not whole:
-        return plain
-    spatial = min(views, key=len)
-    axes = [np.unique(c) for c in np.unravel_index(whole[0], spatial)]
-    steps = [np.unique(np.diff(a)) for a in axes]
-    if math.prod(map(len, axes)) != geometry.tokens_per_window or any(len(s) > 1 for s in steps):
-        return plain
-    return Seen(spatial, tuple(map(len, axes)), tuple(int(s[0]) if len(s) else 1 for s in steps))
+    if views and whole:
+        spatial = min(views, key=len)
+        axes = [np.unique(c) for c in np.unravel_index(whole[0], spatial)]
+        steps = [np.unique(np.diff(a)) for a in axes]
+        if math.prod(map(len, axes)) == geometry.tokens_per_window and not any(len(s) > 1 for s in steps):
+            dilation = tuple(int(s[0]) if len(s) else 1 for s in steps)
+            plain = (spatial, tuple(map(len, axes)), dilation)
+    if any(d > 1 for d in plain[2]):
+        return Seen("grid", *plain)
+    return Seen("stripe" if _is_stripe(plain[0], plain[1]) else "window", *plain)
+
+
+def _is_stripe(extents: tuple[int, ...], window: tuple[int, ...]) -> bool:
+    """Whether a window runs through the map from side to side; a square one is a window on a narrow map.
+
+    In three dimensions, where a window may well be as deep as the map (all frames of a clip), only a row counts.
+    """
+    whole = [w == e for w, e in zip(window, extents, strict=True)]
+    if len(extents) < 2 or not any(whole) or all(whole) or len(set(window)) == 1:
+        return False
+    return len(extents) == 2 or all(w == 1 for w, spans in zip(window, whole, strict=True) if not spans)
 
 
 def _terms(
@@ -370,7 +262,7 @@ Split = tuple[np.ndarray | None, np.ndarray | None, float | None]
 
 def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dtype) -> Split:
     """(bias, mask, mask_value): what all windows share, or has heads, apart from what differs between windows alone."""
-    tokens = geometry.tokens_per_window
+    tokens, keys = geometry.tokens_per_window, geometry.keys_per_window
     per_window = [t for t in terms if t.shape[0] > 1 and t.shape[1] == 1]
     others = [t for t in terms if not (t.shape[0] > 1 and t.shape[1] == 1)]
     bias = None
@@ -381,12 +273,14 @@ def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dt
             and not per_window
             and (parts := _bias_and_shift_mask(total, geometry, dtype)) is not None
         ):
-            return np.broadcast_to(parts[0], (*parts[0].shape[:2], tokens, tokens)), None, parts[1]
+            return np.broadcast_to(parts[0], (*parts[0].shape[:2], tokens, keys)), None, parts[1]
         if total.any():
-            bias = np.broadcast_to(total, (*total.shape[:2], tokens, tokens))
+            bias = np.broadcast_to(total, (*total.shape[:2], tokens, keys))
     mask = None
     if per_window:
-        mask = np.broadcast_to(sum(per_window[1:], per_window[0])[:, 0], (geometry.num_windows, tokens, tokens))
+        mask = sum(per_window[1:], per_window[0])[:, 0]
+        rows = tokens if geometry.keys is None else mask.shape[1]
+        mask = np.broadcast_to(mask, (geometry.num_windows, rows, keys))
         mask_value = _shift_mask_value(mask, geometry)
         if mask_value is not None:
             return bias, None, mask_value
@@ -398,7 +292,7 @@ def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dt
 def _shift_mask_value(mask: np.ndarray, geometry: WindowGeometry) -> float | None:
     """The penalty, where the mask is exactly Swin's shift mask of this geometry."""
     crosses = geometry.crosses_regions()
-    if not crosses.any():
+    if not crosses.any() or geometry.keys is not None:
         return None
     penalty = mask[crosses][0]
     return float(penalty) if penalty and np.array_equal(mask, np.where(crosses, penalty, 0.0)) else None
@@ -412,7 +306,7 @@ def _bias_and_shift_mask(
     """
     crosses = geometry.crosses_regions()
     plain = np.flatnonzero(~crosses.any(axis=(1, 2)))
-    if not crosses.any() or not len(plain) or total.shape[2:] != crosses.shape[1:]:
+    if not crosses.any() or not len(plain) or total.shape[2:] != crosses.shape[1:] or geometry.keys is not None:
         return None
     bias = total[plain[:1]]
     where = np.broadcast_to(crosses[:, None], total.shape)

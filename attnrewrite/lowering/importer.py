@@ -15,7 +15,9 @@ from tvm.target import Target as TvmTarget
 
 from attnrewrite.errors import CompilerError
 from attnrewrite.functions.spec import SPECS, FlashWindowAttention, Spec
+from attnrewrite.lowering.kernels.coverage import covers
 from attnrewrite.lowering.targets import Target
+from attnrewrite.lowering.written_out import write_out
 
 # Operators of ONNX Runtime's own domain that TVM's importer knows.
 _CONTRIBUTED = frozenset({"BiasGelu", "FastGelu", "Gelu", "SkipLayerNormalization", "EmbedLayerNormalization"})
@@ -152,9 +154,11 @@ _CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]],
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """The model with its external data, without model-local functions: their nodes are converted as ops."""
+    """The model with its external data, without model-local functions: their nodes are converted as ops, or written
+    out where the kernels do not compute them.
+    """
     model = onnx.load(str(path))
-    del model.functions[:]
+    write_out(model, covers)
     return model
 
 

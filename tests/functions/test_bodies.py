@@ -15,7 +15,7 @@ from attnrewrite.frontend.onnx import read, to_model
 from attnrewrite.functions import body_of, overload_of, spec_of
 from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, SlideAttention, Spec
 from attnrewrite.graph import Node
-from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, WindowGeometry
 from attnrewrite.lowering.kernels import reference
 from tests.passes.rewritten import ranks
 from tests.running import error, run
@@ -46,14 +46,15 @@ class Case:
         size = self.spec.geometry.feature_size
         if isinstance(self.spec, FlashWindowAttention):
             geometry = self.spec.geometry
-            tokens, windows = geometry.tokens_per_window, geometry.num_windows
+            tokens, keys, windows = geometry.tokens_per_window, geometry.keys_per_window, geometry.num_windows
             per_window = windows if "bias per window" in self.optional else 1
+            small = "small mask" in self.optional
             return {
-                "query": (self.batch, *size, HEADS * HEAD_DIM),
-                "key": (self.batch, *size, HEADS * HEAD_DIM),
-                "value": (self.batch, *size, HEADS * VALUE_DIM),
-                "bias": (per_window, HEADS, tokens, tokens),
-                "mask": (windows, tokens, tokens),
+                "query": (self.batch, *(geometry.window_size if self.spec.shared_query else size), HEADS * HEAD_DIM),
+                "key": (self.batch, *geometry.key_size, HEADS * HEAD_DIM),
+                "value": (self.batch, *geometry.key_size, HEADS * VALUE_DIM),
+                "bias": (per_window, HEADS, tokens, keys),
+                "mask": (windows, 1 if small else tokens, keys),
                 "key_padding": (HEADS * HEAD_DIM,),
                 "value_padding": (HEADS * VALUE_DIM,),
             }
@@ -92,7 +93,7 @@ class Case:
             own = [first, *shape[1:]] if name in ("query", "key", "value", "y") else list(shape)
             return helper.make_tensor_value_info(name, kind, own)
 
-        shape = (*operands["query"].shape[:-1], HEADS * VALUE_DIM)
+        shape = (self.batch, *self.spec.geometry.feature_size, HEADS * VALUE_DIM)
         if isinstance(self.spec, SlideAttention):
             shape = (self.batch, HEADS * VALUE_DIM, *self.spec.geometry.feature_size)
         inputs = [declared(n, a.shape) for n, a in operands.items()]
@@ -117,7 +118,22 @@ def masked(spec: Spec, value: float) -> Spec:
     return replace(spec, mask_value=value)
 
 
+def keyed(spec: Spec, **keys: object) -> Spec:
+    """Windows with keys of their own; halo=h: the query's window and h pixels around it."""
+    assert isinstance(spec, FlashWindowAttention)
+    geometry = spec.geometry
+    halo = keys.pop("halo", (0,) * len(geometry.window_size))
+    assert isinstance(halo, tuple)
+    window = tuple(w + 2 * h for w, h in zip(geometry.window_size, halo, strict=True))
+    offset, ones = tuple(-h for h in halo), (1,) * len(halo)
+    own = KeyWindows(geometry.feature_size, window, geometry.window_size, offset, ones)
+    return replace(spec, geometry=replace(geometry, keys=replace(own, **keys)))  # type: ignore[arg-type]
+
+
 SHIFTED = windows((8, 12), (4, 4), (2, 2))
+PLAIN = windows((8, 12), (4, 4))
+HALVED = {"feature_size": (4, 6), "window_size": (2, 2), "stride": (2, 2)}
+DOUBLED = {"feature_size": (16, 24), "window_size": (8, 8), "stride": (8, 8)}
 PADS = ("key_padding", "value_padding")
 LEARNED = ("key_kernel", "key_bias", "value_kernel", "value_bias")
 
@@ -149,6 +165,24 @@ CASES: dict[str, Case] = {
     "map-smaller-than-its-window": Case(windows((3, 5), (4, 4)), PADS),
     "unscaled": Case(replace(SHIFTED, scale=1.0)),  # type: ignore[type-var]
     "softmax-in-double": Case(replace(masked(SHIFTED, -100.0), softmax_dtype=TensorProto.DOUBLE), ("bias",)),  # type: ignore[type-var]
+    "halo": Case(keyed(PLAIN, halo=(2, 1)), ("bias",)),
+    "halo-with-vectors": Case(keyed(PLAIN, halo=(2, 2)), ("bias", *PADS)),
+    "halo-with-mask": Case(keyed(PLAIN, halo=(2, 2)), ("mask",)),
+    "halo-with-mask-of-keys": Case(keyed(PLAIN, halo=(2, 2)), ("mask", "small mask")),
+    "halo-wrapping": Case(keyed(PLAIN, halo=(2, 2), border="wrap")),
+    "halo-of-edges": Case(keyed(PLAIN, halo=(2, 2), border="edge")),
+    "halo-reflecting": Case(keyed(PLAIN, halo=(2, 2), border="reflect")),
+    "halo-before-alone": Case(keyed(windows((21,), (7,)), window_size=(14,), offset=(-7,))),
+    "halo-of-three-axes": Case(keyed(windows((4, 6, 10), (2, 3, 5)), halo=(1, 0, 2)), PADS),
+    "halo-shifted": Case(keyed(SHIFTED, halo=(2, 1)), PADS),
+    "halo-padded-then-shifted": Case(keyed(windows((7, 10), (4, 4), (2, 2), True), halo=(2, 1)), PADS),
+    "halo-shifted-then-padded": Case(keyed(windows((7, 10), (4, 4), (2, 2)), halo=(2, 1)), PADS),
+    "keys-dilated": Case(keyed(PLAIN, window_size=(2, 2), dilation=(2, 2))),
+    "keys-downsampled": Case(keyed(PLAIN, **HALVED), ("bias",)),
+    "queries-pooled": Case(keyed(PLAIN, **DOUBLED), ("bias",)),
+    "queries-pooled-shifted": Case(keyed(SHIFTED, **DOUBLED), ("bias",)),
+    "shared-query": Case(replace(PLAIN, shared_query=True), ("bias",)),  # type: ignore[type-var]
+    "shared-query-shifted": Case(replace(masked(SHIFTED, -100.0), shared_query=True), ("bias",)),  # type: ignore[type-var]
     "k3": Case(near((7, 11), (3, 3))),
     "k5-dilated": Case(near((13, 11), (5, 5), (2, 2)), ("bias",)),
     "k7": Case(near((9, 11), (7, 7))),
@@ -179,7 +213,14 @@ def test_body_computes_what_the_op_means(name: str, inline: bool) -> None:
     assert error(found, case.evaluate()) <= FLOAT32
 
 
-SOME = ("shift-then-pad-with-vectors", "mask-and-bias-per-window", "k5-dilated", "learned-shared-by-heads")
+SOME = (
+    "halo-with-vectors",
+    "shared-query-shifted",
+    "shift-then-pad-with-vectors",
+    "mask-and-bias-per-window",
+    "k5-dilated",
+    "learned-shared-by-heads",
+)
 
 
 @pytest.mark.parametrize("opset", range(13, 24))

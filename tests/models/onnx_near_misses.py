@@ -25,6 +25,7 @@ from tests.models import onnx_movement as movement
 from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_parts as parts
 from tests.models.onnx_builder import Builder
+from tests.models.onnx_halos import HALO_NEAR_MISSES
 from tests.models.onnx_movement import Movement
 from tests.models.onnx_neighborhoods import K3, NeighborhoodSpelling
 from tests.models.onnx_spellings import NEIGHBORHOOD, UNSHIFTED, WINDOW, Spelling
@@ -387,6 +388,8 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "Softmax of opset 11 with axis 2 of 4 normalises over neighbours and pixels", opset=11
     ),
 }
+
+NEAR_MISSES |= {name: NearMiss(s.model, wrong, like) for name, (s, wrong, like) in HALO_NEAR_MISSES.items()}
 
 UNUSUAL: dict[str, NearMiss] = {
     "window-value-heads-rotated": _window("values of head h+1 under the weights of head h", heads=value_heads_rotated),

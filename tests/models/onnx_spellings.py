@@ -26,6 +26,7 @@ from tests.models import onnx_movement as movement
 from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_parts as parts
 from tests.models import onnx_window_blocks as blocks
+from tests.models.onnx_halos import HALO_SPELLINGS
 from tests.models.onnx_movement import Movement
 from tests.models.onnx_neighborhoods import K3_BY_5, K5_DILATED, NeighborhoodSpelling
 from tests.models.onnx_windows import CHANNELS, HEADS, PLAIN, SHIFTED, Expected, WindowSpelling
@@ -269,6 +270,7 @@ NEIGHBORHOOD_SPELLINGS: dict[str, Spelling] = {
 
 SPELLINGS: dict[str, Spelling] = {
     **{f"window-{name}": spelling for name, spelling in WINDOW_SPELLINGS.items()},
+    **{f"halo-{name}": spelling for name, spelling in HALO_SPELLINGS.items()},
     **{f"neighborhood-{name}": spelling for name, spelling in NEIGHBORHOOD_SPELLINGS.items()},
 }
 

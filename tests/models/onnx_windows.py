@@ -73,7 +73,7 @@ Weighting = Callable[[Builder, str, str], str]
 class Expected:
     """What a matcher must say of the one softmax of a spelling; the fields of a Site."""
 
-    kind: Literal["window", "neighborhood"]
+    kind: Literal["window", "stripe", "halo", "neighborhood"]
     geometry: object
     bias: Literal["none", "constant", "tensor"]
     mask: Literal["none", "shift", "constant", "tensor"]
@@ -126,8 +126,9 @@ class WindowSpelling:
 
     @property
     def expected(self) -> Expected:
+        whole = [w == e for w, e in zip(self.geometry.window_size, self.geometry.feature_size, strict=True)]
         return Expected(
-            "window",
+            "stripe" if any(whole) else "window",
             self.geometry,
             "none" if self.bias is None else "constant",
             "none" if self.mask is None else self.mask_kind,

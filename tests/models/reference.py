@@ -27,22 +27,27 @@ def window_attention(
     key_padding: np.ndarray | None = None,
     value_padding: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Channels-last maps `[B, H, W, nH*d]` to `[B, H, W, nH*dv]`; bias `[1|nW, nH, N, N]`, mask `[nW, N, N]`."""
-    pixels = geometry.pixels()
-    q, k, v = (
-        _windows(_flat(x), pixels, num_heads, padding)
-        for x, padding in ((query, None), (key, key_padding), (value, value_padding))
-    )
+    """Channels-last maps `[B, *S, nH*d]` to `[B, *S, nH*dv]`; bias `[1|nW, nH, N, M]`, mask `[nW, 1|N, M]`.
+
+    A query `[B, *window_size, nH*d]` is the same for every window.
+    """
+    pixels, key_pixels = geometry.pixels(), geometry.key_pixels()
+    shared = query.shape[1:-1] != geometry.feature_size
+    tokens_of_query = np.broadcast_to(np.arange(pixels.shape[1]), pixels.shape) if shared else pixels
+    q = _windows(_flat(query), tokens_of_query, num_heads, None)
+    k = _windows(_flat(key), key_pixels, num_heads, key_padding)
+    v = _windows(_flat(value), key_pixels, num_heads, value_padding)
     logits = scale * np.einsum("bwhnd,bwhmd->bwhnm", q, k)
     if bias is not None:
         logits = logits + bias
     if mask is not None:
         logits = logits + mask[:, None]
     tokens = np.einsum("bwhnm,bwhmd->bwnhd", softmax(logits), v)
-    out = np.zeros_like(_flat(value))
+    batch, *_, channels = value.shape
+    out = np.zeros((batch, int(np.prod(geometry.feature_size)), channels))
     inside = pixels != PADDING
     out[:, pixels[inside]] = tokens.reshape(*tokens.shape[:3], -1)[:, inside]
-    return out.reshape(value.shape)
+    return out.reshape(batch, *geometry.feature_size, channels)
 
 
 def _flat(x: np.ndarray) -> np.ndarray:

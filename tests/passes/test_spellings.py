@@ -52,8 +52,11 @@ def assert_site(outcome: Outcome, spelling: Spelling) -> None:
             geometry.feature_size,
             geometry.window_size,
             geometry.shift_size,
-            (1, 1),
+            (1,) * len(geometry.window_size),
         )
+        keys = geometry.keys
+        expected_keys = (None, None) if keys is None else (keys.feature_size, keys.window_size)
+        assert (site.key_size, site.key_window_size) == expected_keys
         assert site.pass_name == "fuse-window-attention"
         assert (site.kernel_size, site.border) == (None, None)
     else:
@@ -145,6 +148,14 @@ REASONS = {
     "window-scale-by-token": "the constant c8 differs from token to token",
     "window-mask-in-other-order": "the mask differs between batch elements",
     "window-padded-by-reflection": "query token (2, 0) reads pixel (2, 8), a 4x4 window shifted by 2x2 reads padding",
+    "halo-of-another-size-off-by-one": "the keys are not those of the queries' window: window 0 reads pixel 12, its "
+    "queries come from pixel 0",
+    "halo-values-shifted-by-one": "token (0, 10) takes its key from pixel -1 and its value from pixel 0",
+    "halo-values-of-another-border": "token (0, 0) takes its key from pixel -1 and its value from pixel 0",
+    "halo-stride-of-three": "the key windows are not evenly spaced",
+    "halo-windows-by-columns": "16 queries attend 64 keys, which are no rectangle of pixels around the query's window",
+    "halo-one-key-moved": "16 queries attend 64 keys, which are no rectangle of pixels around the query's window",
+    "halo-two-borders": "the keys outside the map are something else along every axis",
     "window-logits-read-twice": "the logits are used elsewhere as well",
     "window-probabilities-read-twice": "the attention probabilities have 2 uses, so they must exist in memory",
     "neighborhood-one-tap-off": "keys: slot 8 of query pixel 0 reads pixel 11, a 3x3 neighbourhood reads 12",

@@ -28,10 +28,11 @@ def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
 def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
     """operands: the operands of the op by name, absent ones left out. Returns [B, *S, nH*dv] in the type of query."""
     geometry, heads = spec.geometry, spec.num_heads
-    pixels = geometry.pixels()  # [nW, N]
-    query = _windows(operands["query"], pixels, heads, None, dtype)
-    key = _windows(operands["key"], pixels, heads, operands.get("key_padding"), dtype)
-    value = _windows(operands["value"], pixels, heads, operands.get("value_padding"), dtype)
+    pixels, key_pixels = geometry.pixels(), geometry.key_pixels()  # [nW, N], [nW, M]
+    tokens_of_query = np.broadcast_to(np.arange(pixels.shape[1]), pixels.shape) if spec.shared_query else pixels
+    query = _windows(operands["query"], tokens_of_query, heads, None, dtype)
+    key = _windows(operands["key"], key_pixels, heads, operands.get("key_padding"), dtype)
+    value = _windows(operands["value"], key_pixels, heads, operands.get("value_padding"), dtype)
 
     logits = spec.scale * np.einsum("bwnhi,bwmhi->bwhnm", query, key)
     if "bias" in operands:
