@@ -10,15 +10,32 @@ import pytest
 pytest.importorskip("torch")
 
 from attnrewrite.verify.numeric import verify_models
-from tests.architectures import slides
+from tests.architectures import all_to_all, deployed, kernels_and_gates, near, slides
 from tests.architectures.frame import BOTH, Architecture, assert_sites
 from tests.passes.rewritten import optimize, written
 
-FAMILIES = (slides,)
+FAMILIES = (slides, kernels_and_gates, all_to_all, near, deployed)
 ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 
 # Rows whose verdict is not reached yet: what is missing.
-PENDING: dict[str, str] = {}
+PENDING: dict[str, str] = {
+    "evit_token_reorganisation_ia_red2_evit": "the kind of an attention whose probabilities are used twice",
+    "lookupvit": "the kind of an attention whose logits are used twice",
+    "convit": "the kind of an attention whose probabilities are mixed with others",
+    "a2mamba": "the inward border",
+    "tic_msa_conv_overlapping": "a reason that speaks of overlapping windows",
+    "tic_msa_conv_apart": "windows put back by Col2Im",
+    "favit": "fewer keys than queries in a window",
+    "stvit": "queries of one map, keys of another",
+    "agent_attention_windows": "queries averaged inside their window",
+    "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",
+    "uplift": "predicted weights",
+    "volo": "predicted weights and fold",
+    "deployed_timm_gcvit": "one query set for all windows",
+    "transformer_in_transformer_timm": "windows that blocks keep in the batch",
+    "efficientvit_msra": "a convolution of the queries inside each window",
+    "deployed_timm_samvit": "decomposed relative position",
+}
 
 
 def cases() -> list[object]:
