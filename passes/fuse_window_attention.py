@@ -31,7 +31,8 @@ from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.maps import count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
-from attnrewrite.localattention.site import Decline, MaskKind, Site
+from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
+from attnrewrite.localattention.terms import relative_table
 from attnrewrite.localattention.windows import Seen, WindowMatch, match_windows, seen_on_map
 from attnrewrite.pipeline import Pass
 
@@ -46,7 +47,7 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     if isinstance(attention, Decline):
         return attention
     maps = read_maps(facts, attention)
-    return maps if isinstance(maps, Decline) else match_windows(maps)
+    return maps if isinstance(maps, Decline) else match_windows(facts, maps)
 
 
 def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
@@ -58,7 +59,7 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     key = site.operand("key", attention.key, match.key, attention.channel_axis, channels, geometry.key_size)
     value_dim = count(attention.output_shape[attention.value_axis])
     value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim, geometry.key_size)
-    query_map, scale = site.scaled_query(query.map, channels)
+    query_map, scale, per_head = site.scaled_query(query.map, channels)
 
     heads = maps.num_heads
     tensors = [site.hoister.laid_out(m, channels_first=False) for m in (query_map, key.map, value.map)]
@@ -68,7 +69,15 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     bias = match.bias
     if bias is not None:
         bias = np.broadcast_to(bias, (bias.shape[0], heads, *bias.shape[2:]))
-    spec = FlashWindowAttention(geometry, heads, scale, match.mask_value, softmax_type(attention))
+    relative = match.relative_position
+    spec = FlashWindowAttention(
+        geometry,
+        heads,
+        scale,
+        match.mask_value,
+        softmax_type(attention),
+        relative_scale=1.0 if relative is None else relative.scale,
+    )
     site.finish(
         spec,
         [
@@ -77,6 +86,8 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
             site.constant_operand(match.mask, "attention_mask", logits_dtype),
             site.constant_operand(key.padding, "key_padding", dtype),
             site.constant_operand(value.padding, "value_padding", dtype),
+            site.constant_operand(relative_table(relative, per_head), "relative_position", dtype),
+            site.logit_bias(match.computed, logits_dtype),
         ],
         replace(maps, keys=(match.key,), values=(match.value,)),
         channels_first=False,
@@ -90,6 +101,11 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     geometry, attention, seen = found.geometry.merged(), found.maps.attention, seen_on_map(found)
     mask: MaskKind = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
     same_axes = len(geometry.shift_size) == len(seen.window_size)
+    bias: BiasKind = "none" if found.bias is None else "constant"
+    if found.relative_position is not None or any(not t.is_mask for t in found.computed):
+        bias = "tensor"
+    if any(t.is_mask for t in found.computed):
+        mask = "tensor"
     return Site(
         "",
         softmax.label,
@@ -104,7 +120,7 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         key_size=None if geometry.keys is None else geometry.keys.feature_size,
         key_window_size=None if geometry.keys is None else geometry.keys.window_size,
         dilation=seen.dilation,
-        bias="none" if found.bias is None else "constant",
+        bias=bias,
         mask=mask,
     )
 

@@ -53,7 +53,7 @@ def rewrite_slide_attention(facts: Facts, match: NeighborhoodMatch) -> None:
     query = site.operand("query", attention.query, maps.query, attention.channel_axis, channels)
     key = site.operand("key", maps.attention.key, match.key, attention.channel_axis, channels)
     value = site.operand("value", maps.attention.value, match.value, attention.value_axis, value_dim)
-    query_map, scale = site.scaled_query(query.map, channels)
+    query_map, scale, _ = site.scaled_query(query.map, channels)
 
     heads = maps.num_heads
     tensors = [site.hoister.laid_out(m, channels_first=True) for m in (query_map, key.map, value.map)]

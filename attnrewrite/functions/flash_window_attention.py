@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnrewrite.dims import Extent, static
+from attnrewrite.dims import Extent, Shape, static
+from attnrewrite.functions.added_logits import relative_logits
 from attnrewrite.functions.body import BodyBuilder, softmax_dtype
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Value
@@ -25,7 +26,9 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     batch, rows = key.shape[0], key.shape[0] * geometry.num_windows
     tokens, keys = geometry.tokens_per_window, geometry.keys_per_window
 
-    q = _heads(b, _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry), heads)
+    q = unscaled = _heads(
+        b, _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry), heads
+    )
     if spec.scale != 1.0:
         q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.known_shape)
     k = _heads(b, _key_windows(b, key, operands.get("key_padding"), geometry), heads)
@@ -38,6 +41,11 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
         logits = b.reshape(logits, (rows, heads, tokens, keys))
     else:
         logits = b.op("MatMul", [q, k], (rows, heads, tokens, keys))
+    if "relative_position" in operands:
+        table = b.cast(operands["relative_position"], unscaled.dtype or np.dtype(np.float32))
+        key_window = geometry.window_size if geometry.keys is None else geometry.keys.window_size
+        relative = relative_logits(b, unscaled, table, spec.relative_scale, geometry.window_size, key_window)
+        logits = _added(b, logits, relative, (batch, geometry.num_windows, heads, tokens, keys))
     logits = b.cast(logits, softmax_dtype(spec.softmax_dtype, query))
     logits = _with_terms(b, logits, spec, operands, batch)
     weights = b.cast(b.op("Softmax", [logits], logits.known_shape, axis=-1), value.dtype or np.dtype(np.float32))
@@ -45,6 +53,15 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     attended = b.op("MatMul", [weights, v], (rows, heads, tokens, value_dim))
     attended = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (rows, tokens, heads * value_dim))
     return b.output(_merge(b, attended, geometry, batch, heads * value_dim))
+
+
+def _added(b: BodyBuilder, logits: Value, term: Value, by_window: Shape) -> Value:
+    """logits [B*nW, nH, N, M] + term, which has the same rows, or B rows for all windows of an image."""
+    if term.known_shape == logits.known_shape:
+        return b.op("Add", [logits, term], logits.known_shape)
+    shape = logits.known_shape
+    shared = b.reshape(term, (by_window[0], 1, *by_window[2:]))
+    return b.reshape(b.op("Add", [b.reshape(logits, by_window), shared], by_window), shape)
 
 
 def _shared(b: BodyBuilder, query: Value, geometry: WindowGeometry) -> Value:
@@ -211,6 +228,8 @@ def _with_terms(
         )
         nothing, penalty = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
         per_window.append(b.op("Where", [same_region, nothing, penalty], (windows, 1, tokens, tokens), logits.dtype))
+    if "logit_bias" in operands:
+        per_window.append(b.cast(operands["logit_bias"], dtype))
     if not per_window:
         return logits
     assert logits.shape is not None

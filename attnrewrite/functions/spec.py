@@ -23,6 +23,7 @@ class FlashWindowAttention:
     different regions of the shifted map (`WindowGeometry.crosses_regions`): Swin's shift mask, carried as geometry.
     softmax_dtype: ONNX TensorProto data type the logits are cast to for bias, mask and softmax; 0 = that of the inputs.
     shared_query: the query is [B, *window_size, nH*d], one set of queries for all windows.
+    relative_scale multiplies the products of the query with `relative_position`, as scale those with the key.
     """
 
     geometry: WindowGeometry
@@ -31,9 +32,12 @@ class FlashWindowAttention:
     mask_value: float | None = None
     softmax_dtype: int = 0
     shared_query: bool = False
+    relative_scale: float = 1.0
 
     op_type = "FlashWindowAttention"
-    operands = ("query", "key", "value", "bias", "mask", "key_padding", "value_padding")
+    operands = (
+        "query", "key", "value", "bias", "mask", "key_padding", "value_padding", "relative_position", "logit_bias",
+    )  # fmt: skip
 
     def attributes(self) -> dict[str, Any]:
         """The node's ONNX attributes."""
@@ -53,6 +57,8 @@ class FlashWindowAttention:
             attributes |= _key_attributes(geometry.keys)
         if self.shared_query:
             attributes["shared_query"] = 1
+        if self.relative_scale != 1.0:
+            attributes["relative_scale"] = float(self.relative_scale)
         return attributes
 
     @classmethod
@@ -71,6 +77,7 @@ class FlashWindowAttention:
             float(attributes["mask_value"]) if "mask_value" in attributes else None,
             int(attributes.get("softmax_dtype", 0)),
             bool(attributes.get("shared_query", 0)),
+            relative_scale=float(attributes.get("relative_scale", 1.0)),
         )
 
 

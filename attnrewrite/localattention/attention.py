@@ -14,27 +14,18 @@ from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, axis_groups, identity, reshape
-from attnrewrite.indexing.provenance import Provenance, provenances
-from attnrewrite.indexing.rules import Read, broadcast_index, sources
+from attnrewrite.indexing.provenance import Provenance
+from attnrewrite.indexing.rules import Read, sources
 from attnrewrite.localattention.contraction import Operand, is_contraction, operands, passes_on, product_of
+from attnrewrite.localattention.logits import ComputedTerm, QueryTerm, Term, read_logits, varies
 from attnrewrite.localattention.site import Decline
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """A constant added to the logits: float64, one axis per grid axis, extent 1 where it does not vary.
-
-    lowest: the -inf stand for the dtype's lowest number, which is the same wherever a row keeps one key.
-    """
-
-    values: np.ndarray
-    node: Node
-    lowest: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     """softmax(scale * query . key + terms) . value, on the grid [*output axes, keys, channels].
+
+    terms are constants; query_terms products of the query with constants; computed_terms anything else made from data.
 
     output_shape: the output's axes as the grid numbers them: an axis that holds several (windows and heads, say) is
     split as the model itself splits it afterwards.
@@ -55,6 +46,8 @@ class Attention:
     softmax_dtype: np.dtype
     logits: Value
     output_shape: tuple[Extent, ...]
+    query_terms: tuple[QueryTerm, ...] = ()
+    computed_terms: tuple[ComputedTerm, ...] = ()
 
     @property
     def grid_rank(self) -> int:
@@ -112,6 +105,8 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
         if found is not None:
             weights, value = found, other
             break
+    if any(v is not None and v.is_constant for v in consumer.inputs) and consumer.op == "Einsum":
+        return Decline("the sum over values has a third factor", consumer.label)
     if weights is None or value is None:
         return Decline("the probabilities are rearranged in a way that has no indexing rule", consumer.label)
     if weights.domain is not None:
@@ -126,7 +121,7 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
         return Decline("the softmax does not run over the keys that are summed", softmax.label)
     if any(key_axis in c.depends_on() for a, c in enumerate(weights.index) if a != axis):
         return Decline("the softmax does not run over the keys that are summed", softmax.label)
-    value_axes = [a for a in range(key_axis) if _varies(value.index, a) and not _varies(weights.index, a)]
+    value_axes = [a for a in range(key_axis) if varies(value.index, a) and not varies(weights.index, a)]
     return WeightedSum(consumer, output_shape, weights.index, value, key_axis, tuple(value_axes), num_keys)
 
 
@@ -138,19 +133,10 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     if len(summed.value_axes) != 1:
         return Decline("the values have no channel axis of their own", summed.consumer.label)
 
-    read = _read_logits(facts, softmax.required(0), summed.weights, channel_axis + 1)
-    if isinstance(read, Decline):
-        return read
-    logits, logits_index, scale, terms, contraction = read
-    query, key = None, None
-    for one, other in _both_ways(operands(contraction, logits_index, channel_axis)):
-        if _varies(other.index, key_axis) and not _varies(one.index, key_axis):
-            query, key = one, other
-    if query is None or key is None:
-        return Decline("no operand of the logits depends on the key alone", contraction.label)
-    query, query_factor = _without_scale(facts, query)
-    key, key_factor = _without_scale(facts, key)
-    scale = scale * query_factor * key_factor
+    logits = read_logits(facts, softmax.required(0), summed.weights, key_axis, channel_axis)
+    if isinstance(logits, Decline):
+        return logits
+    query, key = logits.query, logits.key
     head_dim = max(_extent_along(query.index, channel_axis), _extent_along(key.index, channel_axis))
     assert softmax.output.dtype is not None
     return Attention(
@@ -159,16 +145,18 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
         query,
         key,
         summed.value,
-        scale,
-        tuple(terms),
+        logits.factor,
+        logits.constants,
         key_axis,
         channel_axis,
         summed.value_axes[0],
         summed.num_keys,
         head_dim,
         softmax.output.dtype,
-        logits,
+        logits.value,
         summed.output_shape,
+        logits.query_terms,
+        logits.computed,
     )
 
 
@@ -190,32 +178,8 @@ def _split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
     return tuple(e for a, extent in enumerate(output.shape) for e in splits.get(a, (extent,)))
 
 
-def _without_scale(facts: Facts, operand: Operand) -> tuple[Operand, float]:
-    """An operand before it was multiplied by scalars, and the product of those."""
-    factor = 1.0
-    while True:
-        last = None
-        for last in provenances(operand.value, operand.index, facts.positions):
-            if last.domain is not None:
-                return operand, factor
-        node = None if last is None else last.value.producer
-        if last is None or node is None or node.domain != STANDARD_DOMAIN or node.op not in ("Mul", "Div"):
-            return operand, factor
-        a, b = node.required(0), node.required(1)
-        data, other = (b, a) if a.is_constant and node.op == "Mul" else (a, b)
-        if not other.is_constant or other.constant.size != 1 or data.is_constant:
-            return operand, factor
-        number = float(other.constant.reshape(-1)[0])
-        factor = factor * number if node.op == "Mul" else factor / number
-        operand = Operand(data, broadcast_index(last.index, data))
-
-
 def _both_ways(pair: tuple[Operand, Operand]) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
     return pair, (pair[1], pair[0])
-
-
-def _varies(index: Index, axis: int) -> bool:
-    return any(axis in c.depends_on() for c in index)
 
 
 def _extent_along(index: Index, axis: int) -> int:
@@ -239,9 +203,22 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
                 after = facts.only_user(after.output)
             if after is not None and product_of(after) is user:
                 return after
+        if _mixes_heads(user, softmax):
+            return Decline(
+                "the probabilities of several heads are mixed with one another after the softmax", user.label
+            )
         if not _rearranges(user) or user.required(0) is not value:
             return Decline(f"the probabilities go into {user.op}, not into a sum over values", user.label)
         value = user.outputs[0]
+
+
+def _mixes_heads(node: Node, softmax: Node) -> bool:
+    """A Linear or a 1 x 1 convolution over the probabilities along another axis than the keys'."""
+    shape, axis = softmax.output.shape, softmax.attributes.get("axis", -1)
+    if shape is None or node.domain != STANDARD_DOMAIN or node.op not in ("MatMul", "Gemm", "Conv"):
+        return False
+    data = node.required(0).shape
+    return data is not None and data[1 if node.op == "Conv" else -1] != shape[axis]
 
 
 REARRANGING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
@@ -266,119 +243,3 @@ def _pull_to(target: Value, value: Value, index: Index) -> Provenance | None:
             return None
         value, index = found[0].value, found[0].index
     return Provenance(value, index)
-
-
-Logits = tuple[Value, Index, np.ndarray, list[Term], Node]
-
-
-def _read_logits(facts: Facts, value: Value, index: Index, grid_rank: int) -> Logits | Decline:
-    """Walk from the softmax's input to the contraction, collecting scale and constant terms; grid axes as in
-    `index`.
-    """
-    multiplier = np.ones((1,) * grid_rank)
-    terms: list[Term] = []
-    while True:
-        node = value.producer
-        if node is None:
-            return Decline("the logits are an input of the model", value.name)
-        if facts.only_user(value) is None:
-            return Decline("the logits are used elsewhere as well", node.label)
-        if is_contraction(node):
-            return value, index, multiplier, terms, node
-        step = _step_back(node, value, index)
-        if isinstance(step, Decline):
-            return step
-        if step.term is not None:
-            if np.isinf(step.term).any() and (multiplier <= 0).any():
-                return Decline(
-                    "the logits are scaled after keys were excluded, by a number that is not positive", node.label
-                )
-            terms.append(Term(scaled(step.term, multiplier), node, step.lowest))
-        if step.factor is not None:
-            multiplier = multiplier * step.factor
-        value, index = step.value, step.index
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    value: Value
-    index: Index
-    term: np.ndarray | None = None
-    factor: np.ndarray | None = None
-    lowest: bool = False
-
-
-def scaled(term: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """term * factor with 0 * inf out of the way: an excluded key stays excluded, the others unmoved."""
-    return np.where(np.isinf(term), term, np.where(np.isinf(term), 0, term) * factor)
-
-
-def _step_back(node: Node, value: Value, index: Index) -> _Step | Decline:
-    """One operator between logits and softmax: value = data * factor + term, or a rearrangement of data."""
-    if node.domain == STANDARD_DOMAIN:
-        if passes_on(node):
-            return _Step(node.required(0), index)
-        if node.op in ("Add", "Sub", "Mul", "Div"):
-            return _affine(node, index)
-        if node.op == "Where":
-            return _masked_fill(node, index)
-        found = sources(node, value, index)
-        if found is not None and len(found) == 1:
-            (read,) = found
-            if isinstance(read, Read) and read.where is None:
-                return _Step(read.value, read.index)
-    return Decline(f"the logits come from {node.op}, not from a product of queries and keys", node.label)
-
-
-def _affine(node: Node, index: Index) -> _Step | Decline:
-    a, b = node.required(0), node.required(1)
-    if a.is_constant == b.is_constant:
-        what = "added to" if node.op in ("Add", "Sub") else "multiplied with"
-        return Decline(f"a tensor computed from data is {what} the logits", node.label)
-    data, other = (b, a) if a.is_constant else (a, b)
-    elements = constant_at(other, broadcast_index(index, other))
-    data_index = broadcast_index(index, data)
-    match node.op:
-        case "Add":
-            return _Step(data, data_index, term=elements)
-        case "Sub" if data is a:
-            return _Step(data, data_index, term=-elements)
-        case "Mul":
-            return _Step(data, data_index, factor=elements)
-        case "Div" if data is a:
-            return _Step(data, data_index, factor=1.0 / elements)
-    return Decline(f"the logits are the second operand of {node.op}", node.label)
-
-
-def constant_at(value: Value, index: Index) -> np.ndarray:
-    """float64 elements of a constant read at an index, one axis per grid axis."""
-    at = tuple(c.static(f"the constant {value.name}") for c in index)
-    elements = value.constant.astype(np.float64)
-    return np.asarray(elements[at]) if at else elements
-
-
-def _masked_fill(node: Node, index: Index) -> _Step | Decline:
-    """where(masked, number, logits): exclusion, where the number is so low that exp gives 0 beside any ordinary
-    logit.
-    """
-    if node.constant(0) is None:
-        return Decline("the logits are masked by a condition computed from data", node.label)
-    taken = constant_at(node.required(0), broadcast_index(index, node.required(0))) != 0
-    a, b = node.required(1), node.required(2)
-    if a.is_constant == b.is_constant:
-        return Decline("the logits are chosen between two computed tensors", node.label)
-    data, other, masked = (b, a, taken) if a.is_constant else (a, b, ~taken)
-    number = constant_at(other, broadcast_index(index, other))
-    assert data.dtype is not None
-    if (number > np.finfo(data.dtype).min / 2).any():
-        return Decline(f"logits are replaced by {float(number.max()):g}, which does not exclude them", node.label)
-    lowest = bool(np.isfinite(number).any())
-    return _Step(data, broadcast_index(index, data), term=np.where(masked, -np.inf, 0.0), lowest=lowest)
-
-
-def has_fully_masked_row(terms: tuple[Term, ...], key_axis: int) -> bool:
-    """Whether some query has all its keys excluded; there -inf and a very low number differ."""
-    if not terms:
-        return False
-    total = sum((t.values for t in terms[1:]), terms[0].values)
-    return bool(np.isneginf(total).all(axis=key_axis).any())

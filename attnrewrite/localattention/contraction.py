@@ -1,7 +1,8 @@
-"""Sums of products of two computed tensors, in whatever form they are written, as two maps over one grid.
+"""Sums of products, in whatever form they are written, as maps over one grid.
 
-MatMul, a two-operand Einsum and Mul followed by ReduceSum all say: out[i] = sum_k a[f(i, k)] * b[g(i, k)]. The grid
-axes of i are the caller's; the summed position k runs along one more grid axis, flattened if several axes are summed.
+MatMul, Einsum, Gemm and Mul followed by ReduceSum all say: out[i] = sum_k a[f(i, k)] * b[g(i, k)]. The grid axes of i
+are the caller's; the summed position k runs along one more grid axis, flattened if several axes are summed. Two of the
+factors may be computed (a product of queries and keys, of weights and values), or one (a product with a constant).
 """
 
 from __future__ import annotations
@@ -29,8 +30,27 @@ def is_contraction(node: Node | None) -> bool:
     if node is None or node.domain != STANDARD_DOMAIN:
         return False
     if node.op in ("MatMul", "Einsum"):
-        return len(node.inputs) == 2 and not any(node.required(k).is_constant for k in range(2))
+        return sum(v is not None and not v.is_constant for v in node.inputs) == 2
     return product_of(node) is not None
+
+
+def is_weighted_sum(node: Node | None) -> bool:
+    """A sum over products of one computed tensor and constants (a Linear, a table of positions)."""
+    if node is None or node.domain != STANDARD_DOMAIN:
+        return False
+    match node.op:
+        case "MatMul" | "Einsum":
+            return len(node.inputs) > 1 and sum(v is not None and not v.is_constant for v in node.inputs) == 1
+        case "Gemm":
+            return node.input(2) is None and not node.required(0).is_constant and node.required(1).is_constant
+        case "ReduceSum":
+            factor = node.required(0).producer
+            return (
+                factor is not None
+                and factor.op == "Mul"
+                and any(v is not None and v.is_constant for v in factor.inputs)
+            )
+    return False
 
 
 def passes_on(node: Node) -> bool:
@@ -65,13 +85,21 @@ def product_of(node: Node) -> Node | None:
 
 
 def operands(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
-    """The two factors of `node.output[index]`, the summed position along grid axis `axis`.
+    """The two computed factors of `node.output[index]`, the summed position along grid axis `axis`.
 
     Raises IndexingError for a form that has no single summed axis.
     """
+    first, second = (f for f in factors(node, index, axis) if not f.value.is_constant)
+    return first, second
+
+
+def factors(node: Node, index: Index, axis: int) -> tuple[Operand, ...]:
+    """Every factor of `node.output[index]`, constants included; as `operands`."""
     match node.op:
         case "MatMul":
             return _matmul(node, index, axis)
+        case "Gemm":
+            return _gemm(node, index, axis)
         case "Einsum":
             return _einsum(node, index, axis)
         case _:
@@ -104,37 +132,71 @@ def _matmul(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
     )
 
 
-def _einsum(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
-    equation = node.attributes["equation"].replace(" ", "")
-    if "." in equation or "->" not in equation:
-        raise IndexingError(f"{node.label} is an Einsum in implicit form")
-    inputs, output = equation.split("->")
-    left, right = inputs.split(",")
-    if any(len(set(term)) != len(term) for term in (left, right, output)):
+def _gemm(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
+    a, b = node.required(0), node.required(1)
+    assert a.shape is not None
+    if node.attributes.get("alpha", 1.0) != 1.0 or node.attributes.get("transA", 0) or node.input(2) is not None:
+        raise IndexingError(f"{node.label} does more than multiply")
+    (k,) = _summed([_static(a.shape[-1], node)], axis, index[0].rank)
+    right = (index[1], k) if node.attributes.get("transB", 0) else (k, index[1])
+    return Operand(a, (index[0], k)), Operand(b, right)
+
+
+def _einsum(node: Node, index: Index, axis: int) -> tuple[Operand, ...]:
+    values = [v for v in node.inputs if v is not None]
+    terms, output = einsum_labels(node.attributes["equation"], [len(v.known_shape) for v in values])
+    if any(len(set(term)) != len(term) for term in (*terms, output)):
         raise IndexingError(f"{node.label} takes a diagonal")
-    values = (node.required(0), node.required(1))
     extents: dict[str, object] = {}
-    for term, value in zip((left, right), values, strict=True):
-        assert value.shape is not None
-        for label, extent in zip(term, value.shape, strict=True):
+    for term, value in zip(terms, values, strict=True):
+        for label, extent in zip(term, value.known_shape, strict=True):
             if extents.get(label, 1) == 1:
                 extents[label] = extent
-    labels = [x for x in dict.fromkeys(left + right) if x not in output]
-    if any(x not in left or x not in right for x in labels):
+    labels = [x for x in dict.fromkeys(x for term in terms for x in term) if x not in output]
+    computed = [t for t, v in zip(terms, values, strict=True) if not v.is_constant]
+    if any(x not in term for x in labels for term in (computed if len(computed) > 1 else terms)):
         raise IndexingError(f"{node.label} sums one operand alone")
     rank = index[0].rank
     coordinates = dict(zip(output, index, strict=True))
     coordinates |= dict(zip(labels, _summed([_static(extents[x], node) for x in labels], axis, rank), strict=True))
     found = []
-    for term, value in zip((left, right), values, strict=True):
-        assert value.shape is not None
-        own = [constant(0, rank) if e == 1 else coordinates[x] for x, e in zip(term, value.shape, strict=True)]
+    for term, value in zip(terms, values, strict=True):
+        own = [constant(0, rank) if e == 1 else coordinates[x] for x, e in zip(term, value.known_shape, strict=True)]
         found.append(Operand(value, tuple(own)))
-    return found[0], found[1]
+    return tuple(found)
+
+
+def einsum_labels(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:
+    """The labels of every operand's axes and of the output's, an ellipsis and an implicit output written out.
+
+    The axes of an ellipsis are labelled `.0`, `.1` ..., the last ones of a shorter ellipsis meeting the last of a
+    longer one. Raises IndexingError where an operand has not as many axes as its labels say.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if len(inputs) != len(ranks):
+        raise IndexingError(f"the Einsum {equation} has {len(ranks)} operands")
+    hidden = max((r - len(t) + 3 for t, r in zip(inputs, ranks, strict=True) if "..." in t), default=0)
+    terms = []
+    for term, rank in zip(inputs, ranks, strict=True):
+        own = _written_out(term, [f".{k}" for k in range(hidden - (rank - len(term) + 3), hidden)])
+        if len(own) != rank:
+            raise IndexingError(f"the Einsum {equation} has an operand of {rank} axes")
+        terms.append(own)
+    every = [f".{k}" for k in range(hidden)]
+    if arrow:
+        return terms, _written_out(right, every)
+    letters = left.replace(",", "").replace(".", "")
+    return terms, every + sorted(x for x in set(letters) if letters.count(x) == 1)
+
+
+def _written_out(term: str, ellipsis: list[str]) -> list[str]:
+    before, dots, after = term.partition("...")
+    return [*before, *(ellipsis if dots else []), *after]
 
 
 def _sum_of_products(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
-    factor = product_of(node)
+    factor = product_of(node) or node.required(0).producer
     assert factor is not None
     product = factor.output
     assert product.shape is not None

@@ -213,7 +213,9 @@ def _sources(way: Sequence[Candidate], features: frozenset[int]) -> list[Source]
         source = as_source(candidate, split)
         if source is not None:
             found.append(source)
-    return found
+    # a batch that stands behind another axis (stacked queries, keys and values) would be taken for pixels
+    with_batch = [s for s in found if s.has_batch]
+    return with_batch or found
 
 
 def as_source(candidate: Candidate, split: Roles) -> Source | None:

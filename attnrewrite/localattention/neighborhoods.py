@@ -18,9 +18,10 @@ from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import Coordinate, IndexingError, first_difference, reduced
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
-from attnrewrite.localattention.attention import Attention, constant_at
+from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, by
+from attnrewrite.localattention.logits import constant_at
 from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, settled
 from attnrewrite.localattention.site import Decline
 
@@ -61,6 +62,9 @@ class NeighborhoodMatch:
 
 def match_neighborhood(facts: Facts, attention: Attention) -> NeighborhoodMatch | Decline:
     """The neighbourhood geometry of an attention, or the reason why it is none."""
+    added = [t.node for t in attention.query_terms] + [t.node for t in attention.computed_terms]
+    if added:
+        return Decline("a tensor computed from data is added to the logits", added[0].label)
     try:
         key = peel_shifts(attention.key, attention, facts.positions)
         value = peel_shifts(attention.value, attention, facts.positions)

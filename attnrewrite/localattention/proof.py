@@ -19,13 +19,14 @@ from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Node, Value
-from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity
+from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity, reduced
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, spread
 from attnrewrite.localattention.reads import Reads, Table
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.terms import grid_table
 
 
 class NotProved(Exception):
@@ -68,7 +69,24 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
         table = np.broadcast_to(flat.reshape(-1, slots), (flat.size // slots, attention.num_keys))
         tables.append(Table(table, _rows_along(maps, axes, order)))
     sizes = (pixels, math.prod(maps.keys[0].spatial), math.prod(maps.values[0].spatial))
-    return Reads(tables[0], tables[1], _terms(maps, order), sizes)
+    return Reads(tables[0], tables[1], _terms(maps, order), sizes, _query_vectors(maps, order))
+
+
+def _query_vectors(maps: SiteMaps, order: np.ndarray) -> Table | None:
+    """float64 [nH or 1, d, T, K]: what the query is multiplied with besides the keys, relative to the scale."""
+    attention = maps.attention
+    if not attention.query_terms:
+        return None
+    tables = [grid_table(term, attention) for term in attention.query_terms]
+    scale = attention.scale.reshape(attention.scale.shape + (1,) * (attention.grid_rank - attention.scale.ndim))
+    total = reduced(sum(tables[1:], tables[0]) / scale)
+    shape, axes = attention.output_shape, [a for a in maps.token_axes if total.shape[a] > 1]
+    kept = [(a, count(shape[a]) if total.shape[a] > 1 else 1) for a in maps.heads]
+    heads = math.prod(e for _, e in kept)
+    kept.append((attention.channel_axis, attention.head_dim))
+    kept += [(a, count(shape[a])) for a in axes] + [(attention.key_axis, attention.num_keys)]
+    vectors = spread(total, kept).reshape(heads, attention.head_dim, -1, attention.num_keys)
+    return Table(vectors, _rows_along(maps, axes, order))
 
 
 def _token_axes_of(maps: SiteMaps, source: Source) -> list[int]:
@@ -112,7 +130,7 @@ def _window_reads(node: Node, opset: int) -> Reads:
     names = [n for n in operands_of(node) if not n.endswith("_padding")]
     bare = Node(
         node.op,
-        [operands_of(node).get(n) for n in ("query", "key", "value", "bias", "mask")],
+        [operands_of(node).get(n) if n in names else None for n in FlashWindowAttention.operands],
         [],
         node.attributes,
         "",
@@ -120,7 +138,7 @@ def _window_reads(node: Node, opset: int) -> Reads:
     )
     body = body_of(bare, opset)
     formal = dict(zip(names, body.inputs, strict=True))
-    for name in ("bias", "mask"):
+    for name in ("bias", "mask", "relative_position"):
         if name in formal:
             formal[name].set_constant(operands_of(node)[name].constant)
     fold(body)
@@ -141,6 +159,9 @@ def _window_reads(node: Node, opset: int) -> Reads:
         if not found:
             raise NotProved(f"the emitted body's {name} does not come from its operand alone")
         chosen[name] = found[0]
+    added = [t.value for t in maps.attention.computed_terms]
+    if added != [formal[n] for n in ("logit_bias",) if n in formal]:
+        raise NotProved("the emitted body adds other tensors to its logits")
     if body.outputs[0].known_shape[:-1] != query.known_shape[:-1]:
         raise NotProved("the emitted body does not return to the map of its query")
     return original_reads(replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],)))

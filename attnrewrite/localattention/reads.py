@@ -75,15 +75,17 @@ def pieces(pixels: np.ndarray, width: int) -> Iterator[np.ndarray]:
 class Reads:
     """What a site reads, per output pixel of one batch element, row-major.
 
-    keys, values: flat pixels or PADDING [T, K]; terms: float64 [nH or 1, T, K or 1], added to the logits. The order of
-    the K slots is the site's own; it is the same in all three and means nothing. sizes: pixels of the maps of query,
-    key and value, where they are known.
+    keys, values: flat pixels or PADDING [T, K]; terms: float64 [nH or 1, T, K or 1], added to the logits; vectors:
+    float64 [nH or 1, d, T, K], what the query is multiplied with besides the keys. The order of the K slots is
+    the site's own; it is the same in all of them and means nothing. sizes: pixels of the maps of query, key and value,
+    where they are known.
     """
 
     keys: Table
     values: Table
     terms: Table
     sizes: tuple[int, ...] = ()
+    vectors: Table | None = None
 
     def difference(self, other: Reads, dtype: np.dtype) -> str | None:
         """Where the two part, in one sentence; None where they are equal (terms: to two roundings of dtype), the order
@@ -99,38 +101,55 @@ class Reads:
                 )
         finite = np.where(np.isfinite(self.terms.values), self.terms.values, 0.0)
         allowed = float(2 * np.finfo(dtype).eps * max(np.abs(finite).max(initial=0.0), 1e-30))
-        if self._equal_as_listed(other, allowed):
+        if (self.vectors is None) != (other.vectors is None):
+            return "only one of original and replacement multiplies its queries with relative positions"
+        near = 0.0 if self.vectors is None else float(np.finfo(dtype).eps * 8 * np.abs(self.vectors.values).max())
+        if self._equal_as_listed(other, allowed, near):
             return None
-        heads = max(len(self.terms.values), len(other.terms.values))
-        for pixels in pieces(np.arange(self.keys.pixels), heads * self.keys.slots):
-            difference = _sorted_difference(pixels, self._sorted(pixels), other._sorted(pixels), allowed)
+        width = max(r._width() for r in (self, other))
+        for pixels in pieces(np.arange(self.keys.pixels), width * self.keys.slots):
+            mine, theirs = self._sorted(pixels), other._sorted(pixels)
+            difference = _sorted_difference(pixels, mine, theirs, allowed)
+            if difference is None and not (_off(mine[3], theirs[3]) <= near).all():
+                difference = "the queries are multiplied with other relative positions than in the original"
             if difference is not None:
                 return difference
         return None
 
-    def _equal_as_listed(self, other: Reads, allowed: float) -> bool:
+    def _width(self) -> int:
+        """Numbers held for one pixel and slot."""
+        vectors = 0 if self.vectors is None else self.vectors.values[..., 0, 0].size
+        return len(self.terms.values) + vectors
+
+    def _equal_as_listed(self, other: Reads, allowed: float, near: float) -> bool:
         """Whether the two are equal slot by slot, in the order each lists them."""
         for one, two in ((self.keys, other.keys), (self.values, other.values)):
             if any((one.rows(pixels) != two.rows(pixels)).any() for pixels in meetings(one, two)):
                 return False
+        if self.vectors is not None and other.vectors is not None:
+            for pixels in meetings(self.vectors, other.vectors):
+                if not (_off(self.vectors.rows(pixels), other.vectors.rows(pixels)) <= near).all():
+                    return False
         meet = meetings(self.terms, other.terms)
         return all((_off(self.terms.rows(p), other.terms.rows(p)) <= allowed).all() for p in meet)
 
-    def _sorted(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys, values [p, K] and terms [nH or 1, p, K] of these pixels, slots in order of key, value and first term:
-        equal sets are equal arrays.
+    def _sorted(self, pixels: np.ndarray) -> Sorted:
+        """Keys, values [p, K], terms [nH or 1, p, K] and vectors [nH or 1, d, p, K] (or nothing) of these pixels, slots
+        in order of key, value and first term: equal sets are equal arrays.
         """
         keys, values, terms = self.keys.rows(pixels), self.values.rows(pixels), self.terms.rows(pixels)
         terms = np.broadcast_to(terms, (len(terms), *keys.shape))
         order = np.lexsort((terms[0], values, keys), axis=-1)
+        vectors = np.zeros((0, 0, *keys.shape)) if self.vectors is None else self.vectors.rows(pixels)
         return (
             np.take_along_axis(keys, order, -1),
             np.take_along_axis(values, order, -1),
             np.take_along_axis(terms, order[None], -1),
+            np.take_along_axis(vectors, order[None, None], -1),
         )
 
 
-Sorted = tuple[np.ndarray, np.ndarray, np.ndarray]
+Sorted = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _sorted_difference(pixels: np.ndarray, one: Sorted, two: Sorted, allowed: float) -> str | None:

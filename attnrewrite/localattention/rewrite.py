@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoi
 from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
 from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.localattention.terms import PlacedTerm
 from attnrewrite.localattention.tokens import Roles
 from attnrewrite.pipeline import Declined
 
@@ -70,12 +72,14 @@ class SiteRewriter:
             raise Declined(Decline(str(error), operand.value.name)) from error
         return Emitted(result, padding if padding is not None and padding.any() else None)
 
-    def scaled_query(self, query: FeatureMap, head_dim: int) -> tuple[FeatureMap, float]:
-        """The query and the scalar scale; a scale that differs from head to head is multiplied into the query."""
+    def scaled_query(self, query: FeatureMap, head_dim: int) -> tuple[FeatureMap, float, np.ndarray | None]:
+        """The query and the scalar scale; a scale that differs from head to head, float64 [nH], is multiplied into the
+        query and returned as well.
+        """
         attention, maps = self.maps.attention, self.maps
         scale = attention.scale
         if scale.size == 1:
-            return query, float(scale.reshape(-1)[0])
+            return query, float(scale.reshape(-1)[0]), None
         full = scale.reshape(scale.shape + (1,) * (attention.grid_rank - scale.ndim))
         try:
             per_head = grouped(full, [list(maps.heads)], attention).reshape(-1)
@@ -86,7 +90,8 @@ class SiteRewriter:
         tensor = self.hoister.laid_out(query, channels_first=False)
         assert tensor.dtype is not None and tensor.shape is not None
         vector = self.hoister.constant(np.repeat(per_head, head_dim).astype(tensor.dtype), f"{tensor.name}_scale")
-        return FeatureMap(self.hoister.emit("Mul", [tensor, vector], tensor.shape, f"{tensor.name}_scaled")), 1.0
+        scaled = self.hoister.emit("Mul", [tensor, vector], tensor.shape, f"{tensor.name}_scaled")
+        return FeatureMap(scaled), 1.0, per_head
 
     def constant_operand(self, array: np.ndarray | None, stem: str, dtype: np.dtype) -> Value | None:
         """A constant operand; -inf stays -inf in every dtype. None stays None."""
@@ -94,6 +99,42 @@ class SiteRewriter:
             return None
         with np.errstate(over="ignore"):
             return self.hoister.constant(np.ascontiguousarray(array).astype(dtype), stem)
+
+    def logit_bias(self, terms: Sequence[PlacedTerm], dtype: np.dtype) -> Value | None:
+        """The sum of the computed terms, [B or 1, nW or 1, nH or 1, N or 1, M or 1] in this dtype; None for none."""
+        total: Value | None = None
+        for term in terms:
+            tensor = self._placed(term, dtype)
+            if total is None:
+                total = tensor
+            else:
+                shape = tuple(b if a == 1 else a for a, b in zip(total.known_shape, tensor.known_shape, strict=True))
+                total = self.hoister.emit("Add", [total, tensor], shape, f"{tensor.name}_sum")
+        return total
+
+    def _placed(self, placed: PlacedTerm, dtype: np.dtype) -> Value:
+        hoister, term = self.hoister, placed.term
+        value, stem = term.value, f"{term.value.name}_logits"
+        shape = value.known_shape
+        if term.excludes is not None:
+            numbers = [hoister.constant(np.array(n, dtype), stem) for n in (term.excludes, 0.0)]
+            chosen = numbers[::-1] if term.negated else numbers
+            value = hoister.emit("Where", [value, *chosen], shape, stem)
+            value.dtype = dtype
+        elif value.dtype != dtype:
+            value = hoister.emit("Cast", [value], shape, stem, to=int(onnx.helper.np_dtype_to_tensor_dtype(dtype)))
+            value.dtype = dtype
+        value = hoister.transpose(hoister.reshape(value, placed.split), placed.permutation)
+        value = hoister.reshape(value, placed.shape)
+        for axis, positions in placed.picks:
+            value = hoister.emit(
+                "Gather", [value, hoister.constant(positions, stem)], value.known_shape, stem, axis=axis
+            )
+        if term.excludes is None and not (placed.factor == 1).all():
+            factor = hoister.constant(placed.factor.astype(dtype), stem)
+            shape = tuple(b if a == 1 else a for a, b in zip(placed.shape, factor.known_shape, strict=True))
+            value = hoister.emit("Mul", [value, factor], shape, stem)
+        return value
 
     def finish(self, spec: Spec, operands: list[Value | None], proved: SiteMaps, *, channels_first: bool) -> None:
         """Emit the op, prove it against the site's maps, bring its output to where the model's returns, and use

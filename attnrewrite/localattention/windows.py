@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from attnrewrite.facts import Facts
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
-from attnrewrite.localattention.attention import has_fully_masked_row
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry
+from attnrewrite.localattention.logits import has_fully_masked_row
 from attnrewrite.localattention.maps import (
     SiteMaps,
     Source,
@@ -26,6 +27,7 @@ from attnrewrite.localattention.maps import (
     settled,
 )
 from attnrewrite.localattention.site import Decline, Kind
+from attnrewrite.localattention.terms import Order, PlacedTerm, RelativePosition, computed_terms, relative_position
 from attnrewrite.localattention.window_fit import fit_keys, fit_windows
 
 
@@ -34,8 +36,8 @@ class WindowMatch:
     """A site proved to be window attention.
 
     key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, M] or None; mask: float64 [nW, N or 1, M]
-    or None; mask_value: the penalty where the mask is Swin's shift mask; all in the geometry's own window and token
-    order.
+    or None; mask_value: the penalty where the mask is Swin's shift mask; relative_position: the query's
+    own terms; computed: terms made from data. All in the geometry's own window and token order.
     """
 
     maps: SiteMaps
@@ -45,15 +47,17 @@ class WindowMatch:
     bias: np.ndarray | None
     mask: np.ndarray | None
     mask_value: float | None
+    relative_position: RelativePosition | None = None
+    computed: tuple[PlacedTerm, ...] = ()
 
 
-def match_windows(maps: SiteMaps) -> WindowMatch | Decline:
+def match_windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
     """The window geometry of a site, or the reason why it is none."""
     node = maps.attention.softmax.label
     nearest: Decline | None = None
     for key in maps.keys:
         try:
-            found = _match_key(maps.facing(key), key)
+            found = _match_key(facts, maps.facing(key), key)
         except IndexingError as error:
             found = Decline(str(error), node)
         if isinstance(found, WindowMatch):
@@ -63,7 +67,7 @@ def match_windows(maps: SiteMaps) -> WindowMatch | Decline:
     return nearest or Decline("the keys come from no feature map", node)
 
 
-def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
+def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decline:
     attention, node = maps.attention, maps.attention.softmax.label
     shape = attention.output_shape
     reads = dependencies([key.candidate.index[a] for a in key.roles.tokens])
@@ -108,7 +112,19 @@ def _match_key(maps: SiteMaps, key: Source) -> WindowMatch | Decline:
         return terms
     ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
     bias, mask, mask_value = _split_terms(ordered, geometry, maps.attention.softmax_dtype)
-    return WindowMatch(replace(maps, query=query), geometry, settled_key, settled_value, bias, mask, mask_value)
+    order = Order(window_axes, query_axes, element, window_order, query_order, key_order)
+    merged = geometry.merged()
+    key_window = merged.window_size if merged.keys is None else merged.keys.window_size
+    relative = relative_position(maps, order, merged.window_size, key_window)
+    chosen = replace(maps, query=query, keys=(settled_key,), values=(settled_value,))
+    computed = computed_terms(facts, chosen, order)
+    if isinstance(relative, Decline):
+        return relative
+    if isinstance(computed, Decline):
+        return computed
+    return WindowMatch(
+        replace(maps, query=query), geometry, settled_key, settled_value, bias, mask, mask_value, relative, computed
+    )
 
 
 def _made_inside(maps: SiteMaps) -> Decline:

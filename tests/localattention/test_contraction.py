@@ -48,6 +48,16 @@ CONTRACTIONS: dict[str, Write] = {
     "einsum-transposed-output": einsum("bid,bjd->jib", [2, 3, 5], [2, 7, 5]),
     "einsum-two-summed-axes": einsum("bicd,bjcd->bij", [2, 3, 5, 4], [2, 7, 5, 4]),
     "einsum-broadcast-extent": einsum("bid,bjd->bij", [1, 3, 5], [2, 7, 5]),
+    "einsum-implicit": einsum("bd,ad", [3, 5], [7, 5]),
+    "einsum-implicit-order": einsum("zd,ad", [3, 5], [7, 5]),
+    "einsum-ellipsis": einsum("...id,...jd->...ij", [2, 3, 4, 5], [2, 3, 7, 5]),
+    "einsum-ellipsis-implicit": einsum("...id,...jd", [2, 4, 5], [2, 7, 5]),
+    "einsum-third-factor": two(
+        [2, 3, 4, 5],
+        [2, 3, 7, 5],
+        lambda g, x, y: g.op("Einsum", x, y, g.constant(np.ones(3)), equation="bhid,bhjd,h->bhij"),
+    ),
+    "einsum-ellipsis-behind": einsum("id...,jd...->ij...", [4, 5, 2], [7, 5, 2]),
     "mul-sum": mul_sum([2, 3, 1, 5], [2, 1, 7, 5], [3], False),
     "mul-sum-kept": mul_sum([2, 3, 5], [2, 3, 5], [1], True),
     "mul-sum-negative-axis": mul_sum([2, 3, 5], [3, 5], [-1], False),
@@ -84,8 +94,6 @@ def unsummed(equation: str, a: list[int], b: list[int], sentence: str) -> tuple[
 
 
 INEXPRESSIBLE: dict[str, tuple[Write, str]] = {
-    "implicit-output": unsummed("bid,bjd", [2, 3, 5], [2, 7, 5], "is an Einsum in implicit form"),
-    "ellipsis": unsummed("...id,...jd->...ij", [2, 3, 5], [2, 7, 5], "is an Einsum in implicit form"),
     "diagonal": unsummed("bii,bij->bij", [2, 3, 3], [2, 3, 5], "takes a diagonal"),
     "one-operand-summed-alone": unsummed("bide,bjd->bij", [2, 3, 5, 4], [2, 7, 5], "sums one operand alone"),
     "vector": (matmul([2, 3, 5], [5]), "multiplies a vector"),

@@ -208,21 +208,9 @@ LEFT: dict[str, tuple[WindowSpelling, str]] = {
         written_by(where(ROW, LOWEST)),
         "a query has all its keys masked by a finite number",
     ),
-    "mask-is-an-input": (
-        written_by(of_input(lambda g, logits, mask: g.op("Add", logits, mask))),
-        "a tensor computed from data is added to the logits",
-    ),
     "scale-is-an-input": (
         written_by(of_input(lambda g, logits, mask: g.op("Mul", mask, logits))),
         "a tensor computed from data is multiplied with the logits",
-    ),
-    "condition-is-computed": (
-        written_by(
-            of_input(
-                lambda g, logits, mask: g.op("Where", g.op("Less", mask, g.constant(0.0)), g.constant(-np.inf), logits)
-            )
-        ),
-        "the logits are masked by a condition computed from data",
     ),
     "number-over-logits": (
         replace(WINDOW, bias=lambda g, logits, s: g.op("Div", g.constant(1.0), logits)),

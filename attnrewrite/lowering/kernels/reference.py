@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention
-from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry
+from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry, Sizes
 
 Operands = Mapping[str, np.ndarray]
 
@@ -39,6 +39,14 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype
         logits = logits + operands["bias"].astype(dtype)
     if "mask" in operands:
         logits = logits + operands["mask"].astype(dtype)[:, None]
+    if "logit_bias" in operands:
+        logits = logits + operands["logit_bias"].astype(dtype)
+    if "relative_position" in operands:
+        key_window = geometry.window_size if geometry.keys is None else geometry.keys.window_size
+        table = _relative_table(operands["relative_position"].astype(dtype), geometry.window_size, key_window)
+        logits = logits + spec.relative_scale * np.einsum(
+            "bwnhi,hnmi->bwhnm", query, table.repeat(heads // len(table), 0)
+        )
     if spec.mask_value is not None:
         penalty = np.where(geometry.crosses_regions(), spec.mask_value, 0.0).astype(dtype)
         logits = logits + penalty[:, None]
@@ -79,6 +87,20 @@ def _windows(
     outside = np.zeros(channels, dtype) if padding is None else padding.astype(dtype)
     tokens = np.where((pixels == PADDING)[None, :, :, None], outside, flat[:, pixels])
     return tokens.reshape(batch, *pixels.shape, heads, channels // heads)
+
+
+def _relative_table(table: np.ndarray, window: Sizes, key_window: Sizes) -> np.ndarray:
+    """[nH or 1, R, d] -> [nH or 1, N, M, d]: the sum over axes a of the rows [n_a, m_a]."""
+    heads, rows, channels = table.shape
+    tokens, keys = int(np.prod(window)), int(np.prod(key_window))
+    if rows != sum(w * k for w, k in zip(window, key_window, strict=True)):
+        return table.reshape(heads, tokens, keys, channels)
+    query, key = (np.unravel_index(np.arange(n), sizes) for n, sizes in ((tokens, window), (keys, key_window)))
+    total, start = np.zeros((heads, tokens, keys, channels), table.dtype), 0
+    for axis, (extent, length) in enumerate(zip(window, key_window, strict=True)):
+        total = total + table[:, start + query[axis][:, None] * length + key[axis][None, :]]
+        start += extent * length
+    return total
 
 
 def _neighbours(
