@@ -16,7 +16,14 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, axis_groups, identity, reshape
 from attnrewrite.indexing.provenance import Provenance
 from attnrewrite.indexing.rules import Read, sources
-from attnrewrite.localattention.contraction import Operand, is_contraction, operands, passes_on, product_of
+from attnrewrite.localattention.contraction import (
+    REARRANGING,
+    Operand,
+    is_contraction,
+    operands,
+    product_of,
+    rearranges,
+)
 from attnrewrite.localattention.logits import ComputedTerm, QueryTerm, Term, read_logits, varies
 from attnrewrite.localattention.site import Decline
 
@@ -199,7 +206,7 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
             return user
         if user.op == "Mul":
             after = facts.only_user(user.output)
-            while after is not None and after.op == "Cast" and passes_on(after):
+            while after is not None and rearranges(after):
                 after = facts.only_user(after.output)
             if after is not None and product_of(after) is user:
                 return after
@@ -207,7 +214,7 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
             return Decline(
                 "the probabilities of several heads are mixed with one another after the softmax", user.label
             )
-        if not _rearranges(user) or user.required(0) is not value:
+        if not rearranges(user) or user.required(0) is not value:
             return Decline(f"the probabilities go into {user.op}, not into a sum over values", user.label)
         value = user.outputs[0]
 
@@ -221,19 +228,11 @@ def _mixes_heads(node: Node, softmax: Node) -> bool:
     return data is not None and data[1 if node.op == "Conv" else -1] != shape[axis]
 
 
-REARRANGING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
-
-
-def _rearranges(node: Node) -> bool:
-    """Whether a node passes its numbers on, in another order or type at most."""
-    return node.domain == STANDARD_DOMAIN and (node.op in REARRANGING or passes_on(node))
-
-
 def _pull_to(target: Value, value: Value, index: Index) -> Provenance | None:
     """Follow rearranging operators from `value[index]` back to `target`."""
     while value is not target:
         node = value.producer
-        if node is None or not _rearranges(node):
+        if node is None or not rearranges(node):
             return None
         if node.op not in REARRANGING:
             value = node.required(0)

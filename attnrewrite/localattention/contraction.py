@@ -14,7 +14,7 @@ import numpy as np
 
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, constant
-from attnrewrite.indexing.rules import broadcast_index
+from attnrewrite.indexing.rules import Read, broadcast_index, sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +72,22 @@ def _is_floating(dtype: np.dtype | None) -> bool:
     return dtype is not None and (dtype.kind == "f" or dtype.name == "bfloat16")
 
 
+REARRANGING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"})
+
+
+def rearranges(node: Node) -> bool:
+    """Whether a node passes its numbers on, in another order or type at most."""
+    return node.domain == STANDARD_DOMAIN and (node.op in REARRANGING or passes_on(node))
+
+
 def product_of(node: Node) -> Node | None:
-    """The Mul of two computed tensors that a ReduceSum sums, casts between them aside; None where there is none."""
+    """The Mul of two computed tensors that a ReduceSum sums, casts and new orders between them aside; None where there
+    is none.
+    """
     if node.op != "ReduceSum" or node.domain != STANDARD_DOMAIN:
         return None
     factor = node.required(0).producer
-    while factor is not None and factor.op == "Cast" and passes_on(factor):
+    while factor is not None and rearranges(factor):
         factor = factor.required(0).producer
     if factor is None or factor.op != "Mul" or any(v is None or v.is_constant for v in factor.inputs):
         return None
@@ -198,22 +208,35 @@ def _written_out(term: str, ellipsis: list[str]) -> list[str]:
 def _sum_of_products(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
     factor = product_of(node) or node.required(0).producer
     assert factor is not None
-    product = factor.output
-    assert product.shape is not None
-    rank = len(product.shape)
+    summand = node.required(0)
+    assert summand.shape is not None
+    rank = len(summand.shape)
     axes = node.constant(1)
     if axes is None:
         raise IndexingError(f"{node.label} sums over every axis")
     summed = sorted(int(a) % rank for a in axes.reshape(-1))
-    positions = _summed([_static(product.shape[a], node) for a in summed], axis, index[0].rank)
+    positions = _summed([_static(summand.shape[a], node) for a in summed], axis, index[0].rank)
     kept = list(index)
     if node.attributes.get("keepdims", 1):
         kept = [c for a, c in enumerate(index) if a not in summed]
     full: list[Coordinate] = []
     for a in range(rank):
         full.append(positions[summed.index(a)] if a in summed else kept.pop(0))
+    inside = _through(summand, tuple(full), factor.output)
     a_value, b_value = factor.required(0), factor.required(1)
-    return (
-        Operand(a_value, broadcast_index(tuple(full), a_value)),
-        Operand(b_value, broadcast_index(tuple(full), b_value)),
-    )
+    return Operand(a_value, broadcast_index(inside, a_value)), Operand(b_value, broadcast_index(inside, b_value))
+
+
+def _through(value: Value, index: Index, target: Value) -> Index:
+    """`value[index]` as positions in `target`, from which it is rearranged."""
+    while value is not target:
+        node = value.producer
+        assert node is not None
+        if node.op not in REARRANGING:
+            value = node.required(0)
+            continue
+        found = sources(node, value, index)
+        if found is None or len(found) != 1 or not isinstance(found[0], Read):
+            raise IndexingError(f"{node.label} rearranges a product in a way that has no indexing rule")
+        value, index = found[0].value, found[0].index
+    return index

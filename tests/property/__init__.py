@@ -1,0 +1,1 @@
+"""Random spellings of local attention, and random near misses of them."""
