@@ -10,7 +10,7 @@ MODEL := $(OUT)/swin_tiny_patch4_window7_224.onnx
 # Exported test models, kept between runs and shared by the workers.
 export ATTNREWRITE_TEST_CACHE ?= $(CURDIR)/build/test-models
 
-.PHONY: setup demo test test-slow bench lint format clean
+.PHONY: setup demo test test-slow property bench lint format clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
+
+# Random spellings and near misses, many: minutes. tests/property/RESULTS.md records a run.
+property: setup
+	$(BIN)/python -m tests.property
 
 bench: setup
 	$(BIN)/python benchmarks/models.py

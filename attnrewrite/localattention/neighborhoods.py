@@ -15,7 +15,7 @@ import numpy as np
 
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
-from attnrewrite.indexing.map import Coordinate, IndexingError, first_difference, reduced
+from attnrewrite.indexing.map import Coordinate, IndexingError, dependencies, first_difference, reduced
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import Attention
@@ -136,7 +136,10 @@ def _shift_convolution(value: Value, index: tuple[Coordinate, ...], slot: int) -
     if not isinstance(channels, int):
         return None
     channel = Coordinate(reduced(filters // (weight.shape[0] // channels)))
-    return Shifted(Operand(data, (index[0], channel, *index[2:])), kernel, bias, tuple(taps), dilation)
+    read = (index[0], channel, *index[2:])
+    if slot in dependencies(read):
+        return None  # another channel or place for every slot: the convolution's filters are no slots
+    return Shifted(Operand(data, read), kernel, bias, tuple(taps), dilation)
 
 
 def _match(maps: SiteMaps, key: Shifted, value: Shifted) -> NeighborhoodMatch | Decline:

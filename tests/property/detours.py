@@ -237,16 +237,23 @@ def edges(model: onnx.ModelProto) -> list[Edge]:
 
 
 def _scores(graph: onnx.GraphProto) -> Iterator[str]:
-    """Logits and probabilities: the tensors between a contraction, a softmax and the next contraction."""
+    """Logits and probabilities: the tensors between a contraction (the products that one sums, where it is written so),
+    a softmax and the next contraction.
+    """
     producers = {o: n for n in graph.node for o in n.output}
     initializers = {i.name for i in graph.initializer}
     for softmax in (n for n in graph.node if n.op_type == "Softmax"):
-        pending = [softmax.input[0]]
+        pending, summed = [softmax.input[0]], False
         while pending:
             value = pending.pop()
             yield value
             node = producers.get(value)
-            if node is not None and node.op_type not in CONTRACTIONS:
+            if node is None or node.op_type in ("MatMul", "Einsum", "Mul") and summed:
+                continue
+            if node.op_type == "ReduceSum":
+                pending.append(node.input[0])
+                summed = True
+            elif node.op_type not in CONTRACTIONS:
                 pending += [v for v in node.input if v not in initializers]
         pending = list(softmax.output)
         while pending:
