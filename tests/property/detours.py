@@ -248,7 +248,7 @@ def _scores(graph: onnx.GraphProto) -> Iterator[str]:
             value = pending.pop()
             yield value
             node = producers.get(value)
-            if node is None or node.op_type in ("MatMul", "Einsum", "Mul") and summed:
+            if node is None or (node.op_type in ("MatMul", "Einsum", "Mul") and summed):
                 continue
             if node.op_type == "ReduceSum":
                 pending.append(node.input[0])
