@@ -385,6 +385,8 @@ def _agree(attention: Attention, features: frozenset[int], query: Source, back: 
     expected = [count(query.value.shape[a]) for a in query.roles.tokens]
     if math.prod(enumerated) != math.prod(expected):
         return False
+    if not back.roles.tokens or not query.roles.tokens:
+        return False
     if isinstance(shape[back.roles.tokens[0]], Dim) != isinstance(query.value.shape[query.roles.tokens[0]], Dim):
         return False
     rows = [c.values for a, c in enumerate(back.index) if a not in features]
