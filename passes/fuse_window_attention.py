@@ -28,6 +28,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.maps import count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
@@ -45,7 +46,7 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
         return None
     attention = read_attention(facts, softmax)
     if isinstance(attention, Decline):
-        return attention
+        return or_global(facts, softmax, attention)
     maps = read_maps(facts, attention)
     return maps if isinstance(maps, Decline) else match_windows(facts, maps)
 

@@ -116,7 +116,7 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
             features = found
             break
     heads = tuple(sorted(features - channels))
-    found_sources = {name: _sources(way, features) for name, way in ways.items()}
+    found_sources = {name: sources_of(way, features) for name, way in ways.items()}
     for name, sources in found_sources.items():
         if not sources:
             operand = _operands(attention)[name]
@@ -154,14 +154,14 @@ def _attends_everything(attention: Attention, features: frozenset[int], keys: Se
     None.
     """
     shape = attention.output_shape
-    rows = reads_alike(attention, keys)
+    rows = reads_alike(attention.key_axis, keys)
     if not keys or rows is None:
         return None
     queries = math.prod(count(e) for a, e in enumerate(shape) if a not in features and a not in rows)
     return global_attention(queries, attention.num_keys, attention.softmax.label)
 
 
-def reads_alike(attention: Attention, keys: Sequence[Source]) -> frozenset[int] | None:
+def reads_alike(key_axis: int, keys: Sequence[Source]) -> frozenset[int] | None:
     """The grid axes that number batch elements, if all queries of one read the same keys on every view of these.
 
     None where they do not: the queries of a window read alike on the nearest views alone.
@@ -173,8 +173,8 @@ def reads_alike(attention: Attention, keys: Sequence[Source]) -> frozenset[int] 
         if domain is not None:
             reads |= frozenset(a for a, e in enumerate(domain.shape) if e > 1)
         if source.has_batch:
-            rows |= index[0].depends_on() - {attention.key_axis}
-        if reads - {attention.key_axis}:
+            rows |= index[0].depends_on() - {key_axis}
+        if reads - {key_axis}:
             return None
     return rows
 
@@ -204,7 +204,7 @@ def _way(facts: Facts, attention: Attention, operand: Operand) -> list[Candidate
     return list(candidates(operand.value, operand.index, attention.channel_axis, facts.positions))
 
 
-def _sources(way: Sequence[Candidate], features: frozenset[int]) -> list[Source]:
+def sources_of(way: Sequence[Candidate], features: frozenset[int]) -> list[Source]:
     found = []
     for candidate in way:
         split = roles(candidate.value, candidate.index, features)

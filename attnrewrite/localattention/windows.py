@@ -84,7 +84,7 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
         return Decline("the tokens are rearranged before the attention in a way that its output does not undo", query)
     if len(queries) == 1:
         known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
-        if reads_alike(attention, maps.sources["key"]) is None:
+        if reads_alike(attention.key_axis, maps.sources["key"]) is None:
             return _made_inside(maps)
         return global_attention(queries.size, keys.size, node, **known)
     if queries.shape[1] == 1:

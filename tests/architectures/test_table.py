@@ -19,9 +19,6 @@ ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 
 # Rows whose verdict is not reached yet: what is missing.
 PENDING: dict[str, str] = {
-    "evit_token_reorganisation_ia_red2_evit": "the kind of an attention whose probabilities are used twice",
-    "lookupvit": "the kind of an attention whose logits are used twice",
-    "convit": "the kind of an attention whose probabilities are mixed with others",
     "a2mamba": "the inward border",
     "tic_msa_conv_overlapping": "a reason that speaks of overlapping windows",
     "tic_msa_conv_apart": "windows put back by Col2Im",
