@@ -27,6 +27,8 @@ from attnrewrite.localattention.contraction import (
 from attnrewrite.localattention.logits import ComputedTerm, QueryTerm, Term, read_logits, varies
 from attnrewrite.localattention.site import Decline
 
+NOT_OVER_KEYS = "the softmax does not run over the keys that are summed"
+
 
 @dataclass(frozen=True, eq=False)
 class Attention:
@@ -125,9 +127,9 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
         [-1 if a == key_axis else 1 for a in range(channel_axis + 1)]
     )
     if not isinstance(num_keys, int) or key_position.batch or not np.array_equal(key_position.values, expected):
-        return Decline("the softmax does not run over the keys that are summed", softmax.label)
+        return Decline(NOT_OVER_KEYS, softmax.label)
     if any(key_axis in c.depends_on() for a, c in enumerate(weights.index) if a != axis):
-        return Decline("the softmax does not run over the keys that are summed", softmax.label)
+        return Decline(NOT_OVER_KEYS, softmax.label)
     value_axes = [a for a in range(key_axis) if varies(value.index, a) and not varies(weights.index, a)]
     return WeightedSum(consumer, output_shape, weights.index, value, key_axis, tuple(value_axes), num_keys)
 

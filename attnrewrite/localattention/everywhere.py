@@ -12,6 +12,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, identity
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
+from attnrewrite.localattention.attention import NOT_OVER_KEYS
 from attnrewrite.localattention.contraction import Operand, is_contraction, operands
 from attnrewrite.localattention.maps import Source, count, global_attention, reads_alike, sources_of
 from attnrewrite.localattention.site import Decline
@@ -25,10 +26,10 @@ LIMIT = 12
 def or_global(facts: Facts, softmax: Node, decline: Decline) -> Decline:
     """`decline`, or the decline of a global attention with it as the second half of the reason.
 
-    Global is said only where the keys are followed to a map that has the model's own batch: rows of any other number
-    may be windows.
+    Global is said only where the keys are followed to a map that has the model's own batch (rows of any other number
+    may be windows) and the probabilities weigh one sum at most (where they weigh several, it is another computation).
     """
-    if decline.kind != "other":
+    if decline.kind != "other" or decline.reason == NOT_OVER_KEYS or _sums(facts, softmax) > 1:
         return decline
     if _is_fixed(softmax.required(0)):
         return Decline(f"the logits are the same for every input; {decline.reason}", decline.node)
@@ -37,6 +38,11 @@ def or_global(facts: Facts, softmax: Node, decline: Decline) -> Decline:
     except IndexingError:
         return decline
     return decline if found is None else Decline(f"{found.reason}; {decline.reason}", decline.node, found.kind)
+
+
+def _sums(facts: Facts, softmax: Node) -> int:
+    """How many contractions read the probabilities directly."""
+    return sum(is_contraction(user) for user in facts.users(softmax.output))
 
 
 def _is_fixed(value: Value) -> bool:

@@ -31,7 +31,6 @@ PENDING: dict[str, str] = {
     "deployed_timm_gcvit": "one query set for all windows",
     "transformer_in_transformer_timm": "windows that blocks keep in the batch",
     "efficientvit_msra": "a convolution of the queries inside each window",
-    "deployed_timm_samvit": "decomposed relative position",
 }
 
 

@@ -26,7 +26,18 @@ def tokens(g: Builder) -> str:
 def probabilities_twice(g: Builder) -> str:
     logits, value = products(g, tokens(g))
     weights = g.op("Softmax", logits, axis=-1)
+    return g.op("Add", g.op("MatMul", weights, value), g.op("MatMul", g.op("Sqrt", weights), value))
+
+
+def probabilities_in_two_sums(g: Builder) -> str:
+    logits, value = products(g, tokens(g))
+    weights = g.op("Softmax", logits, axis=-1)
     return g.op("MatMul", weights, g.op("Add", value, g.op("MatMul", weights, value)))
+
+
+def over_the_queries(g: Builder) -> str:
+    logits, value = products(g, tokens(g))
+    return g.op("MatMul", g.op("Softmax", logits, axis=1), value)
 
 
 def logits_twice(g: Builder) -> str:
@@ -49,7 +60,7 @@ def windows_twice(g: Builder) -> str:
     x = g.input("x", ["batch", 3, TOKENS, DIM])
     logits, value = products(g, g.reshape(x, -1, TOKENS, DIM))
     weights = g.op("Softmax", logits, axis=-1)
-    return g.op("MatMul", weights, g.op("Add", value, g.op("MatMul", weights, value)))
+    return g.op("Add", g.op("MatMul", weights, value), g.op("MatMul", g.op("Sqrt", weights), value))
 
 
 def fixed_weights(g: Builder) -> str:
@@ -62,6 +73,8 @@ def fixed_weights(g: Builder) -> str:
 
 CASES = {
     "probabilities-twice": (probabilities_twice, "global", GLOBAL + "the attention probabilities have 2 uses"),
+    "probabilities-in-two-sums": (probabilities_in_two_sums, "other", "the attention probabilities have 2 uses"),
+    "over-the-queries": (over_the_queries, "other", "the softmax does not run over the keys that are summed"),
     "logits-twice": (logits_twice, "global", GLOBAL + "the logits are used elsewhere as well"),
     "probabilities-mixed": (probabilities_mixed, "global", GLOBAL + "the probabilities go into Mul"),
     "windows-twice": (windows_twice, "other", "the attention probabilities have 2 uses"),
