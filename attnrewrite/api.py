@@ -106,16 +106,18 @@ def inspect(
 
 
 def explain(model: ModelLike, site: str | None = None, input_shapes: InputShapes | None = None) -> tuple[Site, ...]:
-    """Every site (or the one with that id or node name): the nearest match and what stopped it.
+    """Every site (or the one with that id or node name): the nearest match, what stopped it, and in `readings` what a
+    few of its queries read.
 
     Raises UserError for bad input and for a site that the model does not have.
     """
-    report = inspect(model, input_shapes)
-    chosen = tuple(s for s in report.sites if site is None or site in (s.id, s.node))
-    if site is not None and not chosen:
-        known = ", ".join(s.id for s in report.sites) or "none, for the model has no softmax"
-        raise UserError(f"{report.model} has no site {site!r}; its sites are {known}")
-    return chosen
+    with _on_disk(model) as source:
+        report = inspect(source.path, input_shapes)
+        chosen = tuple(s for s in report.sites if site is None or site in (s.id, s.node))
+        if site is not None and not chosen:
+            known = ", ".join(s.id for s in report.sites) or "none, for the model has no softmax"
+            raise UserError(f"{source.name} has no site {site!r}; its sites are {known}")
+        return artifact.with_readings(source.path, chosen, input_shapes or {})
 
 
 def optimize(

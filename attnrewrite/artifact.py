@@ -25,6 +25,7 @@ from attnrewrite.report import Report
 
 if TYPE_CHECKING:
     from attnrewrite.graph import Graph
+    from attnrewrite.localattention.site import Site
     from attnrewrite.lowering.targets import Target
     from attnrewrite.pipeline import Outcome, Pass, Pipeline
     from attnrewrite.verify.numeric import Precision, Verification
@@ -116,6 +117,22 @@ def rewrite(
         graph = read(source, input_shapes or None)
     with stages.stage("rewrite", "looking for local attention"):
         return pipeline.run(graph, on_pass=on_pass)
+
+
+def with_readings(source: Path, sites: Sequence[Site], input_shapes: InputShapes) -> tuple[Site, ...]:
+    """The sites with what a few of their queries read in the model as it came (branches folded)."""
+    from attnrewrite.facts import Facts
+    from attnrewrite.frontend.onnx import read
+    from attnrewrite.localattention.explain import readings
+    from attnrewrite.pipeline import select
+
+    graph = select(["fold-reparam-branches"]).run(read(source, input_shapes or None)).graph
+    facts = Facts(graph)
+    softmaxes = {node.label: node for node in graph.nodes if node.op == "Softmax"}
+    return tuple(
+        replace(site, readings=readings(facts, softmaxes[site.node], site)) if site.node in softmaxes else site
+        for site in sites
+    )
 
 
 def report_of(model: str, outcome: Outcome, stages: Stages) -> Report:

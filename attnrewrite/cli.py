@@ -107,15 +107,16 @@ def explain(
     input_shape: Shapes = None,
     as_json: Json = False,
 ) -> None:
-    """Say for each softmax what the nearest match is and what stopped it."""
+    """Say for each softmax what the nearest match is and what stopped it, and draw what its queries read."""
     from attnrewrite import api
+    from attnrewrite.report.drawing import explained
     from attnrewrite.report.terminal import render_site
 
     with _status(quiet=as_json) as say:
         say(f"reading {model.name}")
         sites = api.explain(model, site, parse_shapes(input_shape))
     if as_json:
-        _print_json({"model": str(model), "sites": [s.to_json() for s in sites]})
+        _print_json({"model": str(model), "sites": [explained(s) for s in sites]})
         return
     out = _stdout()
     if not sites:

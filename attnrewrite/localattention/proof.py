@@ -63,11 +63,7 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
     for name, source in (("key", maps.keys[0]), ("value", maps.values[0])):
         if _enumerated_batch(source) != batch:
             raise NotProved(f"the {name} has another batch than the query")
-        slots = 1 if name in learned else attention.num_keys
-        axes = _token_axes_of(maps, source)
-        flat = flat_pixels(source.candidate, source.roles.tokens, shape, axes, [(attention.key_axis, slots)])
-        table = np.broadcast_to(flat.reshape(-1, slots), (flat.size // slots, attention.num_keys))
-        tables.append(Table(table, _rows_along(maps, axes, order)))
+        tables.append(pixel_table(maps, source, order, learned=name in learned))
     sizes = (pixels, math.prod(maps.keys[0].spatial), math.prod(maps.values[0].spatial))
     return Reads(tables[0], tables[1], _terms(maps, order), sizes, _query_vectors(maps, order))
 
@@ -87,6 +83,17 @@ def _query_vectors(maps: SiteMaps, order: np.ndarray) -> Table | None:
     kept += [(a, count(shape[a])) for a in axes] + [(attention.key_axis, attention.num_keys)]
     vectors = spread(total, kept).reshape(heads, attention.head_dim, -1, attention.num_keys)
     return Table(vectors, _rows_along(maps, axes, order))
+
+
+def pixel_table(maps: SiteMaps, source: Source, order: np.ndarray, *, learned: bool = False) -> Table:
+    """Flat pixels of the source that the key slots read, PADDING outside; one row for each of these output rows."""
+    attention = maps.attention
+    slots = 1 if learned else attention.num_keys
+    axes = _token_axes_of(maps, source)
+    extra = [(attention.key_axis, slots)]
+    flat = flat_pixels(source.candidate, source.roles.tokens, attention.output_shape, axes, extra)
+    table = np.broadcast_to(flat.reshape(-1, slots), (flat.size // slots, attention.num_keys))
+    return Table(table, _rows_along(maps, axes, order))
 
 
 def _token_axes_of(maps: SiteMaps, source: Source) -> list[int]:

@@ -27,6 +27,25 @@ class Decline:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What one query of a site reads, as `explain` shows it. Pixels are positions on a map, one entry per axis.
+
+    what: whether the keys or the values are meant. query: the query's pixel on a map of extents query_size. together:
+    all queries that read the same, the query among them. reads: the pixels read, each once, on a map of extents size.
+    padding: how many of the slots read padding instead. note: why this query is shown.
+    """
+
+    what: Literal["keys", "values"]
+    query: tuple[int, ...]
+    query_size: tuple[int, ...]
+    together: tuple[tuple[int, ...], ...]
+    reads: tuple[tuple[int, ...], ...]
+    size: tuple[int, ...]
+    padding: int
+    note: str
+
+
+@dataclass(frozen=True)
 class Site:
     """One softmax. Sizes have one entry per spatial axis, in pixels; None where the geometry was not read.
 
@@ -53,11 +72,12 @@ class Site:
     mask: MaskKind | None = None
     pass_name: str | None = None
     foreign: bool = False
+    readings: tuple[Reading, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The site as the JSON report writes it: `pass` for pass_name, unread fields left out."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
-        del fields["foreign"]
+        del fields["foreign"], fields["readings"]
         if "pass_name" in fields:
             fields["pass"] = fields.pop("pass_name")
         return fields

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from attnrewrite.localattention.site import Reparam, Site
 from attnrewrite.report.document import Report, facts, headline, scientific, times
+from attnrewrite.report.drawing import draw
+from attnrewrite.report.drawing import sentence as drawn_sentence
 
 if TYPE_CHECKING:
     from attnrewrite.verify.numeric import Verification
@@ -54,7 +56,8 @@ def render_site(site: Site) -> Group:
     table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(label, value)
-    return Group(Text(f"site {site.id}", style="bold"), Padding(table, (0, 0, 1, 2)))
+    drawings = [Padding(Text("\n".join([drawn_sentence(r), *draw(r)])), (0, 0, 1, 2)) for r in site.readings]
+    return Group(Text(f"site {site.id}", style="bold"), Padding(table, (0, 0, 1, 2)), *drawings)
 
 
 def render_verification(verification: Verification) -> Group:

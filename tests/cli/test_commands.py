@@ -12,6 +12,7 @@ import pytest
 
 from attnrewrite.errors import CompilerError
 from tests import tiny
+from tests.models.onnx_spellings import SPELLINGS
 
 
 def run_onnx(path: Path, x: np.ndarray) -> np.ndarray:
@@ -49,6 +50,17 @@ def test_explain_says_what_stopped_the_match(command, attention):
     unknown = command("explain", attention, "nowhere")
     assert unknown.code == 2
     assert "has no site 'nowhere'; its sites are" in unknown.stderr
+
+
+def test_explain_draws_what_a_query_reads(command, tmp_path):
+    path = tiny.save(tmp_path / "windows.onnx", SPELLINGS["window-shifted"].model())
+    done = command("explain", path)
+    assert done.code == 0
+    assert "a query in the middle: pixel (4, 6) of a 8x12 map reads the keys of 16 pixels" in done.stdout
+    assert "Q # # #" in done.stdout
+    (site,) = command("explain", path, "--json").json["sites"]
+    assert site["readings"][0]["query"] == [4, 6]
+    assert any("Q # # #" in line for line in site["readings"][0]["drawing"])
 
 
 def test_explain_without_softmax(command, mlp):
