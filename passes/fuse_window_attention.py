@@ -32,6 +32,7 @@ from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.maps import count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
+from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
 from attnrewrite.localattention.terms import relative_table
 from attnrewrite.localattention.windows import Seen, WindowMatch, match_windows, seen_on_map
@@ -48,7 +49,12 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     if isinstance(attention, Decline):
         return or_global(facts, softmax, attention)
     maps = read_maps(facts, attention)
-    return maps if isinstance(maps, Decline) else match_windows(facts, maps)
+    if isinstance(maps, Decline):
+        return maps
+    found = match_windows(facts, maps)
+    if isinstance(found, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
+        return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
+    return found
 
 
 def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:

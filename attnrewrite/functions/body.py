@@ -62,13 +62,25 @@ class BodyBuilder:
         assert value.shape is not None
         return self.op("Transpose", [value], tuple(value.shape[p] for p in permutation), perm=list(permutation))
 
-    def slice(self, value: Value, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int]) -> Value:
-        """value[..., start:end, ...]; bounds within the extents."""
-        assert value.shape is not None
-        shape = list(value.shape)
-        for axis, start, end in zip(axes, starts, ends, strict=True):
-            shape[axis] = end - start
-        return self.op("Slice", [value, self.ints(starts), self.ints(ends), self.ints(axes)], tuple(shape))
+    def slice(
+        self, value: Value, axes: Sequence[int], starts: Sequence[int], ends: Sequence[int], steps: Sequence[int] = ()
+    ) -> Value:
+        """value[..., start:end:step, ...]; bounds within the extents, steps positive (all 1 by default)."""
+        shape = list(value.known_shape)
+        steps = list(steps) or [1] * len(axes)
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+            shape[axis] = -((start - end) // step)
+        if tuple(shape) == value.shape:
+            return value
+        bounds = [self.ints(starts), self.ints(ends), self.ints(axes)]
+        if any(s != 1 for s in steps):
+            bounds.append(self.ints(steps))
+        return self.op("Slice", [value, *bounds], tuple(shape))
+
+    def gather(self, value: Value, positions: np.ndarray, axis: int) -> Value:
+        """These positions (int64 [n]) of one axis, in this order."""
+        shape = (*value.known_shape[:axis], len(positions), *value.known_shape[axis + 1 :])
+        return self.op("Gather", [value, self.constant(positions)], shape, axis=axis)
 
     def concat(self, values: Sequence[Value], axis: int) -> Value:
         first = values[0].shape

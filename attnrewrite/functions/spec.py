@@ -112,42 +112,59 @@ def _key_windows(attributes: Mapping[str, Any]) -> KeyWindows | None:
 class SlideAttention:
     """Attributes of `attnrewrite::SlideAttention`; feature maps are channels-first `[B, nH*d, *feature_size]`.
 
-    Slot j of K = prod(kernel_size), row-major, is the neighbour at `NeighborhoodGeometry.axis_offsets`; a neighbour
-    outside the map is a zero vector that takes part in the softmax (border "zero").
+    Slot j of K = prod(kernel_size), row-major, is the neighbour at `NeighborhoodGeometry.pixels()`; what a slot outside
+    the key map is says the geometry's border.
     """
 
     geometry: NeighborhoodGeometry
     num_heads: int
     scale: float
-    border: str = "zero"
     softmax_dtype: int = 0
 
     op_type = "SlideAttention"
-    operands = ("query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias")
+    operands = (
+        "query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias",
+        "key_padding", "value_padding",
+    )  # fmt: skip
+
+    @property
+    def border(self) -> str:
+        return self.geometry.border
 
     def attributes(self) -> dict[str, Any]:
-        """The node's ONNX attributes."""
-        return {
+        """The node's ONNX attributes; stride, key_size and offset where they are not the default."""
+        geometry = self.geometry
+        attributes: dict[str, Any] = {
             "num_heads": self.num_heads,
             "scale": float(self.scale),
-            "feature_size": list(self.geometry.feature_size),
-            "kernel_size": list(self.geometry.kernel_size),
-            "dilation": list(self.geometry.dilation),
-            "border": self.border,
+            "feature_size": list(geometry.feature_size),
+            "kernel_size": list(geometry.kernel_size),
+            "dilation": list(geometry.dilation),
+            "border": geometry.border,
             "softmax_dtype": self.softmax_dtype,
         }
+        if any(s != 1 for s in geometry.stride):
+            attributes["stride"] = list(geometry.stride)
+        if geometry.key_size != geometry.feature_size:
+            attributes["key_size"] = list(geometry.key_size)
+        if geometry.offset != geometry.centred_offset:
+            attributes["offset"] = list(geometry.offset)
+        return attributes
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> SlideAttention:
+        optional = {name: sizes(attributes.get(name, ())) for name in ("stride", "key_size", "offset")}
         geometry = NeighborhoodGeometry(
-            sizes(attributes["feature_size"]), sizes(attributes["kernel_size"]), sizes(attributes["dilation"])
+            sizes(attributes["feature_size"]),
+            sizes(attributes["kernel_size"]),
+            sizes(attributes["dilation"]),
+            text(attributes["border"]),
+            **optional,
         )
-        border = attributes["border"]
         return cls(
             geometry,
             int(attributes["num_heads"]),
             float(attributes["scale"]),
-            text(border),
             int(attributes.get("softmax_dtype", 0)),
         )
 

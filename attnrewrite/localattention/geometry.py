@@ -216,32 +216,101 @@ class WindowGeometry:
         return labels[:, :, None] != labels[:, None, :]
 
 
+# What a neighbour outside the map is: no pixel at all, or which pixel is read in its place.
+PADDED_BORDERS = ("zero", "constant", "exclude")
+MOVED_BORDERS = ("inward", "replicate", "reflect", "wrap")
+
+
 @dataclass(frozen=True)
 class NeighborhoodGeometry:
-    """Every pixel attends the kernel_size neighbourhood around it; outside the map lies PADDING.
+    """Every pixel of a query map attends kernel_size pixels of a key map, `dilation` apart.
 
-    feature_size, kernel_size (odd), dilation: one entry per spatial axis, in pixels.
+    feature_size (of the query map), kernel_size, dilation: one entry per spatial axis, in pixels. stride (default 1),
+    key_size (default feature_size) and offset (default -dilation * (kernel_size // 2): centred): slot t of query i
+    stands at pixel i * stride + offset + t * dilation of the key map.
+    border: what a slot outside the key map is. "zero", "constant" (a vector) and "exclude" (no key at all) read no
+    pixel: PADDING. "replicate", "reflect" (the edge not repeated) and "wrap" read another pixel. "inward" moves the
+    whole neighbourhood of such a query to the nearest place inside, in steps of the dilation (NATTEN). Axes with
+    different borders are written apart: "exclude,inward"; at most one kind of them reads no pixel.
+    Raises ValueError where a size does not fit.
+    Source of "inward": Neighborhood Attention Transformer, https://arxiv.org/abs/2204.07143, and its dilated form,
+    https://arxiv.org/abs/2209.15001.
     """
 
     feature_size: Sizes
     kernel_size: Sizes
     dilation: Sizes
+    border: str = "zero"
+    stride: Sizes = ()
+    key_size: Sizes = ()
+    offset: Sizes = ()
+
+    def __post_init__(self) -> None:
+        axes = len(self.feature_size)
+        if len(self.kernel_size) != axes or len(self.dilation) != axes:
+            raise ValueError(f"sizes of {axes} axes do not fit, got {self.kernel_size=}, {self.dilation=}")
+        object.__setattr__(self, "stride", self.stride or (1,) * axes)
+        object.__setattr__(self, "key_size", self.key_size or self.feature_size)
+        object.__setattr__(self, "offset", self.offset or self.centred_offset)
+        positive = (self.kernel_size, self.dilation, self.stride, self.key_size)
+        if any(len(s) != axes for s in (*positive, self.offset)) or any(e < 1 for s in positive for e in s):
+            raise ValueError(f"sizes of {axes} axes do not fit, got {self}")
+        borders = set(self.borders)
+        if not borders <= {*PADDED_BORDERS, *MOVED_BORDERS} or len(borders & set(PADDED_BORDERS)) > 1:
+            raise ValueError(f"there is no border {self.border!r}")
+        for axis, border in enumerate(self.borders):
+            reach = (self.kernel_size[axis] - 1) * self.dilation[axis]
+            if border == "inward" and self.kernel_size[axis] * self.dilation[axis] > self.key_size[axis]:
+                raise ValueError(f"a neighbourhood reaching over {reach + 1} pixels does not fit inside, got {self}")
+
+    @property
+    def borders(self) -> tuple[str, ...]:
+        """The border of every axis."""
+        words = tuple(self.border.split(","))
+        return words * len(self.feature_size) if len(words) == 1 else words
+
+    @property
+    def centred_offset(self) -> Sizes:
+        return tuple(-d * (k // 2) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether queries and keys share one map and every pixel lies in the middle of its neighbourhood."""
+        same = self.key_size == self.feature_size and all(s == 1 for s in self.stride)
+        return same and self.offset == self.centred_offset and all(k % 2 for k in self.kernel_size)
 
     @property
     def keys_per_query(self) -> int:
         return math.prod(self.kernel_size)
 
     def axis_offsets(self, axis: int) -> np.ndarray:
-        """int64 [kernel_size]: key position minus query position along one axis, ascending."""
-        kernel = self.kernel_size[axis]
-        return (np.arange(kernel) - kernel // 2) * self.dilation[axis]
+        """int64 [kernel_size]: key position minus query position * stride along one axis, ascending."""
+        return np.arange(self.kernel_size[axis]) * self.dilation[axis] + self.offset[axis]
+
+    def axis_positions(self, axis: int) -> np.ndarray:
+        """int64 [extent, kernel_size]: where each key slot of each query stands, inside the map or not."""
+        return np.arange(self.feature_size[axis])[:, None] * self.stride[axis] + self.axis_offsets(axis)[None, :]
 
     def axis_table(self, axis: int) -> np.ndarray:
         """int64 [extent, kernel_size] of one axis: the pixel each key slot of each query reads, or PADDING."""
-        extent = self.feature_size[axis]
-        pixel = np.arange(extent)[:, None] + self.axis_offsets(axis)[None, :]
-        return np.where((pixel >= 0) & (pixel < extent), pixel, PADDING)
+        position, extent = self.axis_positions(axis), self.key_size[axis]
+        match self.borders[axis]:
+            case "replicate":
+                return np.clip(position, 0, extent - 1)
+            case "reflect":
+                period = max(2 * (extent - 1), 1)
+                folded = position % period
+                return np.where(folded < extent, folded, period - folded)
+            case "wrap":
+                return position % extent
+            case "inward":
+                kernel, step = self.kernel_size[axis], self.dilation[axis]
+                group = position[:, :1] % step  # the pixels a neighbourhood may move over: every step-th
+                members = (extent - group + step - 1) // step
+                first = np.clip(position[:, :1] // step, 0, members - kernel)
+                return (first + np.arange(kernel)) * step + group
+        return np.where((position >= 0) & (position < extent), position, PADDING)
 
     def pixels(self) -> np.ndarray:
-        """int64 [pixels, K]: the flat pixel that each key slot of each query reads, or PADDING; all row-major."""
-        return product_of_axes([self.axis_table(a) for a in range(len(self.feature_size))], self.feature_size)
+        """int64 [P, K]: the flat pixel of the key map that each slot of each query reads, or PADDING; row-major."""
+        return product_of_axes([self.axis_table(a) for a in range(len(self.feature_size))], self.key_size)

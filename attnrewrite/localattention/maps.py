@@ -254,7 +254,11 @@ def _meet(
                 moved = [r for r in returns if r not in agreeing and _follows(facts, nearest[0], r)]
                 moved_again = [r for r in moved if _follows(facts, fitting[-1], r)]
                 back_again = [r for r in nearest if not any(_follows(facts, r, m) for m in moved if m.depth == first)]
-                chosen = min(back_again or nearest, key=lambda r: _spelled_out(len(r.roles.tokens) - 1))
+                # The attention's own output has its heads apart: where it returns at once, what it becomes is the map.
+                chosen = min(
+                    back_again or nearest,
+                    key=lambda r: (r.value is attention.output, _spelled_out(len(r.roles.tokens) - 1)),
+                )
                 return (
                     tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
                     chosen,

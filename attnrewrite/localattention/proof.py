@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from attnrewrite.dims import elements, static
+from attnrewrite.dims import static
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
@@ -175,27 +175,51 @@ def _window_reads(node: Node, opset: int) -> Reads:
 
 
 def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:
-    """SlideAttention: slot by slot, the pixel that the body's keys and values read."""
-    body = body_of(node, opset)
-    inputs = dict(zip(operands_of(node), body.inputs, strict=True))
+    """SlideAttention: slot by slot, the pixel that the body's keys and values read. Padding operands add values, not
+    pixels.
+    """
+    names = [n for n in type(spec_of(node)).operands if not n.endswith("_padding")]
+    bare = Node(node.op, [operands_of(node).get(n) for n in names], [], node.attributes, "", node.domain)
+    body = body_of(bare, opset)
+    inputs = dict(zip(operands_of(bare), body.inputs, strict=True))
     facts = Facts(body)
-    pixels = math.prod(maps.query.spatial)
+    pixels = math.prod(static(e) for e in inputs["query"].known_shape[2:])
     found = {
-        name: [_slot_pixels(facts, v, inputs, name, j) for j, v in enumerate(slots)]
+        name: [_slot_pixels(facts, v, inputs, name, j, pixels) for j, v in enumerate(slots)]
         for name, slots in _slots(body).items()
     }
     keys, values = (np.stack(found[n], axis=1) for n in ("key", "value"))
-    if keys.shape != (pixels, maps.attention.num_keys) or values.shape != keys.shape:
-        raise NotProved("the emitted body does not have the original's slots")
+    if pixels != math.prod(maps.query.spatial):
+        raise NotProved("the emitted body does not return to the map of the original's query")
     learned = [n for n in ("key", "value") if f"{n}_kernel" in inputs]
     bias = operands_of(node).get("bias")
-    terms = np.zeros((1, 1, 1)) if bias is None else bias.constant.astype(np.float64)[:, None]
-    own = np.arange(pixels)
-    added = Table(terms, np.zeros(pixels, np.int64))
-    reads = Reads(Table(keys, own), Table(values, own), added, (pixels, pixels, pixels))
+    terms = np.zeros((1, 1, 1))
+    if bias is not None:
+        constants = bias.constant.astype(np.float64)
+        terms = constants if constants.ndim == 3 else constants[:, None]
+    outside = _excluded(body)
+    if outside is not None:
+        terms = np.where(outside, -np.inf, terms)
+    own, alike = np.arange(pixels), np.zeros(pixels, np.int64)
+    added = Table(terms, own if terms.shape[1] > 1 else alike)
+    sizes = tuple(math.prod(static(e) for e in inputs[n].known_shape[2:]) for n in ("query", "key", "value"))
+    reads = Reads(Table(keys, own), Table(values, own), added, sizes)
     difference = original_reads(maps, learned).difference(reads, maps.attention.softmax_dtype)
     if difference is not None:
         raise NotProved(difference)
+
+
+def _excluded(body: Graph) -> np.ndarray | None:
+    """bool [P, K]: where the body's logits are replaced by -inf, whatever keys there are."""
+    softmax = next(n for n in body.nodes if n.op == "Softmax")
+    node = softmax.required(0).producer
+    if node is None or node.op != "Where":
+        return None
+    condition, number = node.constant(0), node.constant(1)
+    if condition is None or number is None or not np.isneginf(number).all():
+        raise NotProved("the emitted body replaces logits by something else than -inf")
+    table: np.ndarray = condition.reshape(condition.shape[-2:]).T
+    return table
 
 
 def _slots(body: Graph) -> dict[str, list[Value]]:
@@ -203,7 +227,7 @@ def _slots(body: Graph) -> dict[str, list[Value]]:
     softmax = next(n for n in body.nodes if n.op == "Softmax")
     value = softmax.required(0)
     while value.producer is not None and value.producer.op != "Concat":
-        value = value.producer.required(0)
+        value = next(v for v in value.producer.inputs if v is not None and not v.is_constant)
     assert value.producer is not None
     keys = []
     for score in value.producer.inputs:
@@ -223,21 +247,23 @@ def _through(value: Value, op: str) -> Node:
     return node
 
 
-def _slot_pixels(facts: Facts, value: Value, inputs: dict[str, Value], name: str, slot: int) -> np.ndarray:
+def _slot_pixels(facts: Facts, value: Value, inputs: dict[str, Value], name: str, slot: int, pixels: int) -> np.ndarray:
     """int64 [P]: the pixel of the operand that the slot reads for every output pixel; channels must pass through."""
+    spatial = [static(e) for e in inputs["query"].known_shape[2:]]
+    if value.producer is not None and value.producer.op == "Reshape":
+        value = value.producer.required(0)  # [B, C, *S] -> [B, nH, dv, P]
     while True:
-        assert value.shape is not None
         last = None
         for last in _walk(value, facts):
             if last[0] is inputs[name]:
-                return _pixels(last[1], inputs[name], last[2])
+                return _pixels(last[1], inputs[name], last[2], spatial)
         assert last is not None
         node = last[0].producer
         if node is not None and node.op == "Add":
             value = node.required(0)  # the slot's bias
         elif node is not None and node.op == "Conv" and node.required(0) is inputs[name]:
             _check_kernel(facts, node.required(1), inputs[f"{name}_kernel"], slot)
-            return np.arange(elements(inputs[name].known_shape[2:]))
+            return np.arange(pixels)
         else:
             raise NotProved(f"slot {slot} of the emitted body does not read its {name} operand")
 
@@ -251,20 +277,16 @@ def _walk(value: Value, facts: Facts) -> Iterator[Step]:
         yield found.value, found.index, found.domain
 
 
-def _pixels(index: Index, operand: Value, domain: np.ndarray | None) -> np.ndarray:
-    """Flat pixels of a channels-first operand read at an index whose grid is a [B, C, ...] tensor of the same
-    pixels.
-    """
-    assert operand.shape is not None
-    spatial = [static(e) for e in operand.shape[2:]]
+def _pixels(index: Index, operand: Value, domain: np.ndarray | None, output: list[int]) -> np.ndarray:
+    """Flat pixels of a channels-first operand read at an index whose grid is a [B, C, *output] tensor."""
     flat: np.ndarray = np.zeros((1,) * index[0].rank, np.int64)
-    for extent, coordinate in zip(spatial, index[2:], strict=True):
-        flat = flat * extent + coordinate.values
+    for extent, coordinate in zip(operand.known_shape[2:], index[2:], strict=True):
+        flat = flat * static(extent) + coordinate.values
     if domain is not None:
         flat = np.where(domain, flat, PADDING)
     if not _passes_channels(index[0], index[1], operand):
         raise NotProved("a slot reads another channel or batch element than it writes")
-    return np.broadcast_to(flat.reshape(-1), (math.prod(spatial),)) if flat.size == 1 else flat.reshape(-1)
+    return np.broadcast_to(flat, (1, 1, *output)).reshape(-1)
 
 
 def _passes_channels(batch: Coordinate, channel: Coordinate, operand: Value) -> bool:

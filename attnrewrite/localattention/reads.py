@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# In place of the pixel of a key that is excluded: behind all pixels.
+NO_KEY = np.iinfo(np.int64).max
 # Elements of the largest temporary array.
 CHUNK = 1 << 20
 
@@ -93,22 +95,19 @@ class Reads:
         """
         if self.sizes != other.sizes:
             return f"maps of {self.sizes} pixels are read in the original, of {other.sizes} in the replacement"
-        for name, one, two in (("key", self.keys, other.keys), ("value", self.values, other.values)):
-            if (one.pixels, one.slots) != (two.pixels, two.slots):
-                return (
-                    f"{one.pixels} pixels read {one.slots} {name}s in the original, "
-                    f"{two.pixels} pixels {two.slots} in the replacement"
-                )
-        finite = np.where(np.isfinite(self.terms.values), self.terms.values, 0.0)
+        if self.keys.pixels != other.keys.pixels:
+            return f"{self.keys.pixels} pixels are computed in the original, {other.keys.pixels} in the replacement"
+        lowest = float(np.finfo(dtype).min / 2)
+        finite = np.where(np.isfinite(self.terms.values) & (self.terms.values > lowest), self.terms.values, 0.0)
         allowed = float(2 * np.finfo(dtype).eps * max(np.abs(finite).max(initial=0.0), 1e-30))
         if (self.vectors is None) != (other.vectors is None):
             return "only one of original and replacement multiplies its queries with relative positions"
         near = 0.0 if self.vectors is None else float(np.finfo(dtype).eps * 8 * np.abs(self.vectors.values).max())
-        if self._equal_as_listed(other, allowed, near):
+        if self.keys.slots == other.keys.slots and self._equal_as_listed(other, allowed, near):
             return None
         width = max(r._width() for r in (self, other))
-        for pixels in pieces(np.arange(self.keys.pixels), width * self.keys.slots):
-            mine, theirs = self._sorted(pixels), other._sorted(pixels)
+        for pixels in pieces(np.arange(self.keys.pixels), width * max(self.keys.slots, other.keys.slots)):
+            mine, theirs = self._sorted(pixels, lowest), other._sorted(pixels, lowest)
             difference = _sorted_difference(pixels, mine, theirs, allowed)
             if difference is None and not (_off(mine[3], theirs[3]) <= near).all():
                 difference = "the queries are multiplied with other relative positions than in the original"
@@ -133,14 +132,22 @@ class Reads:
         meet = meetings(self.terms, other.terms)
         return all((_off(self.terms.rows(p), other.terms.rows(p)) <= allowed).all() for p in meet)
 
-    def _sorted(self, pixels: np.ndarray) -> Sorted:
+    def _sorted(self, pixels: np.ndarray, lowest: float) -> Sorted:
         """Keys, values [p, K], terms [nH or 1, p, K] and vectors [nH or 1, d, p, K] (or nothing) of these pixels, slots
         in order of key, value and first term: equal sets are equal arrays.
+
+        A key that no head attends is none: NO_KEY, at the end. Such are keys of -inf, and of a number up to `lowest`
+        where the pixel has others.
         """
         keys, values, terms = self.keys.rows(pixels), self.values.rows(pixels), self.terms.rows(pixels)
-        terms = np.broadcast_to(terms, (len(terms), *keys.shape))
-        order = np.lexsort((terms[0], values, keys), axis=-1)
         vectors = np.zeros((0, 0, *keys.shape)) if self.vectors is None else self.vectors.rows(pixels)
+        terms = np.broadcast_to(terms, (len(terms), *keys.shape))
+        low = (terms <= lowest).all(axis=0)
+        excluded = np.isneginf(terms).all(axis=0) | (low & ~low.all(axis=-1, keepdims=True))
+        if excluded.any():
+            keys, values = (np.where(excluded, NO_KEY, table) for table in (keys, values))
+            terms, vectors = np.where(excluded, -np.inf, terms), np.where(excluded, 0.0, vectors)
+        order = np.lexsort((terms[0], values, keys), axis=-1)[:, : int((~excluded).sum(axis=-1).max(initial=0))]
         return (
             np.take_along_axis(keys, order, -1),
             np.take_along_axis(values, order, -1),
@@ -153,6 +160,10 @@ Sorted = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _sorted_difference(pixels: np.ndarray, one: Sorted, two: Sorted, allowed: float) -> str | None:
+    kept = [(part[0] != NO_KEY).sum(axis=-1) for part in (one, two)]
+    if (differs := kept[0] != kept[1]).any():
+        at = int(np.argmax(differs))
+        return f"output pixel {pixels[at]} attends {kept[0][at]} keys in the original, {kept[1][at]} in the replacement"
     for which, name in enumerate(("key", "value")):
         if (differs := one[which] != two[which]).any():
             pixel, slot = (int(i) for i in np.argwhere(differs)[0])

@@ -60,11 +60,15 @@ class Case:
             }
         slots, kernel = self.spec.geometry.keys_per_query, self.spec.geometry.kernel_size
         heads = 1 if self.shared_rows else HEADS
+        keys, pixels = self.spec.geometry.key_size, math.prod(size)
+        heads_of_bias = 1 if "bias of all heads" in self.optional else HEADS
         return {
             "query": (self.batch, HEADS * HEAD_DIM, *size),
-            "key": (self.batch, HEADS * HEAD_DIM, *size),
-            "value": (self.batch, HEADS * VALUE_DIM, *size),
-            "bias": (HEADS, slots),
+            "key": (self.batch, HEADS * HEAD_DIM, *keys),
+            "value": (self.batch, HEADS * VALUE_DIM, *keys),
+            "bias": (heads_of_bias, pixels, slots) if "bias per pixel" in self.optional else (heads_of_bias, slots),
+            "key_padding": (HEADS * HEAD_DIM,),
+            "value_padding": (HEADS * VALUE_DIM,),
             "key_kernel": (heads * HEAD_DIM, slots, *kernel),
             "key_bias": (heads * HEAD_DIM, slots),
             "value_kernel": (heads * VALUE_DIM, slots, *kernel),
@@ -111,6 +115,11 @@ def windows(
 
 def near(size: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...] | None = None) -> Spec:
     return SlideAttention(NeighborhoodGeometry(size, kernel, dilation or (1,) * len(size)), HEADS, 0.375)
+
+
+def bordered(size: tuple[int, ...], kernel: tuple[int, ...], border: str, **more: tuple[int, ...]) -> Spec:
+    dilation = more.pop("dilation", (1,) * len(size))
+    return SlideAttention(NeighborhoodGeometry(size, kernel, dilation, border, **more), HEADS, 0.375)
 
 
 def masked(spec: Spec, value: float) -> Spec:
@@ -191,6 +200,30 @@ CASES: dict[str, Case] = {
     "kernel-larger-than-the-map": Case(near((2, 3), (5, 7))),
     "one-axis": Case(near((13,), (5,), (2,)), ("bias",)),
     "three-axes": Case(near((3, 5, 4), (3, 3, 1))),
+    "excluded": Case(bordered((7, 11), (3, 3), "exclude"), ("bias",)),
+    "excluded-dilated": Case(bordered((7, 11), (3, 5), "exclude", dilation=(3, 2)), ("bias", "bias per pixel")),
+    "inward": Case(bordered((7, 11), (3, 5), "inward"), ("bias", "bias per pixel")),
+    "inward-dilated": Case(bordered((7, 11), (3, 3), "inward", dilation=(2, 3)), ("bias", "bias of all heads")),
+    "inward-even": Case(bordered((7, 11), (4, 2), "inward")),
+    "inward-on-one-axis": Case(bordered((7, 11), (3, 3), "exclude,inward")),
+    "inward-of-three-axes": Case(bordered((3, 5, 4), (3, 3, 2), "inward"), ("bias", "bias per pixel")),
+    "replicated": Case(bordered((7, 11), (3, 5), "replicate")),
+    "reflected": Case(bordered((7, 11), (5, 5), "reflect", dilation=(2, 1)), ("bias",)),
+    "reflected-twice": Case(bordered((2, 3), (7, 9), "reflect")),
+    "wrapped": Case(bordered((7, 11), (5, 3), "wrap", dilation=(1, 2)), ("bias",)),
+    "wrapped-along-the-rows": Case(bordered((7, 11), (3, 3), "zero,wrap")),
+    "padded-with-vectors-around": Case(bordered((7, 11), (3, 3), "constant"), PADS),
+    "padded-with-vectors-on-one-axis": Case(bordered((7, 11), (3, 3), "constant,replicate"), ("bias", *PADS)),
+    "even": Case(bordered((7, 11), (2, 4), "zero")),
+    "causal": Case(bordered((13,), (5,), "exclude", offset=(-4,))),
+    "causal-rows": Case(bordered((7, 11), (3, 3), "exclude,inward", offset=(-2, -1))),
+    "off-centre": Case(bordered((7, 11), (3, 3), "zero", offset=(0, 1)), ("bias", "bias per pixel")),
+    "strided": Case(bordered((4, 5), (3, 3), "zero", stride=(2, 2), key_size=(8, 10)), ("bias",)),
+    "strided-excluded": Case(bordered((4, 5), (2, 3), "exclude", stride=(2, 2), key_size=(7, 9), offset=(0, -1))),
+    "strided-inward": Case(bordered((4, 4), (3, 3), "inward", stride=(2, 3), key_size=(8, 10)), ("bias",)),
+    "strided-wrapped": Case(bordered((4, 4), (3, 3), "wrap", stride=(2, 3), key_size=(8, 10))),
+    "all-inside": Case(bordered((5, 9), (3, 3), "zero", key_size=(7, 11), offset=(0, 0))),
+    "every-query-two-pixels": Case(bordered((8,), (2,), "zero", stride=(2,), key_size=(16,), offset=(0,))),
     "learned": Case(near((7, 11), (3, 3)), LEARNED),
     "learned-shared-by-heads": Case(near((7, 11), (3, 3)), ("bias", *LEARNED), shared_rows=True),
     "learned-keys-alone": Case(near((7, 11), (3, 3)), ("key_kernel",)),
@@ -220,6 +253,7 @@ SOME = (
     "mask-and-bias-per-window",
     "k5-dilated",
     "learned-shared-by-heads",
+    "inward",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,81 @@ def test_neighbourhoods_pixel_by_pixel(geometry: NeighborhoodGeometry) -> None:
         expected.append([int(flat[k]) if i else PADDING for k, i in zip(keys, inside, strict=True)])
     np.testing.assert_array_equal(geometry.pixels(), expected)
     assert geometry.keys_per_query == len(expected[0])
+
+
+def neighbour(position: int, start: int, extent: int, step: int, kernel: int, border: str) -> int:
+    """Which pixel of one axis a slot at `position` reads, its neighbourhood beginning at `start`; one at a time."""
+    match border:
+        case "replicate":
+            return min(max(position, 0), extent - 1)
+        case "reflect":
+            while not 0 <= position < extent:
+                position = -position if position < 0 else 2 * (extent - 1) - position
+            return position
+        case "wrap":
+            return position % extent
+        case "inward":
+            while start < 0:
+                start, position = start + step, position + step
+            while start + (kernel - 1) * step >= extent:
+                start, position = start - step, position - step
+            return position
+    return position if 0 <= position < extent else PADDING
+
+
+BORDERED = [
+    NeighborhoodGeometry((7, 11), (3, 5), (1, 2), border)
+    for border in ("zero", "constant", "exclude", "inward", "replicate", "reflect", "wrap")
+] + [
+    NeighborhoodGeometry((11,), (3,), (3,), "inward"),
+    NeighborhoodGeometry((7, 11), (2, 4), (3, 2), "inward"),
+    NeighborhoodGeometry((3, 5, 7), (3, 2, 3), (1, 1, 2), "exclude,inward,wrap", offset=(-2, 0, -2)),
+    NeighborhoodGeometry((4, 4), (3, 3), (1, 1), "inward", stride=(2, 3), key_size=(8, 10)),
+    NeighborhoodGeometry((4, 5), (2, 3), (1, 1), "exclude", stride=(2, 2), key_size=(7, 9), offset=(0, -1)),
+    NeighborhoodGeometry((2, 3), (7, 9), (1, 1), "reflect"),
+]
+
+
+@pytest.mark.parametrize("geometry", BORDERED, ids=str)
+def test_neighbours_at_the_border_one_by_one(geometry: NeighborhoodGeometry) -> None:
+    expected = []
+    for query in np.ndindex(*geometry.feature_size):
+        for slot in np.ndindex(*geometry.kernel_size):
+            reads = []
+            for axis, (i, t) in enumerate(zip(query, slot, strict=True)):
+                start = i * geometry.stride[axis] + geometry.offset[axis]
+                position = start + t * geometry.dilation[axis]
+                step, kernel = geometry.dilation[axis], geometry.kernel_size[axis]
+                extent = geometry.key_size[axis]
+                reads.append(neighbour(position, start, extent, step, kernel, geometry.borders[axis]))
+            inside = PADDING not in reads
+            expected.append(int(np.ravel_multi_index(reads, geometry.key_size)) if inside else PADDING)
+    np.testing.assert_array_equal(geometry.pixels().reshape(-1), expected)
+
+
+def test_an_inward_neighbourhood_holds_the_nearest_pixels() -> None:
+    """NATTEN's definition: of the pixels a multiple of the dilation away, the k nearest."""
+    geometry = NeighborhoodGeometry((17,), (5,), (3,), "inward")
+    for pixel, keys in enumerate(geometry.pixels()):
+        reachable = [p for p in range(17) if (p - pixel) % 3 == 0]
+        furthest = max(abs(k - pixel) for k in keys)
+        assert set(keys) <= set(reachable)
+        assert all(abs(p - pixel) >= furthest for p in reachable if p not in keys)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        (((7, 11), (3,), (1, 1)), {}),
+        (((7, 11), (3, 3), (1, 1), "mirror"), {}),
+        (((7, 11), (3, 3), (1, 1), "zero,exclude"), {}),
+        (((7, 11), (3, 3), (3, 1), "inward"), {}),
+        (((7, 11), (3, 3), (1, 1)), {"stride": (1, 0)}),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: tuple[Any, ...], more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"got|border"):
+        NeighborhoodGeometry(*sizes, **more)
 
 
 @pytest.mark.parametrize(("extent", "step", "expected"), [(7, 4, 8), (8, 4, 8), (1, 7, 7), (0, 3, 0)])

@@ -74,9 +74,28 @@ def test_differences_are_named(monkeypatch: pytest.MonkeyPatch, chunk: int) -> N
     terms[2, 6, 3] += 1e-3
     sentence = one.difference(Reads(one.keys, one.values, Table(terms, np.arange(7))), FLOAT)
     assert sentence == "the logits are offset by up to 0.001 from the original's"
-    short = Table(one.keys.values[:, :3], one.keys.row_of)
-    sentence = one.difference(Reads(short, one.values, one.terms), FLOAT)
-    assert sentence == "7 pixels read 4 keys in the original, 7 pixels 3 in the replacement"
+    short = Reads(*(Table(full(t)[..., :3], np.arange(7)) for t in (one.keys, one.values, one.terms)))
+    assert one.difference(short, FLOAT) == "output pixel 0 attends 4 keys in the original, 3 in the replacement"
+
+
+def test_a_key_that_is_excluded_is_none() -> None:
+    """Three keys of four, the fourth excluded: the same as the three alone. A number that does not exclude stays."""
+    one = sample()
+    short = Reads(*(Table(full(t)[..., :3], np.arange(7)) for t in (one.keys, one.values, one.terms)))
+    terms = full(one.terms)
+    for number, same in ((-np.inf, True), (float(np.finfo(np.float32).min), True), (-100.0, False)):
+        terms[..., 3] = number
+        masked = Reads(one.keys, one.values, Table(terms.copy(), np.arange(7)))
+        assert (masked.difference(short, FLOAT) is None) == same
+    terms[0, :, 3] = 0.0  # one head attends it
+    assert Reads(one.keys, one.values, Table(terms, np.arange(7))).difference(short, FLOAT) is not None
+
+
+def test_a_row_of_the_lowest_number_is_not_one_of_infinities() -> None:
+    one = sample()
+    low = Table(np.full((1, 1, 4), float(np.finfo(np.float32).min)), np.zeros(7, np.int64))
+    none = Table(np.full((1, 1, 4), -np.inf), np.zeros(7, np.int64))
+    assert Reads(one.keys, one.values, low).difference(Reads(one.keys, one.values, none), FLOAT) is not None
 
 
 def test_infinities_are_equal_to_themselves_alone() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from attnrewrite.frontend.onnx import read, to_model
 from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, SlideAttention, Spec
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
 from attnrewrite.lowering.kernels import reference
+from attnrewrite.lowering.kernels.coverage import covers
+from attnrewrite.lowering.written_out import write_out
 from tests.lowering.compiling import compiled, node, normal, relative_error
 
 HEADS, HEAD_DIM = 3, 6
@@ -17,6 +22,19 @@ CHANNELS = HEADS * HEAD_DIM
 
 WINDOW = FlashWindowAttention(WindowGeometry((11, 9), (4, 3), (2, 1), True), HEADS, HEAD_DIM**-0.5, -100.0)
 SLIDE = SlideAttention(NeighborhoodGeometry((9, 11), (3, 3), (1, 1)), HEADS, HEAD_DIM**-0.5)
+
+
+def _bordered(border: str, **more: Any) -> SlideAttention:
+    return SlideAttention(NeighborhoodGeometry((9, 11), (3, 3), (1, 2), border, **more), HEADS, HEAD_DIM**-0.5)
+
+
+# What no kernel computes: lowered as standard operators.
+WRITTEN_OUT = {
+    "exclude": _bordered("exclude"),
+    "inward": _bordered("inward"),
+    "wrap": _bordered("wrap"),
+    "off-centre": _bordered("zero", offset=(0, -2)),
+}
 
 
 def network(spec: Spec, batch: int | str) -> onnx.ModelProto:
@@ -61,6 +79,17 @@ def test_one_compilation_for_every_batch(spec: Spec) -> None:
         x = normal(*shape)
         # Two softmaxes over float32 logits of about 5: a few units in the last place each.
         assert relative_error(run(x), expected(spec, x)) <= 5e-6
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_what_no_kernel_covers_is_lowered_as_its_body(name: str) -> None:
+    model = to_model(read(network(WRITTEN_OUT[name], "batch")))
+    write_out(model, covers)
+    assert not any(node.domain == DOMAIN for node in model.graph.node)
+    run = compiled(model)
+    for batch in (1, 2):
+        x = normal(batch, CHANNELS, 9, 11)
+        assert relative_error(run(x), expected(WRITTEN_OUT[name], x)) <= 5e-6
 
 
 @pytest.mark.parametrize("spec", [WINDOW, SLIDE], ids=["window", "slide"])

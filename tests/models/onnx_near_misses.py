@@ -24,11 +24,12 @@ from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeom
 from tests.models import onnx_movement as movement
 from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_parts as parts
+from tests.models.onnx_borders import BorderSpelling, DenseSpelling
 from tests.models.onnx_builder import Builder
 from tests.models.onnx_halos import HALO_NEAR_MISSES
 from tests.models.onnx_movement import Movement
 from tests.models.onnx_neighborhoods import K3, NeighborhoodSpelling
-from tests.models.onnx_spellings import NEIGHBORHOOD, UNSHIFTED, WINDOW, Spelling
+from tests.models.onnx_spellings import BORDER_SPELLINGS, NEIGHBORHOOD, UNSHIFTED, WINDOW, Spelling
 from tests.models.onnx_windows import CHANNELS, HEAD_DIM, HEADS, PLAIN, SHIFTED, Triple, WindowSpelling
 
 
@@ -248,15 +249,6 @@ def _sliced(
     return write
 
 
-def off_centre(g: Builder, x: str, geometry: NeighborhoodGeometry) -> str:
-    """All padding at the end: the neighbourhood lies below and to the right of its pixel."""
-    height, width = geometry.feature_size
-    x = g.pad(x, [0, 0, 0, 0], [0, 0, 2, 2])
-    taps = neighborhoods.taps(geometry)
-    shifted = [g.unsqueeze(g.slice(g.slice(x, i, i + height, 2), j, j + width, 3), 2) for i, j in taps]
-    return g.concat(shifted, 2)
-
-
 def channels_exchanged(g: Builder, x: str, geometry: NeighborhoodGeometry) -> str:
     """The `[C, K]` axes of the stack read as `[K, C]`."""
     stacked = g.reshape(neighborhoods.by_slices(g, x, geometry), -1, geometry.keys_per_query, CHANNELS, 7, 11)
@@ -293,6 +285,26 @@ def attend_over_channels(g: Builder, q: str, k: str, v: str, spelling: Neighborh
 
 def attend_with_other_heads(g: Builder, q: str, k: str, v: str, spelling: NeighborhoodSpelling) -> str:
     return neighborhoods.attend_by_sums(g, q, k, movement.roll_by_slices(g, v, (1,), (1,), (HEADS,)), spelling)
+
+
+EXCLUDED = BORDER_SPELLINGS["excluded"]
+DENSE = BORDER_SPELLINGS["dense-neighbourhood"]
+assert isinstance(EXCLUDED, BorderSpelling)
+assert isinstance(DENSE, DenseSpelling)
+
+
+class _ExcludedOneTooMany(BorderSpelling):
+    @property
+    def outside(self) -> np.ndarray:
+        outside = super().outside.copy()
+        outside[4, 38] = True
+        return outside
+
+
+def _one_entry_moved(pixels: np.ndarray) -> np.ndarray:
+    pixels = pixels.copy()
+    pixels[40, 8] = 70
+    return pixels
 
 
 DILATED = NeighborhoodGeometry((7, 11), (3, 3), (2, 2))
@@ -356,16 +368,6 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "neighborhood-a-tap-twice": _near(
         "the centre stands in place of the first tap", gathering=_sliced(lambda i, j: (1, 1) if i + j == 0 else (i, j))
     ),
-    "neighborhood-off-centre": _near("the neighbourhood is not centred", gathering=off_centre),
-    "neighborhood-border-replicated": _near(
-        "the border repeats the edge pixels", gathering=_sliced(lambda i, j: (i, j), mode="edge")
-    ),
-    "neighborhood-border-reflected": _near(
-        "the border mirrors the map", gathering=_sliced(lambda i, j: (i, j), mode="reflect")
-    ),
-    "neighborhood-border-of-ones": _near(
-        "outside the map key and value are 1", gathering=_sliced(lambda i, j: (i, j), value=1.0)
-    ),
     "neighborhood-channels-exchanged": _near("channels and neighbours exchanged", gathering=channels_exchanged),
     "neighborhood-values-dilated": NearMiss(
         key_and_value_gathered_apart(K3, DILATED),
@@ -381,6 +383,24 @@ NEAR_MISSES: dict[str, NearMiss] = {
         key_and_value_gathered_apart(K3, _sliced(lambda i, j: (i, j), mode="edge")),
         "the values' border repeats the edge, the keys' is zero",
         NEIGHBORHOOD,
+    ),
+    "dense-one-wrong-entry": NearMiss(
+        replace(DENSE, pixels=_one_entry_moved(DENSE.pixels)).model,
+        "one token attends a token far away in place of a neighbour",
+        DENSE,
+    ),
+    "dense-penalised": NearMiss(
+        replace(DENSE, mask="-100").model, "a mask of -100 excludes nothing", DENSE, same_output=True
+    ),
+    "dense-keys-alike": NearMiss(
+        replace(DENSE, pixels=np.tile(np.arange(20), (DENSE.tokens, 1))).model,
+        "a constant mask leaves the same tokens to all",
+        DENSE,
+    ),
+    "dense-causal": NearMiss(
+        replace(DENSE, pixels=NeighborhoodGeometry((77,), (77,), (1,), offset=(-76,)).pixels()).model,
+        "all tokens before it, however many",
+        DENSE,
     ),
     "neighborhood-softmax-over-pixels": _near("softmax over the pixels", attention=attend_over_pixels),
     "neighborhood-softmax-per-channel": _near("no sum over the channels", attention=attend_over_channels),
@@ -398,5 +418,10 @@ UNUSUAL: dict[str, NearMiss] = {
     ),
     "neighborhood-value-heads-rotated": _near(
         "values of head h+1 under the weights of head h", attention=attend_with_other_heads
+    ),
+    "neighborhood-excluded-one-too-many": NearMiss(
+        _ExcludedOneTooMany(geometry=EXCLUDED.geometry, gathering=EXCLUDED.gathering, mask="add").model,
+        "the mask excludes a pixel inside the map as well",
+        EXCLUDED,
     ),
 }

@@ -293,7 +293,12 @@ class NeighborhoodSpelling:
         """1 x 1 convolution, or a Linear where channels come last; between them the map is `[B, C, H, W]`."""
         weight, bias = self.part(index)
         if not self.channels_last:
-            return g.op("Conv", x, g.constant(weight.T[:, :, None, None]), g.constant(bias))
+            return g.op(
+                "Conv",
+                x,
+                g.constant(weight.T.reshape(CHANNELS, CHANNELS, *[1] * len(self.geometry.feature_size))),
+                g.constant(bias),
+            )
         if back:
             return g.linear(g.transpose(x, 0, 2, 3, 1), weight, bias)
         return g.transpose(g.linear(x, weight, bias), 0, 3, 1, 2)
@@ -301,7 +306,7 @@ class NeighborhoodSpelling:
     def evaluate(self, x: np.ndarray) -> np.ndarray:
         """What the model must compute, in float64, from the geometry's closed form."""
         maps = np.moveaxis(x, -1, 1) if self.channels_last else x
-        q, k, v = (_pointwise(maps, *self.part(i)) for i in range(3))
+        q, k, v = (pointwise(maps, *self.part(i)) for i in range(3))
         slots = self.geometry.keys_per_query
         kernels: dict[str, np.ndarray] = {}
         if self.learned != "no":
@@ -317,9 +322,11 @@ class NeighborhoodSpelling:
             kernels["key_bias"] = kernels.get("key_bias", 0.0) + by_channel
         bias = self.bias_values if self.bias else None
         attended = reference.slide_attention(q, k, v, self.geometry, HEADS, self.scale, bias=bias, **kernels)
-        y = _pointwise(attended, *self.part(3))
+        y = pointwise(attended, *self.part(3))
         return np.moveaxis(y, 1, -1) if self.channels_last else y
 
 
-def _pointwise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    return np.einsum("bchw,co->bohw", x.astype(np.float64), weight) + bias[:, None, None]
+def pointwise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """A 1 x 1 convolution in float64."""
+    spread = bias.reshape(-1, *[1] * (x.ndim - 2))
+    return np.einsum("bc...,co->bo...", x.astype(np.float64), weight) + spread

@@ -22,10 +22,12 @@ import onnx
 from onnx import TensorProto
 
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+from tests.models import onnx_borders as borders
 from tests.models import onnx_movement as movement
 from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_parts as parts
 from tests.models import onnx_window_blocks as blocks
+from tests.models.onnx_borders import BorderSpelling, DenseSpelling, Mask
 from tests.models.onnx_halos import HALO_SPELLINGS
 from tests.models.onnx_movement import Movement
 from tests.models.onnx_neighborhoods import K3_BY_5, K5_DILATED, NeighborhoodSpelling
@@ -268,10 +270,72 @@ NEIGHBORHOOD_SPELLINGS: dict[str, Spelling] = {
     "float16": _near(element_type=TensorProto.FLOAT16, gathering=neighborhoods.by_unfold),
 }
 
+
+def _bordered(kernel: tuple[int, ...], border: str, *, mask: Mask = "none", **changes: Any) -> BorderSpelling:
+    geometry = {name: changes.pop(name) for name in ("stride", "key_size", "offset") if name in changes}
+    size, dilation = changes.pop("size", (7, 11)), changes.pop("dilation", (1, 1))
+    return BorderSpelling(
+        geometry=NeighborhoodGeometry(size, kernel, dilation, border, **geometry), mask=mask, **changes
+    )
+
+
+def _dense(geometry: NeighborhoodGeometry, **changes: Any) -> DenseSpelling:
+    bias = "constant" if changes.get("bias") else "none"
+    return DenseSpelling(Expected("neighborhood", geometry, bias, "constant"), geometry.pixels(), **changes)
+
+
+BORDER_SPELLINGS: dict[str, Spelling] = {
+    "replicated": _bordered((3, 3), "replicate", gathering=borders.by_padding("edge")),
+    "replicated-bias": _bordered((3, 5), "replicate", gathering=borders.by_padding("edge"), bias=True),
+    "reflected": _bordered((5, 3), "reflect", gathering=borders.by_padding("reflect"), dilation=(1, 2)),
+    "wrapped-by-concat": _bordered((3, 5), "wrap", gathering=borders.by_wrapping, bias=True),
+    "wrapped-by-gather": _bordered((3, 3), "wrap", gathering=borders.by_table, dilation=(2, 1)),
+    "constant": _bordered((3, 3), "constant", gathering=borders.by_padding("constant", 1.25), pad_value=1.25),
+    "excluded": _bordered((3, 3), "exclude", gathering=borders.by_padding("constant"), mask="add"),
+    "excluded-where": _bordered((3, 3), "exclude", gathering=borders.by_padding("constant"), mask="where", bias=True),
+    "excluded-where-allowed": _bordered((3, 5), "exclude", gathering=borders.by_table, mask="where-allowed"),
+    "excluded-lowest": _bordered((3, 3), "exclude", gathering=borders.by_table, mask="lowest", pixel_bias=True),
+    "excluded-edge-padded": _bordered((3, 3), "exclude", gathering=borders.by_padding("edge"), mask="where"),
+    "penalised": _bordered((3, 3), "zero", gathering=borders.by_padding("constant"), mask="-100"),
+    "bias-per-pixel": _bordered((3, 3), "zero", gathering=borders.by_padding("constant"), pixel_bias=True),
+    "inward": _bordered((3, 5), "inward", gathering=borders.by_table),
+    "inward-by-axis": _bordered((3, 3), "inward", gathering=borders.by_axis_tables, bias=True),
+    "inward-relative-bias": _bordered((5, 3), "inward", gathering=borders.by_table, pixel_bias=True),
+    "inward-dilated": _bordered((3, 3), "inward", gathering=borders.by_table, dilation=(2, 3), pixel_bias=True),
+    "inward-symbolic-batch": _bordered((3, 3), "inward", gathering=borders.by_table, pixel_bias=True, batch="batch"),
+    "inward-float16": _bordered(
+        (3, 3), "inward", gathering=borders.by_table, pixel_bias=True, element_type=TensorProto.FLOAT16
+    ),
+    "even": _bordered((2, 4), "zero", gathering=borders.by_padding("constant")),
+    "off-centre": _bordered((3, 3), "zero", gathering=borders.by_padding("constant"), offset=(0, 0)),
+    "causal-rows": _bordered((3, 3), "exclude", offset=(-2, -1), gathering=borders.by_padding("constant"), mask="add"),
+    "strided": _bordered(
+        (3, 3), "zero", size=(4, 6), key_size=(8, 12), stride=(2, 2), gathering=borders.by_padding("constant")
+    ),
+    "strided-inward": _bordered(
+        (3, 3), "inward", size=(4, 5), key_size=(8, 15), stride=(2, 3), gathering=borders.by_table
+    ),
+    "of-one-axis": _bordered((5,), "inward", size=(13,), dilation=(1,), gathering=borders.by_table, pixel_bias=True),
+    "of-one-axis-causal": _bordered(
+        (4,), "exclude", size=(13,), dilation=(1,), offset=(-3,), gathering=borders.by_padding("constant"), mask="add"
+    ),
+    "of-three-axes": _bordered(
+        (3, 3, 2), "inward", size=(3, 5, 4), dilation=(1, 1, 1), gathering=borders.by_table, pixel_bias=True
+    ),
+    "dense-band": _dense(NeighborhoodGeometry((29,), (5,), (1,), "exclude")),
+    "dense-band-causal": _dense(NeighborhoodGeometry((29,), (4,), (1,), "exclude", offset=(-3,)), mask="where"),
+    "dense-neighbourhood": _dense(NeighborhoodGeometry((7, 11), (3, 3), (1, 1), "exclude"), bias=True),
+    "dense-inward": _dense(NeighborhoodGeometry((7, 11), (3, 5), (1, 1), "inward"), mask="where-allowed", bias=True),
+    "dense-inward-of-three-axes": _dense(NeighborhoodGeometry((3, 5, 7), (3, 3, 3), (1, 1, 1), "inward")),
+    "dense-lowest": _dense(NeighborhoodGeometry((7, 11), (3, 3), (2, 2), "exclude"), mask="lowest", batch="batch"),
+    "dense-wrapped": _dense(NeighborhoodGeometry((7, 11), (3, 3), (1, 1), "wrap"), bias=True, batch=1),
+}
+
 SPELLINGS: dict[str, Spelling] = {
     **{f"window-{name}": spelling for name, spelling in WINDOW_SPELLINGS.items()},
     **{f"halo-{name}": spelling for name, spelling in HALO_SPELLINGS.items()},
     **{f"neighborhood-{name}": spelling for name, spelling in NEIGHBORHOOD_SPELLINGS.items()},
+    **{f"border-{name}": spelling for name, spelling in BORDER_SPELLINGS.items()},
 }
 
 STRETCH: dict[str, Spelling] = {

@@ -75,28 +75,37 @@ def slide_attention(
     key_bias: np.ndarray | None = None,
     value_kernel: np.ndarray | None = None,
     value_bias: np.ndarray | None = None,
+    key_padding: np.ndarray | None = None,
+    value_padding: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Channels-first maps `[B, nH*d, H, W]` to `[B, nH*dv, H, W]`; bias `[nH, K]`, kernels `[R, K, *k]`, biases `[R,
-    K]`.
+    """Channels-first maps `[B, nH*d, H, W]` to `[B, nH*dv, H, W]`; bias `[nH, K]` or `[nH, P, K]`, kernels `[R, K,
+    *k]`, biases `[R, K]`, paddings `[C]`.
     """
     batch, channels, *size = query.shape
     q = query.reshape(batch, num_heads, channels // num_heads, -1).astype(np.float64)
-    k = _neighbours(key, geometry, key_kernel, key_bias).reshape(*q.shape, -1)
-    v = _neighbours(value, geometry, value_kernel, value_bias)
+    k = _neighbours(key, geometry, key_kernel, key_bias, key_padding).reshape(*q.shape, -1)
+    v = _neighbours(value, geometry, value_kernel, value_bias, value_padding)
     v = v.reshape(batch, num_heads, -1, *v.shape[2:])
     logits = scale * np.einsum("bhdp,bhdpj->bhpj", q, k)
     if bias is not None:
-        logits = logits + bias[:, None]
+        logits = logits + (bias if bias.ndim == 3 else bias[:, None])
+    if "exclude" in geometry.borders:
+        logits = np.where(geometry.pixels() == PADDING, -np.inf, logits)
     return np.einsum("bhpj,bhdpj->bhdp", softmax(logits), v).reshape(batch, -1, *size)
 
 
 def _neighbours(
-    x: np.ndarray, geometry: NeighborhoodGeometry, kernel: np.ndarray | None, bias: np.ndarray | None
+    x: np.ndarray,
+    geometry: NeighborhoodGeometry,
+    kernel: np.ndarray | None,
+    bias: np.ndarray | None,
+    padding: np.ndarray | None,
 ) -> np.ndarray:
     """`[B, C, H, W] -> [B, C, H*W, K]`: every pixel's neighbours, mixed by the shift kernels, plus their biases."""
     pixels = geometry.pixels()
     flat = x.reshape(*x.shape[:2], -1).astype(np.float64)
-    taps = np.where(pixels == PADDING, 0.0, flat[:, :, np.maximum(pixels, 0)])
+    outside = 0.0 if padding is None else padding[:, None, None]
+    taps = np.where(pixels == PADDING, outside, flat[:, :, np.maximum(pixels, 0)])
     rows = np.arange(x.shape[1])
     if kernel is not None:
         mixing = kernel.reshape(*kernel.shape[:2], -1)[rows % len(kernel)]

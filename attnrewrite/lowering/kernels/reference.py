@@ -65,16 +65,18 @@ def slide_attention(spec: SlideAttention, operands: Operands, dtype: DTypeLike =
     query = operands["query"].astype(dtype)
     batch, channels = query.shape[:2]
     query = query.reshape(batch, heads, channels // heads, -1)
-    keys = _neighbours(geometry, operands["key"], operands.get("key_kernel"), operands.get("key_bias"), dtype)
-    values = _neighbours(geometry, operands["value"], operands.get("value_kernel"), operands.get("value_bias"), dtype)
+    keys, values = (_neighbours(geometry, operands, name, dtype) for name in ("key", "value"))
 
     keys = keys.reshape(batch, heads, channels // heads, *keys.shape[2:])
     logits = spec.scale * np.einsum("bhip,bhipj->bhpj", query, keys)
     if "bias" in operands:
-        logits = logits + operands["bias"].astype(dtype)[:, None, :]
+        bias = operands["bias"].astype(dtype)
+        logits = logits + (bias if bias.ndim == 3 else bias[:, None, :])
+    if "exclude" in geometry.borders:
+        logits = np.where(geometry.pixels() == PADDING, -np.inf, logits)
     values = values.reshape(batch, heads, -1, *values.shape[2:])
     out = np.einsum("bhpj,bhipj->bhip", softmax(logits, axis=-1), values)
-    result: np.ndarray = out.reshape(operands["value"].shape).astype(operands["query"].dtype)
+    result: np.ndarray = out.reshape(batch, -1, *geometry.feature_size).astype(operands["query"].dtype)
     return result
 
 
@@ -103,18 +105,15 @@ def _relative_table(table: np.ndarray, window: Sizes, key_window: Sizes) -> np.n
     return total
 
 
-def _neighbours(
-    geometry: NeighborhoodGeometry,
-    feature_map: np.ndarray,
-    kernel: np.ndarray | None,
-    bias: np.ndarray | None,
-    dtype: DTypeLike,
-) -> np.ndarray:
-    """[B, C, *S] -> [B, C, pixels, K]: what slot j of every pixel holds, shifted purely or by learned kernels."""
+def _neighbours(geometry: NeighborhoodGeometry, operands: Operands, name: str, dtype: DTypeLike) -> np.ndarray:
+    """[B, C, *key_size] -> [B, C, P, K]: what slot j of every query holds, shifted purely or by learned kernels."""
+    feature_map, padding = operands[name], operands.get(f"{name}_padding")
+    kernel, bias = operands.get(f"{name}_kernel"), operands.get(f"{name}_bias")
     batch, channels = feature_map.shape[:2]
-    pixels = geometry.pixels()  # [pixels, K]
+    pixels = geometry.pixels()  # [P, K]
     flat = feature_map.reshape(batch, channels, -1).astype(dtype)
-    slots: np.ndarray = np.where(pixels == PADDING, 0.0, flat[:, :, pixels]).astype(dtype)
+    outside = np.zeros(channels, dtype) if padding is None else padding.astype(dtype)
+    slots: np.ndarray = np.where(pixels == PADDING, outside[:, None, None], flat[:, :, pixels])
     if kernel is not None:
         taps = _row_per_channel(kernel.reshape(*kernel.shape[:2], -1), channels).astype(dtype)  # [C, K, K]
         slots = np.einsum("bcpt,cjt->bcpj", slots, taps)

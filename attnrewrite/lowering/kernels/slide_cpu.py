@@ -344,5 +344,5 @@ def slide_attention(
                             value_channel,
                         )
 
-    absent = {operand: None for operand in SlideAttention.operands[3:] if operand not in present}
+    absent = {operand: None for operand in SlideAttention.operands[3:8] if operand not in present}
     return kernel.specialize(**absent)

@@ -269,5 +269,5 @@ def flash_window_attention(
                     exponentiate(logits, reciprocal, plan.tokens, plan.vectors, plan.lanes)
                     weigh_values(plan, o, weights, factor, values, image, pixel, value_channel, start)
 
-    absent = {operand: None for operand in FlashWindowAttention.operands[3:] if operand not in present}
+    absent = {operand: None for operand in FlashWindowAttention.operands[3:7] if operand not in present}
     return kernel.specialize(**absent)
