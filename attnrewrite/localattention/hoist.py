@@ -20,9 +20,20 @@ from attnrewrite.frontend.evaluate import evaluate
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, dependencies, reshape
 from attnrewrite.indexing.provenance import provenances
-from attnrewrite.indexing.rules import broadcast_index
-from attnrewrite.localattention.tokens import Roles, channel_axis_of, full_range, per_token_inputs, roles
+from attnrewrite.indexing.rules import Read, broadcast_index
+from attnrewrite.localattention.geometry import PADDING
+from attnrewrite.localattention.tokens import (
+    Roles,
+    channel_axis_of,
+    feature_pieces,
+    full_range,
+    per_token_inputs,
+    roles,
+)
 from attnrewrite.ops import REDUCTIONS
+
+# A constant for every pixel of a map may take this much.
+CONSTANT_MAP_LIMIT_BYTES = 1 << 28
 
 
 class NotHoistable(ValueError):
@@ -51,7 +62,8 @@ class FeatureMap:
 class Anchor:
     """Where the walk ends: a value seen in `shape` and read at `index`, and the feature map that stands for it.
 
-    roles, feature_order: its token axes, and its feature axes in the order of the map's features.
+    roles, feature_order: its token axes, and its feature axes in the order of the map's features. pixels: int64 over
+    the grid, the row-major position on the map (batch included) of the token that a grid point reads, PADDING for none.
     """
 
     value: Value
@@ -60,6 +72,7 @@ class Anchor:
     roles: Roles
     feature_order: tuple[int, ...]
     map: FeatureMap
+    pixels: np.ndarray
 
 
 class Hoister:
@@ -69,6 +82,7 @@ class Hoister:
         self.facts, self.graph, self.spatial, self.made_by = facts, facts.graph, spatial, made_by
         self.nodes: list[Node] = []
         self.padded: dict[FeatureMap, float] = {}
+        self.of_padding: dict[Value, np.ndarray | None] = {}  # what a constant per pixel holds for padded tokens
         self._full: dict[tuple[Value, FeatureMap, tuple[int, ...]], FeatureMap] = {}
         self._maps: dict[tuple[Value, tuple[int, ...], tuple[int, ...], tuple[int, ...]], FeatureMap] = {}
         self._picked: dict[tuple[FeatureMap, bytes], FeatureMap] = {}
@@ -252,10 +266,35 @@ class Hoister:
             operand = self.features(inside, _vector(picked, channel_axis), f"{data.name}_map")
             return self._channelwise(node, operand, value, own, axis)
         inputs = per_token_inputs(node, full, channel_axis)
-        if not inputs:
+        if inputs:
+            computed = {id(v): self.hoist(v, i, channel_axis, features, anchor) for v, i in inputs}
+            return self._pointwise(node, value, full, channel_axis, computed, anchor)
+        pieces = feature_pieces(node, value, full, channel_axis)
+        if pieces is None:
             raise NotHoistable(f"{node.op} does not treat every token alike ({node.label})")
-        computed = {id(v): self.hoist(v, i, channel_axis, features, anchor) for v, i in inputs}
-        return self._pointwise(node, value, full, channel_axis, computed)
+        found = [self.hoist(piece.value, piece.index, channel_axis, features, anchor) for piece in pieces]
+        return self._joined(value, pieces, found, full, channel_axis)
+
+    def _joined(
+        self,
+        value: Value,
+        pieces: Sequence[Read],
+        found: Sequence[tuple[FeatureMap, np.ndarray]],
+        full: Index,
+        channel_axis: int,
+    ) -> FeatureMap:
+        """Features that come from several tensors (Concat along channels), in the order of `value`."""
+        count = full_extent(full, channel_axis)
+        tensors, order = [], []
+        for piece, (map_, picked) in zip(pieces, found, strict=True):
+            assert piece.where is not None
+            own = np.flatnonzero(np.broadcast_to(_vector(piece.where, channel_axis), (count,)))
+            vector = np.broadcast_to(_vector(picked, channel_axis), (count,))[own]
+            tensors.append(self.laid_out(self.features(map_, vector, f"{value.name}_part"), channels_first=False))
+            order.append(own)
+        shape = (*tensors[0].known_shape[:-1], count)
+        joined = FeatureMap(self.emit("Concat", tensors, shape, f"{value.name}_map", axis=len(shape) - 1))
+        return self.features(joined, np.argsort(np.concatenate(order)), f"{value.name}_map")
 
     def _channelwise(self, node: Node, operand: FeatureMap, value: Value, split: Roles, axis: int) -> FeatureMap:
         tensor = self.laid_out(operand, channels_first=False)
@@ -306,6 +345,7 @@ class Hoister:
         full: Index,
         channel_axis: int,
         computed: dict[int, tuple[FeatureMap, np.ndarray]],
+        anchor: Anchor,
     ) -> FeatureMap:
         count = full_extent(full, channel_axis)
         operands: list[Value | None] = []
@@ -315,7 +355,7 @@ class Hoister:
             if operand is None:
                 operands.append(None)
             elif operand.is_constant:
-                operands.append(self._constant_operand(operand, full, channel_axis, count, group))
+                operands.append(self._constant_operand(operand, full, channel_axis, count, group, anchor))
             else:
                 map_, picked = computed[id(operand)]
                 vector = _vector(picked, channel_axis)
@@ -332,14 +372,16 @@ class Hoister:
         result.dtype = value.dtype
         return FeatureMap(self.reshape(result, (*outside, count)))
 
-    def _constant_operand(self, operand: Value, full: Index, channel_axis: int, count: int, group: int) -> Value:
-        """A constant per channel as a vector; a scalar as it is."""
+    def _constant_operand(
+        self, operand: Value, full: Index, channel_axis: int, count: int, group: int, anchor: Anchor
+    ) -> Value:
+        """A constant per channel as a vector, one per token as a map; a scalar as it is."""
         assert operand.shape is not None
         if elements(operand.shape) == 1:
             return operand if operand.shape == () else self.constant(operand.constant.reshape(()), operand.name)
         read = broadcast_index(full, operand)
         if dependencies(read) - {channel_axis}:
-            raise NotHoistable(f"the constant {operand.name} differs from token to token")
+            return self._constant_map(operand, read, channel_axis, count, group, anchor)
         at = tuple(c.static(f"the constant {operand.name}").reshape(-1) for c in read)
         vector = np.broadcast_to(operand.constant[at], (count,))
         if group > 1:
@@ -347,6 +389,43 @@ class Hoister:
         if operand.shape == (count,) and np.array_equal(vector, operand.constant):
             return operand
         return self.constant(np.ascontiguousarray(vector), operand.name)
+
+    def _constant_map(
+        self, operand: Value, read: Index, channel_axis: int, count: int, group: int, anchor: Anchor
+    ) -> Value:
+        """A constant that differs from token to token (positions inside windows) as a map [1 or B, *S, count or 1].
+
+        Every pixel must get one number only: the same in every window that reads it.
+        """
+        name = operand.name
+        elements = np.asarray(operand.constant[tuple(c.static(f"the constant {name}") for c in read)])
+        pixels = np.moveaxis(anchor.pixels, channel_axis, -1)
+        elements = np.moveaxis(elements, channel_axis, -1)
+        if pixels.shape[-1] > 1:
+            raise NotHoistable(f"the constant {name} meets channels of different tokens")
+        batch, *spatial = _without_features(anchor.map)
+        total, width = _enumerated(batch) * math.prod(map(static, spatial)), elements.shape[-1]
+        if total * count * elements.itemsize > CONSTANT_MAP_LIMIT_BYTES:
+            raise NotHoistable(f"the constant {name} differs from token to token, and the map is large")
+        grid = np.broadcast_shapes(pixels.shape[:-1], elements.shape[:-1])
+        at = np.broadcast_to(pixels[..., 0], grid).reshape(-1)
+        rows = np.broadcast_to(elements, (*grid, width)).reshape(-1, width)
+        inside = np.flatnonzero(at != PADDING)
+        first = np.full(total, -1)
+        first[at[inside]] = inside
+        if (first < 0).any():
+            raise NotHoistable(f"the constant {name} holds nothing for pixel {int(np.argmax(first < 0))}")
+        table = rows[first]
+        if (table[at[inside]] != rows[inside]).any():
+            raise NotHoistable(f"one pixel needs two values of {name}: it lies at different places of several windows")
+        table = table.reshape(_enumerated(batch), -1, width)
+        table = table[:1] if (table == table[:1]).all() else table
+        channels = (1, 1) if width == 1 and group > 1 else (width // group, group) if group > 1 else (width,)
+        result = self.constant(np.ascontiguousarray(table).reshape(len(table), *map(static, spatial), *channels), name)
+        outside = rows[at == PADDING]
+        if len(outside):
+            self.of_padding[result] = outside[0].reshape(channels) if (outside == outside[:1]).all() else None
+        return result
 
     # -- padding ------------------------------------------------------------------------------------------------------
 
@@ -364,7 +443,9 @@ class Hoister:
                 continue
             if not all(v is None or v in known or v.is_constant for v in node.inputs):
                 continue
-            arrays = [None if v is None else v.constant if v.is_constant else known[v] for v in node.inputs]
+            arrays = [
+                None if v is None else self._padding_constant(v) if v.is_constant else known[v] for v in node.inputs
+            ]
             if node.op == "Reshape":
                 data = known[node.required(0)]
                 assert node.output.shape is not None
@@ -373,6 +454,26 @@ class Hoister:
             else:
                 known[node.output] = evaluate(node, arrays, self.graph.opset)[0]
         return known[result].reshape(-1) if result in known else None
+
+    def _padding_constant(self, value: Value) -> np.ndarray:
+        """A constant operand as padded tokens meet it."""
+        if value not in self.of_padding:
+            return value.constant
+        found = self.of_padding[value]
+        if found is None:
+            raise NotHoistable(f"padded tokens get different numbers of {value.name}")
+        return found
+
+
+def _without_features(map_: FeatureMap) -> tuple[Extent, ...]:
+    """Batch and spatial extents of a feature map."""
+    shape = map_.value.known_shape
+    return (shape[0], *shape[2:]) if map_.channels_first else shape[:-1]
+
+
+def _enumerated(extent: Extent) -> int:
+    """Batch elements the grid numbers: one of a symbolic batch."""
+    return extent.terms[0][1] if isinstance(extent, Dim) else extent
 
 
 def full_extent(index: Index, axis: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent
+from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity, reshape
@@ -424,15 +424,23 @@ def flat_pixels(
     axes: the grid axes to keep, in order, with extents from `shape`; extra: further (axis, extent) pairs after them.
     Every other grid axis must not matter. Returns int64 with one axis per kept grid axis.
     """
-    value_shape = candidate.value.shape
-    assert value_shape is not None
-    flat: np.ndarray = np.zeros((1,) * candidate.index[0].rank, np.int64)
-    for axis in tokens:
-        flat = flat * count(value_shape[axis]) + candidate.index[axis].values
-    if candidate.domain is not None:
-        flat = np.where(candidate.domain, flat, PADDING)
+    flat = pixels_read(candidate, tokens)
     kept = [(a, count(shape[a])) for a in axes] + list(extra)
     return spread(flat, kept)
+
+
+def pixels_read(candidate: Candidate, tokens: Sequence[int]) -> np.ndarray:
+    """int64 over the grid: row-major position among the token axes, PADDING outside the domain."""
+    flat = row_major(candidate.index, tokens, candidate.value.known_shape)
+    return flat if candidate.domain is None else np.where(candidate.domain, flat, PADDING)
+
+
+def row_major(index: Index, axes: Sequence[int], shape: Shape) -> np.ndarray:
+    """int64 over the grid: position among these axes of a tensor, within one element of a symbolic batch."""
+    flat: np.ndarray = np.zeros((1,) * index[0].rank, np.int64)
+    for axis in axes:
+        flat = flat * count(shape[axis]) + index[axis].values
+    return flat
 
 
 def spread(array: np.ndarray, kept: Sequence[tuple[int, int]]) -> np.ndarray:

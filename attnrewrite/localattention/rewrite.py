@@ -17,7 +17,7 @@ from attnrewrite.indexing.map import IndexingError, identity
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
-from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, spread
+from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, pixels_read, row_major, spread
 from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.site import Decline, Site
 from attnrewrite.localattention.terms import PlacedTerm
@@ -58,13 +58,14 @@ class SiteRewriter:
         candidate, roles = source.candidate, source.roles
         map_ = hoister.source_map(source.value, roles, self.batch, spatial or self.spatial)
         assert source.value.shape is not None
-        anchor = Anchor(source.value, source.value.shape, candidate.index, roles, roles.features, map_)
+        pixels = pixels_read(candidate, roles.tokens)
+        anchor = Anchor(source.value, source.value.shape, candidate.index, roles, roles.features, map_, pixels)
         try:
             found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
             axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
             result = hoister.features(found, spread(picked, axes).reshape(-1), f"{attention.output.name}_{role}")
             padding = None
-            if candidate.fills:
+            if candidate.fills and role != "query":
                 padding = hoister.padding_vector(hoister.laid_out(result, channels_first=False))
                 if padding is None:
                     raise NotHoistable(f"what the padding of {operand.value.name} becomes is not known")
@@ -166,8 +167,9 @@ class SiteRewriter:
         channel_axis = len(back.value.shape)
         order = (*maps.heads, attention.value_axis)
         tokens = tuple(a for a in range(len(attention.output_shape)) if a not in maps.features)
-        anchor = Anchor(attention.output, attention.output_shape, back.index, Roles(tokens, order), order, map_)
         own = identity(back.value.shape, channel_axis + 1)
+        pixels = row_major(own, back.roles.tokens, back.value.known_shape)
+        anchor = Anchor(attention.output, attention.output_shape, back.index, Roles(tokens, order), order, map_, pixels)
         features = frozenset(back.roles.features) | {channel_axis}
         try:
             found, picked = hoister.hoist(back.value, own, channel_axis, features, anchor)

@@ -17,7 +17,7 @@ from attnrewrite.dims import Dim
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, dependencies
 from attnrewrite.indexing.provenance import Provenance, provenances
-from attnrewrite.indexing.rules import Fill, broadcast_index
+from attnrewrite.indexing.rules import Fill, Read, broadcast_index, sources
 from attnrewrite.ops import NORMALISATIONS, POINTWISE, REDUCTIONS
 
 
@@ -119,6 +119,26 @@ def per_token_inputs(node: Node, index: Index, channel_axis: int) -> list[tuple[
     return None
 
 
+def feature_pieces(node: Node, value: Value, index: Index, channel_axis: int) -> list[Read] | None:
+    """The tensors that the channels of `value[index]` come from, where it joins several along its channels (Concat);
+    the channel alone must decide which. None where the operator does not do that.
+    """
+    found = sources(node, value, index)
+    if found is None or len(found) < 2:
+        return None
+    pieces = [read for read in found if isinstance(read, Read) and read.where is not None]
+    if len(pieces) != len(found) or any(read.value.is_constant for read in pieces):
+        return None
+    own = [c for c in index if channel_axis in c.depends_on()]
+    others = dependencies([c for c in index if channel_axis not in c.depends_on()])
+    for read in pieces:
+        assert read.where is not None
+        decided_by = {a for a, extent in enumerate(read.where.shape) if extent > 1}
+        if channel_axis not in decided_by or decided_by & others or not decided_by <= dependencies(own):
+            return None
+    return pieces
+
+
 def candidates(value: Value, index: Index, channel_axis: int, positions: Mapping[Value, int]) -> Iterator[Candidate]:
     """Every value on the way back from `value[index]`, nearest first, through movement and per-token operators.
 
@@ -142,6 +162,9 @@ def candidates(value: Value, index: Index, channel_axis: int, positions: Mapping
         fills, domain = fills + tuple((depth, f) for f in last.fills), (last.domain if domain is None else domain)
         try:
             inputs = per_token_inputs(last.value.producer, last.index, channel_axis)
+            if not inputs:
+                pieces = feature_pieces(last.value.producer, last.value, last.index, channel_axis)
+                inputs = [(piece.value, piece.index) for piece in pieces or ()]
         except IndexingError:
             return
         if not inputs:

@@ -57,6 +57,11 @@ class Case:
                 "mask": (windows, 1 if small else tokens, keys),
                 "key_padding": (HEADS * HEAD_DIM,),
                 "value_padding": (HEADS * VALUE_DIM,),
+                "relative_position": (HEADS if "table per head" in self.optional else 1, self.table_rows(), HEAD_DIM),
+                "logit_bias": tuple(
+                    1 if f"{letter} broadcast" in self.optional else extent
+                    for letter, extent in zip("BWHNM", (self.batch, windows, HEADS, tokens, keys), strict=True)
+                ),
             }
         slots, kernel = self.spec.geometry.keys_per_query, self.spec.geometry.kernel_size
         heads = 1 if self.shared_rows else HEADS
@@ -74,6 +79,15 @@ class Case:
             "value_kernel": (heads * VALUE_DIM, slots, *kernel),
             "value_bias": (heads * VALUE_DIM, slots),
         }
+
+    def table_rows(self) -> int:
+        """Rows of the table of relative positions: per axis, or one for every pair of tokens."""
+        assert isinstance(self.spec, FlashWindowAttention)
+        geometry = self.spec.geometry
+        if "full table" in self.optional:
+            return geometry.tokens_per_window * geometry.keys_per_window
+        keys = geometry.window_size if geometry.keys is None else geometry.keys.window_size
+        return sum(w * k for w, k in zip(geometry.window_size, keys, strict=True))
 
     def evaluate(self) -> np.ndarray:
         compute = (
@@ -94,7 +108,8 @@ class Case:
         first = self.batch if batch is None else batch
 
         def declared(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
-            own = [first, *shape[1:]] if name in ("query", "key", "value", "y") else list(shape)
+            batched = name in ("query", "key", "value", "y") or (name == "logit_bias" and shape[0] == self.batch > 1)
+            own = [first, *shape[1:]] if batched else list(shape)
             return helper.make_tensor_value_info(name, kind, own)
 
         shape = (self.batch, *self.spec.geometry.feature_size, HEADS * VALUE_DIM)
@@ -144,6 +159,7 @@ PLAIN = windows((8, 12), (4, 4))
 HALVED = {"feature_size": (4, 6), "window_size": (2, 2), "stride": (2, 2)}
 DOUBLED = {"feature_size": (16, 24), "window_size": (8, 8), "stride": (8, 8)}
 PADS = ("key_padding", "value_padding")
+RELATIVE = ("relative_position",)
 LEARNED = ("key_kernel", "key_bias", "value_kernel", "value_bias")
 
 CASES: dict[str, Case] = {
@@ -192,6 +208,22 @@ CASES: dict[str, Case] = {
     "queries-pooled-shifted": Case(keyed(SHIFTED, **DOUBLED), ("bias",)),
     "shared-query": Case(replace(PLAIN, shared_query=True), ("bias",)),  # type: ignore[type-var]
     "shared-query-shifted": Case(replace(masked(SHIFTED, -100.0), shared_query=True), ("bias",)),  # type: ignore[type-var]
+    "relative": Case(SHIFTED, RELATIVE),
+    "relative-scaled": Case(replace(masked(SHIFTED, -100.0), relative_scale=0.5), ("bias", *RELATIVE)),  # type: ignore[type-var]
+    "relative-per-head": Case(windows((6, 20), (2, 5)), ("table per head", *RELATIVE)),
+    "relative-padded": Case(windows((7, 10), (4, 4)), ("mask", *PADS, *RELATIVE)),
+    "relative-of-one-axis": Case(windows((21,), (7,)), RELATIVE),
+    "relative-of-three-axes": Case(windows((4, 6, 10), (2, 3, 5)), RELATIVE),
+    "relative-of-three-axes-per-head": Case(windows((4, 6, 10), (2, 3, 5)), ("table per head", *RELATIVE)),
+    "relative-full-table": Case(windows((6, 20), (2, 5)), ("full table", *RELATIVE)),
+    "relative-full-table-per-head": Case(windows((6, 20), (2, 5)), ("full table", "table per head", *RELATIVE)),
+    "relative-halo": Case(keyed(PLAIN, halo=(2, 1)), ("mask", *RELATIVE)),
+    "relative-halo-per-head": Case(keyed(PLAIN, halo=(2, 1)), ("table per head", *RELATIVE)),
+    "relative-shared-query": Case(replace(PLAIN, shared_query=True), RELATIVE),  # type: ignore[type-var]
+    "computed-mask": Case(SHIFTED, ("bias", "logit_bias", "H broadcast")),
+    "computed-bias": Case(masked(SHIFTED, -100.0), ("logit_bias", "B broadcast", "W broadcast")),
+    "computed-for-keys": Case(keyed(PLAIN, halo=(2, 2)), ("logit_bias", "W broadcast", "H broadcast", "N broadcast")),
+    "computed-everything": Case(windows((7, 10), (4, 4)), ("mask", "logit_bias", *RELATIVE)),
     "k3": Case(near((7, 11), (3, 3))),
     "k5-dilated": Case(near((13, 11), (5, 5), (2, 2)), ("bias",)),
     "k7": Case(near((9, 11), (7, 7))),

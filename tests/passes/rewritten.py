@@ -98,10 +98,12 @@ def _moves_tokens(node: Node) -> bool:
                 [0, rank - 1, *range(1, rank - 1)],
                 [0, *range(2, rank), 1],
             )
+        case "Concat":  # the channels of a channels-last map come from several tensors
+            return node.attributes["axis"] % len(data.shape) != len(data.shape) - 1
         case "Reshape":
             first = (data.shape[0], out.shape[0])
             return len(out.shape) > 5 or (any(isinstance(e, Dim) for e in first) and first[0] != first[1])
-    return node.op in ("Pad", "Concat", "Split", "Expand", "Tile", "SpaceToDepth", "DepthToSpace", "Where")
+    return node.op in ("Pad", "Split", "Expand", "Tile", "SpaceToDepth", "DepthToSpace", "Where")
 
 
 def sites(outcome: Outcome) -> Counter[tuple[str, str]]:
