@@ -205,6 +205,12 @@ def logits_of_tokens_scaled_apart(g: Builder, q: str, k: str, scale: float) -> s
     return parts.logits_scaled(g, g.mul(q, np.linspace(0.5, 2.0, 16)[:, None]), k, scale)
 
 
+def logits_scaled_apart(g: Builder, q: str, k: str, scale: float) -> str:
+    """The logits of every query have their own scale, behind the product."""
+    logits = parts.logits_scaled(g, q, k, scale)
+    return g.mul(logits, np.linspace(0.5, 2.0, 16)[:, None])
+
+
 def mask_for_other_order(g: Builder, logits: str, spelling: WindowSpelling) -> str:
     """The groups are samples of windows; the mask is laid out as if they were windows of samples."""
     assert spelling.added_mask is not None
@@ -346,7 +352,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "window-probabilities-masked": _window("probabilities set to zero after the softmax", softmax=softmax_then_mask),
     "window-softmax-twice": _window("a softmax of a softmax", softmax=softmax_doubled),
     "window-logits-capped": _unshifted("tanh of the logits", logits=logits_capped),
-    "window-scale-by-token": _unshifted("every token has its own scale", logits=logits_of_tokens_scaled_apart),
+    "window-logits-scaled-by-token": _unshifted("every query's logits have a scale", logits=logits_scaled_apart),
     "window-mask-in-other-order": _window("the mask's windows are not those of the logits", mask=mask_for_other_order),
     "window-padded-by-reflection": NearMiss(
         replace(
@@ -416,6 +422,7 @@ UNUSUAL: dict[str, NearMiss] = {
     "window-logits-over-four-channels": _unshifted(
         "the logits sum over 4 of 5 channels", logits=logits_over_part_of_the_channels
     ),
+    "window-scale-by-token": _unshifted("every token has its own scale", logits=logits_of_tokens_scaled_apart),
     "neighborhood-value-heads-rotated": _near(
         "values of head h+1 under the weights of head h", attention=attend_with_other_heads
     ),

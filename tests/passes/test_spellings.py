@@ -145,7 +145,7 @@ REASONS = {
     "window-probabilities-masked": "the probabilities go into Mul, not into a sum over values",
     "window-softmax-twice": "the probabilities go into Softmax, not into a sum over values",
     "window-logits-capped": "the logits come from Tanh, not from a product of queries and keys",
-    "window-scale-by-token": "the constant c8 differs from token to token",
+    "window-logits-scaled-by-token": "the logits are scaled differently from token to token",
     "window-mask-in-other-order": "the mask differs between batch elements",
     "window-padded-by-reflection": "query token (2, 0) reads pixel (2, 8), a 4x4 window shifted by 2x2 reads padding",
     "halo-of-another-size-off-by-one": "the keys are not those of the queries' window: window 0 reads pixel 12, its "
