@@ -8,6 +8,7 @@ tokens lie in the map's own order again.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,8 @@ def find_block(facts: Facts, node: Node) -> Block | None:
         return None
     features = frozenset({_feature_axis(facts, first)})
     farther = False
-    for way in _ways(facts, first)[::-1]:  # the farthest first: a shift before the windows belongs to the block
+    # the farthest first: a shift before the windows belongs to the block
+    for way in reversed(list(_ways(facts, first))):
         entry = as_map(first, way, features)
         if entry is None or entry.order.in_place:
             continue
@@ -124,7 +126,7 @@ def _moves_on(facts: Facts, value: Value) -> bool:
 
 def home_of(facts: Facts, value: Value, order: Order, entry: TokenMap) -> TokenMap | None:
     """The map that the value is when its tokens are put where `order` says, if some value of the graph is that."""
-    for way in _ways(facts, value)[::-1]:
+    for way in reversed(list(_ways(facts, value))):
         found = as_map(value, way, frozenset(order.features))
         if found is None or count(found.batch) != count(entry.batch) or found.order.tokens != order.tokens:
             continue
@@ -140,19 +142,14 @@ def is_per_token(node: Node) -> bool:
     return node.op in POINTWISE or channel_axis_of(node) is not None
 
 
-def _ways(facts: Facts, value: Value) -> list[Provenance]:
-    """Everything further back that the value is, moved; nearest first."""
-    found: list[Provenance] = []
-    try:
-        assert value.shape is not None
-        for way in provenances(value, identity(value.shape), facts.positions):
+def _ways(facts: Facts, value: Value) -> Iterator[Provenance]:
+    """Everything further back that the value is, moved; nearest first, looked for as it is asked for."""
+    with contextlib.suppress(IndexingError):
+        for way in provenances(value, identity(value.known_shape), facts.positions):
             if way.domain is not None:
-                break
+                return
             if way.value is not value and way.value.shape is not None:
-                found.append(way)
-    except IndexingError:
-        pass
-    return found
+                yield way
 
 
 def _feature_axis(facts: Facts, value: Value) -> int:
