@@ -354,6 +354,7 @@ ARCHITECTURES = (
             )
             for d in ((1, 1), (2, 2))
         ),
+        folds=2,
         exporters=BOTH,
     ),
     Architecture(

@@ -137,6 +137,9 @@ CASES: dict[str, Case] = {
     "deformed-shifting": Case([SHIFT, SHIFT]),
     "grouped": Case([Branch((3, 3), groups=2), Branch((1, 1), groups=2)]),
     "dilated": Case([Branch((3, 3), dilation=2), Branch((5, 5), dilation=2)]),
+    "dilated-inside-a-larger": Case([K5, Branch((3, 3), dilation=2), Branch((1, 3), dilation=2)]),
+    "dilated-by-multiples": Case([Branch((5, 5), dilation=2), Branch((3, 3), dilation=4)], size=(13, 11)),
+    "dilated-beside-pointwise": Case([Branch((3, 3), dilation=2), K1]),
     "strided": Case([Branch((3, 3), stride=2), Branch((1, 1), stride=2)]),
     "one-axis": Case([Branch((3,)), Branch((5,))], size=(13,)),
     "three-axes": Case([Branch((3, 1, 3)), Branch((1, 3, 1))], size=(3, 5, 7)),
@@ -175,9 +178,31 @@ def test_folded_weights_are_exact_in_float64(name: str) -> None:
     exact = np.zeros(kernel.shape)
     for seed, branch in enumerate(case.branches):
         weight = branch.weights(seed)[0].astype(kernel.dtype).astype(np.float64)
-        margin = [((b - k) // 2,) * 2 for b, k in zip(kernel.shape[2:], branch.kernel, strict=True)]
-        exact += np.pad(weight, [(0, 0), (0, 0), *margin])
+        common = conv.attributes["dilations"]
+        steps = [branch.dilation // d if k > 1 else 1 for k, d in zip(branch.kernel, common, strict=True)]
+        taps = [np.arange(k) * s for k, s in zip(branch.kernel, steps, strict=True)]
+        centred = [t + (b - 1 - t[-1]) // 2 for t, b in zip(taps, kernel.shape[2:], strict=True)]
+        exact[np.ix_(*map(np.arange, kernel.shape[:2]), *centred)] += weight
     np.testing.assert_array_equal(kernel, exact.astype(kernel.dtype))
+
+
+@pytest.mark.parametrize("groups", [1, 2, CHANNELS])
+@pytest.mark.parametrize("kernels", [[(3, 3)], [(3, 3), (1, 5)]])
+def test_the_input_itself_may_be_a_branch(kernels: list[tuple[int, ...]], groups: int) -> None:
+    """Also where the input comes from a convolution, which is no branch."""
+    branches = [Branch(kernel, groups=groups) for kernel in kernels]
+    g = Builder()
+    image = g.input("x", [2, CHANNELS, *SIZE])
+    data = K1.write(g, image, 7)
+    model = g.model({"y": nested(g, [data, *(b.write(g, data, seed) for seed, b in enumerate(branches))])})
+    outcome = fold(model)
+    (record,) = outcome.reparam
+    assert (record.branches, record.verdict) == (len(branches) + 1, "rewrite")
+    assert [n.op for n in outcome.graph.nodes] == ["Conv", "Conv", "Identity"]
+    x = np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)
+    made = convolve(x.astype(np.float64), K1, *K1.weights(7))
+    expected = sum((convolve(made, b, *b.weights(seed)) for seed, b in enumerate(branches)), made)
+    assert error(run(written(outcome), {"x": x})["y"], expected) <= 4e-6  # two sums in a row
 
 
 def test_the_report_counts_parameters() -> None:
@@ -237,7 +262,10 @@ NEAR_MISSES: dict[str, tuple[NearMiss, str]] = {
         lambda g, x: g.op("Add", Branch((3, 3), stride=11).write(g, x, 0), Branch((1, 1), stride=12).write(g, x, 1)),
         "the branches have different strides",
     ),
-    "other-dilation": (of_two(dilations=[2, 2], pads=[2, 2, 2, 2]), "the branches have different dilations"),
+    "other-dilation": (
+        of_two(dilations=[2, 2], pads=[2, 2, 2, 2]),
+        "the branches have different dilations: one kernel for all would have 25 taps, they have 18",
+    ),
     "other-groups": (
         lambda g, x: g.op("Add", K3.write(g, x, 0), Branch((3, 3), groups=2).write(g, x, 1)),
         "the branches have different groups",
@@ -250,9 +278,13 @@ NEAR_MISSES: dict[str, tuple[NearMiss, str]] = {
     ),
     "computed-weight": (computed_weight, "a branch computes its weights"),
     "read-elsewhere": (read_elsewhere, "the result of a branch is used elsewhere as well"),
-    "identity-branch": (
-        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), x]),
+    "input-after-an-activation": (
+        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.op("Relu", x)]),
         "a summand beside the convolutions is neither one of them nor a constant per channel",
+    ),
+    "input-of-another-shape": (  # one filter for six channels, broadcast by the sum
+        lambda g, x: g.op("Add", Branch((3, 3), filters=1).write(g, x, 0), x),
+        "the input is a summand, but not of the shape that the convolutions return",
     ),
     "constant-per-pixel": (
         lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.constant(np.ones(SIZE))]),
@@ -283,7 +315,7 @@ def test_near_miss_is_left_alone(name: str) -> None:
 SILENT: dict[str, NearMiss] = {
     "relu-between": lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", K1.write(g, x, 1))),
     "other-input": lambda g, x: g.op("Add", K3.write(g, x, 0), K1.write(g, g.op("Relu", x), 1)),
-    "one-branch": lambda g, x: g.op("Add", K3.write(g, x, 0), x),
+    "one-branch": lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", x)),
     "difference": lambda g, x: g.op("Sub", K3.write(g, x, 0), K1.write(g, x, 1)),
 }
 
