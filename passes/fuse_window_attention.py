@@ -28,6 +28,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.maps import count, read_maps
@@ -49,11 +50,13 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     if isinstance(attention, Decline):
         return or_global(facts, softmax, attention)
     maps = read_maps(facts, attention)
-    if isinstance(maps, Decline):
-        return maps
-    found = match_windows(facts, maps)
-    if isinstance(found, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
+    found = maps if isinstance(maps, Decline) else match_windows(facts, maps)
+    if not isinstance(found, Decline):
+        return found
+    if not isinstance(maps, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
         return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
+    if found.kind == "other":
+        return chosen_at_run_time(facts, attention) or found
     return found
 
 

@@ -216,6 +216,8 @@ def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
             return Decline(
                 "the probabilities of several heads are mixed with one another after the softmax", user.label
             )
+        if user.op == "Mul" and not any(v is not None and v.is_constant for v in user.inputs):
+            return Decline("the probabilities are multiplied by a tensor computed from data", user.label)
         if not rearranges(user) or user.required(0) is not value:
             return Decline(f"the probabilities go into {user.op}, not into a sum over values", user.label)
         value = user.outputs[0]

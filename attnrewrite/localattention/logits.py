@@ -15,6 +15,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import Read, broadcast_index, sources
+from attnrewrite.localattention.choice import run_time_choice
 from attnrewrite.localattention.contraction import (
     Operand,
     factors,
@@ -309,6 +310,9 @@ def _no_product(facts: Facts, summand: Summand, channel_axis: int) -> Decline:
         return Decline("the logits are chosen between two computed tensors", node.label)
     if mixes_products(facts, node):
         return Decline("the logits of several heads are mixed with one another before the softmax", node.label)
+    choice = run_time_choice(node)
+    if choice is not None:
+        return Decline(f"the logits are chosen from data: they come from {choice}", node.label)
     return Decline(f"the logits come from {node.op}, not from a product of queries and keys", node.label)
 
 

@@ -372,6 +372,8 @@ def _roles_of_return(value: Value, tokens: frozenset[int], features: frozenset[i
     if tokens & features:
         return None
     featured = [a for a, e in enumerate(value.shape) if a in features]
+    if any(isinstance(value.shape[a], Dim) for a in featured):
+        return None  # channels folded into the batch
     rest = [a for a, e in enumerate(value.shape) if a not in features and (a in tokens or e != 1 or a == 0)]
     return Roles(tuple(rest), tuple(featured))
 

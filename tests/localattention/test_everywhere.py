@@ -76,7 +76,7 @@ CASES = {
     "probabilities-in-two-sums": (probabilities_in_two_sums, "other", "the attention probabilities have 2 uses"),
     "over-the-queries": (over_the_queries, "other", "the softmax does not run over the keys that are summed"),
     "logits-twice": (logits_twice, "global", GLOBAL + "the logits are used elsewhere as well"),
-    "probabilities-mixed": (probabilities_mixed, "global", GLOBAL + "the probabilities go into Mul"),
+    "probabilities-mixed": (probabilities_mixed, "global", GLOBAL + "the probabilities are multiplied by a tensor"),
     "windows-twice": (windows_twice, "other", "the attention probabilities have 2 uses"),
     "fixed-weights": (fixed_weights, "other", "the logits are the same for every input; "),
 }
