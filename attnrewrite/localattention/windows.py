@@ -86,7 +86,11 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
         known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
         if reads_alike(attention.key_axis, maps.sources["key"]) is None:
             return _made_inside(maps)
-        return global_attention(queries.size, keys.size, node, **known)
+        found = global_attention(queries.size, keys.size, node, **known)
+        masked = next((t for t in attention.computed_terms if t.excludes is not None), None)
+        if masked is None:
+            return found
+        return replace(found, reason=f"{found.reason}; a mask computed from data excludes some", node=masked.node.label)
     if queries.shape[1] == 1:
         return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     fitted = fit_windows(queries, maps.query.spatial)
@@ -218,7 +222,7 @@ def seen_on_map(match: WindowMatch) -> Seen:
         reach = [w * d for w, d in zip(keys.window_size, keys.dilation, strict=True)]
         overlaps = any(r > s for r, s in zip(reach, keys.stride, strict=True))
         return Seen("halo" if overlaps else "window", *plain)
-    views = [q.spatial for q in match.maps.queries if 1 < len(q.spatial) < len(geometry.feature_size)]
+    views = [q.spatial for q in match.maps.queries if 1 < len(q.spatial) < len(match.geometry.feature_size)]
     if len(geometry.feature_size) == 1:
         views = [q.spatial for q in match.maps.queries if len(q.spatial) > 1]
     whole = [row for row in geometry.pixels() if (row != PADDING).all()]

@@ -66,7 +66,7 @@ def timm_maxvit() -> Any:
         "maxvit_tiny_rw_224",
         img_size=(64, 96),
         stem_width=8,
-        embed_dim=(16, 24),
+        embed_dim=(16, 32),  # no channel count that the pooled gates could have in common with the 24 windows
         depths=(1, 1),
         block_type=("M", "M"),
         transformer_dim_head=8,
@@ -159,6 +159,10 @@ def timm_samvit() -> Any:
         global_attn_indexes=(1,),
         neck_chans=16,
     )
+
+
+def timm_mobilevit() -> Any:
+    return timm("mobilevit_xxs")
 
 
 def timm_vit() -> Any:
@@ -256,6 +260,7 @@ ARCHITECTURES = (
             rewritten("window", feature_size=(8, 11), window_size=(4, 4), num_heads=4),
             left("channel", 2, reason="channel attention"),
         ),
+        folds=8,  # the conditional position encodings
     ),
     Architecture(
         "deployed: timm twins_svt",
@@ -267,6 +272,7 @@ ARCHITECTURES = (
             rewritten("window", feature_size=(8, 12), window_size=(4, 4), num_heads=4),
             left("global", reason="each of the 96 queries attends the same 24 keys"),
         ),
+        folds=2,  # the conditional position encodings
     ),
     Architecture(
         "VOLO",
@@ -304,6 +310,19 @@ ARCHITECTURES = (
         (
             rewritten("window", num_heads=3, feature_size=(5, 7), window_size=(3, 3), bias="tensor"),
             left("global", reason="each of the 35 queries attends the same 35 keys"),
+        ),
+    ),
+    Architecture(
+        "deployed: timm mobilevit",
+        timm_mobilevit,
+        (1, 3, 64, 96),
+        tuple(
+            rewritten("grid", count, feature_size=size, window_size=window, dilation=dilation)
+            for count, size, window, dilation in (
+                (2, (8, 12), (4, 6), (2, 2)),
+                (4, (4, 6), (2, 3), (2, 2)),
+                (3, (2, 4), (1, 2), (1, 2)),
+            )
         ),
     ),
     Architecture(

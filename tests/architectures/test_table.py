@@ -10,16 +10,43 @@ import pytest
 pytest.importorskip("torch")
 
 from attnrewrite.verify.numeric import verify_models
-from tests.architectures import all_to_all, deployed, kernels_and_gates, near, slides
+from tests.architectures import (
+    all_to_all,
+    deployed,
+    kernels_and_gates,
+    mixed_windows,
+    mixing_everything,
+    near,
+    neighborhoods,
+    packages,
+    shifted_windows,
+    slides,
+    without_softmax,
+)
 from tests.architectures.frame import BOTH, Architecture, assert_sites
 from tests.passes.rewritten import optimize, written
 
-FAMILIES = (slides, kernels_and_gates, all_to_all, near, deployed)
+FAMILIES = (
+    slides,
+    packages,
+    shifted_windows,
+    mixed_windows,
+    mixing_everything,
+    neighborhoods,
+    without_softmax,
+    kernels_and_gates,
+    all_to_all,
+    near,
+    deployed,
+)
 ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 
 # Rows whose verdict is not reached yet: what is missing.
 PENDING: dict[str, str] = {
-    "a2mamba": "the inward border",
+    "gc_vit": "queries shared by all windows",
+    "transformer_in_transformer": "windows folded into the batch from the first layer to the last",
+    "styleswin_in_one_softmax": "a shift per group of heads",
+    "dlgsanet": "weights predicted for a neighbourhood, without a softmax",
     "tic_msa_conv_overlapping": "a reason that speaks of overlapping windows",
     "tic_msa_conv_apart": "windows put back by Col2Im",
     "favit": "fewer keys than queries in a window",
