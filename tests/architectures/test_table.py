@@ -14,6 +14,7 @@ from tests.architectures import (
     all_to_all,
     deployed,
     kernels_and_gates,
+    lookalikes,
     mixed_windows,
     mixing_everything,
     near,
@@ -38,6 +39,7 @@ FAMILIES = (
     all_to_all,
     near,
     deployed,
+    lookalikes,
 )
 ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 
