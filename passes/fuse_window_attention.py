@@ -31,13 +31,14 @@ from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.geometry import WindowGeometry, by
-from attnrewrite.localattention.maps import count, read_maps
+from attnrewrite.localattention.maps import SiteMaps, count, read_maps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
 from attnrewrite.localattention.terms import relative_table
+from attnrewrite.localattention.token_rows import in_rows
 from attnrewrite.localattention.windows import Seen, WindowMatch, match_windows, seen_on_map
-from attnrewrite.pipeline import Pass
+from attnrewrite.pipeline import Declined, Pass
 
 NAME = "fuse-window-attention"
 
@@ -50,7 +51,7 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     if isinstance(attention, Decline):
         return or_global(facts, softmax, attention)
     maps = read_maps(facts, attention)
-    found = maps if isinstance(maps, Decline) else match_windows(facts, maps)
+    found = maps if isinstance(maps, Decline) else _windows(facts, maps)
     if not isinstance(found, Decline):
         return found
     if not isinstance(maps, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
@@ -58,6 +59,31 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     if found.kind == "other":
         return chosen_at_run_time(facts, attention) or found
     return found
+
+
+def _windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
+    """The windows of a site on its map, or the rows of tokens that its attention stays in."""
+    found = match_windows(facts, maps)
+    if isinstance(found, WindowMatch) and _is_made_of(facts, found):
+        return found
+    rows = in_rows(facts, maps)
+    in_order_of_rows = found if rows is None else match_windows(facts, rows)
+    return in_order_of_rows if isinstance(in_order_of_rows, WindowMatch) else found
+
+
+def _is_made_of(facts: Facts, match: WindowMatch) -> bool:
+    """Whether the query is a function of the map it was traced to, also where operators with two computed operands lie
+    between: the other operand may come from elsewhere (the shortcut of a block before).
+    """
+    maps, attention = match.maps, match.maps.attention
+    if not maps.query.candidate.joins:
+        return True
+    site = SiteRewriter(facts, maps, match.geometry.merged().feature_size, NAME)
+    try:
+        site.operand("query", attention.query, maps.query, attention.channel_axis, attention.head_dim)
+    except Declined:
+        return False
+    return True
 
 
 def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:

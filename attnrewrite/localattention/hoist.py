@@ -149,7 +149,7 @@ class Hoister:
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
         if order == sorted(order):
             map_ = FeatureMap(self.reshape(value, (batch, *spatial, features)))
-        elif (first_order == sorted(first_order) and split.tokens[0] == 0) or (
+        elif (first_order == sorted(first_order) and split.tokens[0] == 0 and value.shape[0] == batch) or (
             batch == 1 and (features_first := [*split.features, *split.tokens]) == sorted(features_first)
         ):
             map_ = FeatureMap(self.reshape(value, (batch, features, *spatial)), channels_first=True)
@@ -185,12 +185,13 @@ class Hoister:
         assert value.shape is not None
         order = [*split.tokens, *split.features]
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
-        if map_.channels_first and first_order == sorted(first_order):
+        batch_first = first_order == sorted(first_order) and value.shape[:1] == map_.value.known_shape[:1]
+        if map_.channels_first and batch_first:
             return self.reshape(map_.value, value.shape)
         last = self.laid_out(map_, channels_first=False)
         if order == sorted(order):
             return self.reshape(last, value.shape)
-        if first_order == sorted(first_order):
+        if batch_first:
             return self.reshape(self.laid_out(map_, channels_first=True), value.shape)
         spread_out = self.reshape(last, tuple(value.shape[a] for a in order))
         return self.reshape(self.transpose(spread_out, list(np.argsort(order))), value.shape)

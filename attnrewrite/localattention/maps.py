@@ -34,13 +34,20 @@ REGION_LIMIT = 160
 class Source:
     """A feature map an operand is made of, and which pixel of it each grid point reads.
 
-    spatial: extents of its token axes without the batch. has_batch: its axis 0 is a batch that passes through.
+    spatial: extents of its token axes without the batch. has_batch: its axis 0 is a batch that passes through, `groups`
+    rows for each element of the model's (their number is the first of `spatial` then).
     """
 
     candidate: Candidate
     roles: Roles
     has_batch: bool
     spatial: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def batch(self) -> Extent:
+        """The extent of the batch that passes through; 1 where there is none."""
+        return self.value.known_shape[0] // self.groups if self.has_batch else 1
 
     @property
     def value(self) -> Value:
@@ -116,7 +123,8 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
             features = found
             break
     heads = tuple(sorted(features - channels))
-    found_sources = {name: sources_of(way, features) for name, way in ways.items()}
+    batch = model_batch(facts)
+    found_sources = {name: _of_batch(sources_of(way, features), batch) for name, way in ways.items()}
     for name, sources in found_sources.items():
         if not sources:
             operand = _operands(attention)[name]
@@ -177,6 +185,21 @@ def reads_alike(key_axis: int, keys: Sequence[Source]) -> frozenset[int] | None:
         if reads - {key_axis}:
             return None
     return rows
+
+
+def model_batch(facts: Facts) -> Extent | None:
+    """The batch of the model's first input of three axes or more; None without such an input."""
+    shapes = [v.shape for v in facts.graph.inputs if v.shape is not None and len(v.shape) > 2]
+    return shapes[0][0] if shapes else None
+
+
+def _of_batch(sources: list[Source], batch: Extent | None) -> list[Source]:
+    """The sources that have the model's batch, if some do: in the others it is one of the token axes (axis 0 was one of
+    stacked query, key and value).
+    """
+    if not isinstance(batch, int) or batch == 1:
+        return sources
+    return [s for s in sources if count(s.batch) % batch == 0] or sources
 
 
 def _like_query(sources: Sequence[Source], query: Source) -> tuple[Source, ...]:

@@ -165,7 +165,9 @@ def _placed(rows: QueryRows, source: Source, kept: np.ndarray | None) -> Placed 
     local = rows.of_one_element(table, math.prod(source.spatial))
     if local is None:
         return Decline("neighbours differ between batch elements", node)
-    if (local == local[:1]).all() and kept is not None:
+    if (local == local[:1]).all():
+        if kept is None:
+            return Decline("every query has the same keys, so this is no neighbourhood", node, foreign=True)
         return Decline("a constant mask leaves the same keys to every query", node, "global")
     dropping = kept is not None and bool((local == DROPPED).any())
     fitted = fit_neighborhood(np.maximum(local, PADDING), spatial, source.spatial, excluding=kept is not None)

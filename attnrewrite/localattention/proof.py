@@ -129,7 +129,7 @@ def _terms(maps: SiteMaps, order: np.ndarray) -> Table:
 
 def _enumerated_batch(source: Source) -> int:
     assert source.value.shape is not None
-    return count(source.value.shape[0]) if source.has_batch else 1
+    return count(source.batch)
 
 
 def _window_reads(node: Node, opset: int) -> Reads:

@@ -200,4 +200,4 @@ def declined_site(softmax: Node, decline: Decline) -> Site:
 
 def _batch(source: Source) -> Extent:
     assert source.value.shape is not None
-    return source.value.shape[0] if source.has_batch else 1
+    return source.batch

@@ -165,7 +165,7 @@ def _tables(maps: SiteMaps, key: Source, window_axes: list[int], query_axes: lis
 def _static_batch(source: Source) -> int:
     """Batch elements the grid enumerates; 1 where the batch is symbolic (it passes through unenumerated)."""
     assert source.value.shape is not None
-    return count(source.value.shape[0]) if source.has_batch else 1
+    return count(source.batch)
 
 
 def _pixels(maps: SiteMaps, source: Source, window_axes: list[int], inner_axes: list[int], *, keys: bool) -> np.ndarray:
@@ -226,6 +226,9 @@ def seen_on_map(match: WindowMatch) -> Seen:
     if len(geometry.feature_size) == 1:
         views = [q.spatial for q in match.maps.queries if len(q.spatial) > 1]
     whole = [row for row in geometry.pixels() if (row != PADDING).all()]
+    back, batch = match.maps.back.value, match.maps.query.batch
+    if count(back.known_shape[0]) != count(batch):
+        views = []  # the windows stay rows of the batch axis, which are no axis of a map
     if views and whole:
         spatial = min(views, key=len)
         axes = [np.unique(c) for c in np.unravel_index(whole[0], spatial)]

@@ -225,3 +225,16 @@ NEAR_MISSES: dict[str, Callable[[], onnx.ModelProto]] = {
         keys_elsewhere,
     )
 }
+
+
+def rows_of_tokens(batch: int | str = "batch", shared: bool = True) -> onnx.ModelProto:
+    """Two blocks on windows that never become a map again: their tokens are summed up window by window.
+
+    shared: the second block's shortcut comes from the windows too; else there is one attention and no shortcut, and the
+    partition is its own.
+    """
+    g, x, layers = open_model(AROUND["windows"], batch)
+    tokens = AROUND["windows"].before(g, x)
+    tokens = layers.block(layers.block(tokens)) if shared else layers.attention(tokens)
+    rows = g.reshape(tokens, -1, WINDOWS.num_windows, GROUP * CHANNELS)
+    return g.model({"y": g.op("Softplus", g.matmul(rows, layers.weights(GROUP * CHANNELS, 7)))})

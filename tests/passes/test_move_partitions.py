@@ -12,7 +12,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.frontend.onnx import read
 from attnrewrite.localattention.blocks import find_block
 from attnrewrite.verify.exact import verify_exact
-from tests.models.onnx_moved_blocks import AROUND, NEAR_MISSES, SIZE, WINDOWS, moved_block
+from tests.models.onnx_moved_blocks import AROUND, NEAR_MISSES, SIZE, WINDOWS, moved_block, rows_of_tokens
 from tests.passes.rewritten import left_over, optimize, sites, written
 from tests.running import error, run
 
@@ -78,3 +78,24 @@ def test_partition_that_would_not_disappear_stays(name: str) -> None:
     assert moved.rewrites["move-partitions"] == 0
     assert str(moved.graph) == str(read(model))
     assert_same_numbers(model, written(optimize(model)))
+
+
+@pytest.mark.parametrize("batch", ["batch", 1, 2])
+def test_windows_that_never_become_a_map_are_rows_of_tokens(batch: int | str) -> None:
+    model = rows_of_tokens(batch)
+    outcome = optimize(model)
+    assert sites(outcome) == Counter({("window", "rewrite"): 2}), [s.reason for s in outcome.sites]
+    for site in outcome.sites:
+        assert (site.feature_size, site.window_size) == ((SIZE[0] * SIZE[1],), (WINDOWS.tokens_per_window,))
+    assert len(outcome.graph.nodes) <= outcome.nodes_before
+    assert_same_numbers(model, written(outcome), (batch,) if isinstance(batch, int) else (1, 2, 3))
+    assert [c.passed for c in verify_exact(read(model), read(written(outcome)))] == [True, True]
+
+
+def test_a_partition_of_one_attention_alone_is_not_left_behind() -> None:
+    """Nothing else reads the windows, so their movement belongs to the site; it does not go away."""
+    outcome = optimize(rows_of_tokens(shared=False))
+    (site,) = outcome.sites
+    assert (site.verdict, site.kind) == ("leave", "other")
+    assert site.reason == "the tokens are rearranged before the attention in a way that its output does not undo"
+    assert not outcome.modified

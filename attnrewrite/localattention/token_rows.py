@@ -1,0 +1,75 @@
+"""Windows that exist only as token order: attention within rows of tokens, of which a batch element has several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from attnrewrite.dims import Dim, Extent, proportion
+from attnrewrite.facts import Facts
+from attnrewrite.graph import Node, Value
+from attnrewrite.localattention.maps import SiteMaps, Source, model_batch
+
+
+def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
+    """The maps with the rows of one element of the model's batch as tokens of it, where its attention runs over more
+    rows than the model has elements; None where it does not.
+
+    Tokens [B*n, N, C] are then a map [B, n*N, C], and attention within each row is attention in windows of N. Such a
+    map begins where something else reads its rows too (a shortcut): what moved tokens before that is not the site's.
+    """
+    batch = model_batch(facts)
+    counted = (_rows_per_element(q, batch) for q in maps.queries)
+    groups = next((g for g in counted if g is not None), None)
+    if groups is None:
+        return None
+
+    def in_view(source: Source) -> Source:
+        fits = _rows_per_element(source, batch) == groups
+        return replace(source, groups=groups, spatial=(groups * math.prod(source.spatial),)) if fits else source
+
+    def listed(sources: Sequence[Source]) -> tuple[Source, ...]:
+        """Those first whose features lie behind their tokens: they need no transpose."""
+        views = [v for v in map(in_view, sources) if v.groups == groups]
+        return tuple(sorted(views, key=lambda s: s.roles.features[:1] < s.roles.tokens[-1:]))
+
+    queries = listed(maps.queries)
+    cone = _ancestors(maps.attention.output)
+    own = {}
+    for name, sources in maps.sources.items():
+        shared = (k for k, s in enumerate(sources) if any(user not in cone for user in facts.users(s.value)))
+        own[name] = sources[: next(shared, len(sources)) + 1]
+    return replace(
+        maps,
+        query=queries[0],
+        queries=queries,
+        keys=listed(maps.keys),
+        values=listed(maps.values),
+        sources={name: tuple(map(in_view, sources)) for name, sources in own.items()},
+    )
+
+
+def _ancestors(value: Value) -> set[Node]:
+    """The nodes that a value is computed by."""
+    found: set[Node] = set()
+    pending = [value]
+    while pending:
+        node = pending.pop().producer
+        if node is not None and node not in found:
+            found.add(node)
+            pending += node.reads()
+    return found
+
+
+def _rows_per_element(source: Source, batch: Extent | None) -> int | None:
+    """How many rows of a source belong to one element of the model's batch; None where that is one, or unknown."""
+    if batch is None or not source.has_batch or source.groups > 1:
+        return None
+    rows = source.value.known_shape[0]
+    ratio: int | None = None
+    if isinstance(rows, Dim) and isinstance(batch, Dim):
+        ratio = proportion(rows, batch)
+    elif isinstance(rows, int) and isinstance(batch, int):
+        ratio = rows // batch if rows % batch == 0 else None
+    return ratio if ratio is not None and ratio > 1 else None
