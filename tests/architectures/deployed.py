@@ -138,12 +138,12 @@ def timm_tnt() -> Any:
 def timm_efficientvit() -> Any:
     return timm(
         "efficientvit_m0",
-        img_size=(128, 192),
+        img_size=128,
         embed_dim=(16, 32),
         key_dim=(4, 4),
         depth=(1, 1),
         num_heads=(2, 2),
-        window_size=(3, 3),
+        window_size=(3, 4),  # the second map is one window
         kernels=(3, 3),
     )
 
@@ -299,8 +299,12 @@ ARCHITECTURES = (
     Architecture(
         "EfficientViT (MSRA)",
         timm_efficientvit,
-        (1, 3, 128, 192),
-        (rewritten("window", 4, window_size=(3, 3), head_dim=4, bias="constant"),),
+        (1, 3, 128, 128),
+        (
+            rewritten("window", 2, window_size=(3, 3), head_dim=4, bias="constant"),
+            left("global", 2, reason="each of the 16 queries attends the same 16 keys"),
+        ),
+        folds=6,  # depthwise convolutions added to their input
         clean=False,
     ),
     Architecture(

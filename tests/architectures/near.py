@@ -388,7 +388,7 @@ ARCHITECTURES = (
         exporters=BOTH,
     ),
     Architecture(
-        "STViT",
+        "STViT (token sparsification)",
         STViT,
         (1, 3, 48, 72),
         (

@@ -52,7 +52,7 @@ PENDING: dict[str, str] = {
     "tic_msa_conv_overlapping": "a reason that speaks of overlapping windows",
     "tic_msa_conv_apart": "windows put back by Col2Im",
     "favit": "fewer keys than queries in a window",
-    "stvit": "queries of one map, keys of another",
+    "stvit_token_sparsification": "queries of one map, keys of another",
     "agent_attention_windows": "queries averaged inside their window",
     "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",
     "uplift": "predicted weights",
