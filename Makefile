@@ -10,7 +10,7 @@ MODEL := $(OUT)/swin_tiny_patch4_window7_224.onnx
 # Exported test models, kept between runs and shared by the workers.
 export ATTNREWRITE_TEST_CACHE ?= $(CURDIR)/build/test-models
 
-.PHONY: setup demo test test-slow property bench lint format clean
+.PHONY: setup demo test test-slow property zoo coverage bench lint format clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,13 @@ test-slow: setup
 # Random spellings and near misses, many: minutes. tests/property/RESULTS.md records a run.
 property: setup
 	$(BIN)/python -m tests.property
+
+# Real models of the packages that are installed: an hour at the first run. docs/coverage.md records one.
+zoo: setup
+	$(BIN)/python -m pytest tests/zoo -n $(JOBS) -m "slow or not slow"
+
+coverage: setup
+	$(BIN)/python -m tests.zoo --jobs $(JOBS)
 
 bench: setup
 	$(BIN)/python benchmarks/models.py
