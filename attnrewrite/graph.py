@@ -16,6 +16,10 @@ from attnrewrite.dims import Shape, is_static
 STANDARD_DOMAIN = ""
 
 
+class UnknownShape(ValueError):
+    """Shape inference told no shape for a value whose shape is asked for."""
+
+
 class Value:
     """A tensor of the graph. Identity is the object; names are for people and files.
 
@@ -57,9 +61,9 @@ class Value:
 
     @property
     def known_shape(self) -> Shape:
-        """The shape of a value whose shape must be known by now; ValueError if it is not."""
+        """The shape of a value whose shape must be known by now; UnknownShape if it is not."""
         if self.shape is None:
-            raise ValueError(f"the shape of {self.name} is unknown")
+            raise UnknownShape(f"the shape of {self.name} is unknown")
         return self.shape
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
-from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node
+from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, UnknownShape
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.site import Decline, Reparam, Site
 
@@ -135,10 +135,12 @@ class Pipeline:
 
 
 def _match(pass_: Pass, facts: Facts, node: Node) -> Any:
-    """What the pass finds at a node; a map that cannot be expressed is a reason to leave a softmax as it is."""
+    """What the pass finds at a node; a map that cannot be expressed is a reason to leave a softmax as it is, as is
+    a shape that nobody knows.
+    """
     try:
         return pass_.match(facts, node)
-    except IndexingError as error:
+    except (IndexingError, UnknownShape) as error:
         return Decline(str(error), node.label) if node.op == "Softmax" else None
 
 

@@ -179,7 +179,8 @@ def _widened(conv: Node, dilation: tuple[int, ...]) -> np.ndarray:
     kernel = np.asarray(conv.constant(1), np.float64)
     wide = np.zeros((*kernel.shape[:2], *_extents(conv, dilation)))
     steps = zip(_spatial(conv), _sizes(conv, "dilations"), dilation, strict=True)
-    wide[(..., *(slice(None, None, own // common if k > 1 else 1) for k, own, common in steps))] = kernel
+    taps = [slice(None, None, own // common if k > 1 else 1) for k, own, common in steps]
+    wide[(slice(None), slice(None), *taps)] = kernel
     return wide
 
 

@@ -62,8 +62,7 @@ def _with(index: Index, axis: int, coordinate: Coordinate) -> Index:
 
 
 def _extent(value: Value, axis: int, what: str) -> int:
-    assert value.shape is not None
-    extent = value.shape[axis]
+    extent = value.known_shape[axis]
     if not isinstance(extent, int):
         raise IndexingError(f"{what} along an axis of symbolic extent {extent}")
     return extent
@@ -111,10 +110,9 @@ def slice_rule(node: Node, output: Value, index: Index) -> Sources | None:
     steps = node.constant(4) if node.input(4) is not None else np.ones(len(starts), np.int64)
     if axes is None or steps is None:
         return None
-    assert data.shape is not None
     for start, end, axis, step in zip(starts.tolist(), ends.tolist(), axes.tolist(), steps.tolist(), strict=True):
         axis %= len(index)
-        if start == 0 and step == 1 and output.shape is not None and data.shape[axis] == output.shape[axis]:
+        if start == 0 and step == 1 and output.shape is not None and data.known_shape[axis] == output.shape[axis]:
             continue
         first = python_slice(start, end, step, _extent(data, axis, "a slice")).start
         index = _with(index, axis, index[axis] * step + first)
@@ -202,17 +200,16 @@ def expand(node: Node, output: Value, index: Index) -> Sources:
 
 def broadcast_index(index: Index, value: Value) -> Index:
     """Coordinates of an operand that NumPy broadcasting reads at `index`."""
-    assert value.shape is not None
-    own = index[len(index) - len(value.shape) :]
-    return tuple(constant(0, c.rank) if e == 1 else c for c, e in zip(own, value.shape, strict=True))
+    shape = value.known_shape
+    own = index[len(index) - len(shape) :]
+    return tuple(constant(0, c.rank) if e == 1 else c for c, e in zip(own, shape, strict=True))
 
 
 @index_rule("Tile")
 def tile(node: Node, output: Value, index: Index) -> Sources:
     """out[..., i, ...] = in[..., i mod extent, ...]."""
     data = node.required(0)
-    assert data.shape is not None and output.shape is not None
-    for axis, (inner, outer) in enumerate(zip(data.shape, output.shape, strict=True)):
+    for axis, (inner, outer) in enumerate(zip(data.known_shape, output.known_shape, strict=True)):
         if inner != outer:
             position = index[axis].static("a repetition") % _extent(data, axis, "a repetition")
             index = _with(index, axis, Coordinate(reduced(position)))
@@ -225,8 +222,7 @@ def gather(node: Node, output: Value, index: Index) -> Sources | None:
     data, table = node.required(0), node.constant(1)
     if table is None:
         return None
-    assert data.shape is not None
-    axis = node.attributes.get("axis", 0) % len(data.shape)
+    axis = node.attributes.get("axis", 0) % len(data.known_shape)
     at = tuple(c.static("a gather index") for c in index[axis : axis + table.ndim])
     read = _elements(table, at, index).astype(np.int64)
     read = np.where(read < 0, read + _extent(data, axis, "a gather"), read)

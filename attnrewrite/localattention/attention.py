@@ -171,8 +171,7 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
 
 def _split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
     """The output's extents, each axis split as the first Reshape behind it splits it (through transposes)."""
-    assert output.shape is not None
-    axes = list(range(len(output.shape)))  # axes[i]: the output's axis that axis i of the current value is
+    axes = list(range(len(output.known_shape)))  # axes[i]: the output's axis that axis i of the current value is
     node = facts.only_user(output)
     while node is not None and node.op == "Transpose":
         axes = [axes[p] for p in node.attributes.get("perm") or list(range(len(axes)))[::-1]]
@@ -184,7 +183,7 @@ def _split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
         for outs, ins in axis_groups(node.output.shape, before):
             if len(ins) == 1 and len(outs) > 1:
                 splits[axes[ins.start]] = tuple(node.output.shape[o] for o in outs)
-    return tuple(e for a, extent in enumerate(output.shape) for e in splits.get(a, (extent,)))
+    return tuple(e for a, extent in enumerate(output.known_shape) for e in splits.get(a, (extent,)))
 
 
 def _both_ways(pair: tuple[Operand, Operand]) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:

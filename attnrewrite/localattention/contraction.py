@@ -132,10 +132,9 @@ def _static(extent: object, node: Node) -> int:
 
 def _matmul(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
     a, b = node.required(0), node.required(1)
-    assert a.shape is not None and b.shape is not None
-    if len(a.shape) < 2 or len(b.shape) < 2:
+    if len(a.known_shape) < 2 or len(b.known_shape) < 2:
         raise IndexingError(f"{node.label} multiplies a vector")
-    (k,) = _summed([_static(a.shape[-1], node)], axis, index[0].rank)
+    (k,) = _summed([_static(a.known_shape[-1], node)], axis, index[0].rank)
     return (
         Operand(a, broadcast_index((*index[:-1], k), a)),
         Operand(b, broadcast_index((*index[:-2], k, index[-1]), b)),
@@ -144,10 +143,9 @@ def _matmul(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
 
 def _gemm(node: Node, index: Index, axis: int) -> tuple[Operand, Operand]:
     a, b = node.required(0), node.required(1)
-    assert a.shape is not None
     if node.attributes.get("alpha", 1.0) != 1.0 or node.attributes.get("transA", 0) or node.input(2) is not None:
         raise IndexingError(f"{node.label} does more than multiply")
-    (k,) = _summed([_static(a.shape[-1], node)], axis, index[0].rank)
+    (k,) = _summed([_static(a.known_shape[-1], node)], axis, index[0].rank)
     right = (index[1], k) if node.attributes.get("transB", 0) else (k, index[1])
     return Operand(a, (index[0], k)), Operand(b, right)
 
@@ -209,13 +207,13 @@ def _sum_of_products(node: Node, index: Index, axis: int) -> tuple[Operand, Oper
     factor = product_of(node) or node.required(0).producer
     assert factor is not None
     summand = node.required(0)
-    assert summand.shape is not None
-    rank = len(summand.shape)
+    shape = summand.known_shape
+    rank = len(shape)
     axes = node.constant(1)
     if axes is None:
         raise IndexingError(f"{node.label} sums over every axis")
     summed = sorted(int(a) % rank for a in axes.reshape(-1))
-    positions = _summed([_static(summand.shape[a], node) for a in summed], axis, index[0].rank)
+    positions = _summed([_static(shape[a], node) for a in summed], axis, index[0].rank)
     kept = list(index)
     if node.attributes.get("keepdims", 1):
         kept = [c for a, c in enumerate(index) if a not in summed]

@@ -243,8 +243,7 @@ def sources_of(way: Sequence[Candidate], features: frozenset[int]) -> list[Sourc
 
 def as_source(candidate: Candidate, split: Roles) -> Source | None:
     """A candidate as a feature map: axis 0 its batch, every other token axis of static extent."""
-    shape = candidate.value.shape
-    assert shape is not None
+    shape = candidate.value.known_shape
     has_batch = split.tokens[0] == 0 and len(split.tokens) > 1
     spatial_axes = split.tokens[1:] if has_batch else split.tokens
     spatial = []
@@ -391,13 +390,12 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
 
 
 def _roles_of_return(value: Value, tokens: frozenset[int], features: frozenset[int]) -> Roles | None:
-    assert value.shape is not None
     if tokens & features:
         return None
-    featured = [a for a, e in enumerate(value.shape) if a in features]
-    if any(isinstance(value.shape[a], Dim) for a in featured):
+    featured = [a for a, e in enumerate(value.known_shape) if a in features]
+    if any(isinstance(value.known_shape[a], Dim) for a in featured):
         return None  # channels folded into the batch
-    rest = [a for a, e in enumerate(value.shape) if a not in features and (a in tokens or e != 1 or a == 0)]
+    rest = [a for a, e in enumerate(value.known_shape) if a not in features and (a in tokens or e != 1 or a == 0)]
     return Roles(tuple(rest), tuple(featured))
 
 

@@ -102,9 +102,8 @@ def per_token_inputs(node: Node, index: Index, channel_axis: int) -> list[tuple[
     axis = channel_axis_of(node)
     if axis is not None:
         data = node.required(0)
-        assert data.shape is not None
         others = [c for a, c in enumerate(index) if a != axis]
-        extent = data.shape[axis]
+        extent = data.known_shape[axis]
         if isinstance(extent, Dim):
             raise IndexingError(f"{node.label} mixes the symbolic extent {extent}")
         if dependencies(others) & (index[axis].depends_on() | {channel_axis}):
@@ -206,8 +205,7 @@ def roles(value: Value, index: Index, features: frozenset[int]) -> Roles | None:
     feature.
     """
     tokens, featured = [], []
-    assert value.shape is not None
-    for axis, (coordinate, extent) in enumerate(zip(index, value.shape, strict=True)):
+    for axis, (coordinate, extent) in enumerate(zip(index, value.known_shape, strict=True)):
         depends = coordinate.depends_on()
         if coordinate.batch or depends - features:
             if depends & features:

@@ -3,7 +3,7 @@
     drawn = draw(7); drawn.model; drawn.kind; drawn.parts       # parts: the names of what was drawn, for counting
 
 The parts are those of tests.models (each a spelling people or exporters use); what the tables there pair by hand is
-paired at random here, over random geometries, and varied by detours. One case in four is an entry of the tables.
+paired at random here, over random geometries, and varied by detours. One case in seven is an entry of the tables.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.models.onnx_neighborhoods import NeighborhoodSpelling
 from tests.models.onnx_spellings import NCHW, SPACE_TO_DEPTH, SPELLINGS, WINDOW, Spelling, sample_input
 from tests.models.onnx_windows import WindowSpelling
 from tests.property.detours import with_detours
+from tests.property.draw_borders import draw_border, draw_dense, draw_halo
 
 ROLLS = [
     movement.roll_by_slices,
@@ -117,14 +118,18 @@ class Drawn:
 def draw(seed: int, detours: int = 6) -> Drawn:
     """The spelling of a seed, with up to that many detours."""
     r = random.Random(seed)
-    source = r.choice(["table", "window", "window", "neighborhood"])
+    source = r.choice(["table", "window", "window", "neighborhood", "halo", "border", "dense"])
     if source == "table":
         name = r.choice(list(SPELLINGS))
         spelling, names = SPELLINGS[name], [f"table/{name}"]
     elif source == "window":
         spelling, names = draw_window(r)
-    else:
+    elif source == "neighborhood":
         spelling, names = draw_neighborhood(r)
+    else:
+        opset = r.choice([v for v in OPSETS if v >= 13 or source != "border"])  # whose softmax is over the axis 2
+        spelling, names = {"halo": draw_halo, "border": draw_border, "dense": draw_dense}[source](r, opset)
+        names = [*names, f"opset/{opset}"]
     two_branches = getattr(spelling, "learned", "no") == "two-convolutions"  # detours between branches keep them apart
     model, taken = with_detours(spelling.model(), r, 0 if two_branches else r.randint(0, detours))
     return Drawn(seed, model, spelling, (*names, *(f"detour/{t}" for t in taken)))
