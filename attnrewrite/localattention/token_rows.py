@@ -30,15 +30,17 @@ def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
         return replace(source, groups=groups, spatial=(groups * math.prod(source.spatial),)) if fits else source
 
     def listed(sources: Sequence[Source]) -> tuple[Source, ...]:
-        """Those first whose features lie behind their tokens: they need no transpose."""
+        """Those first that no other tensor was joined to since, of these the ones whose features lie behind their
+        tokens: they need no transpose.
+        """
         views = [v for v in map(in_view, sources) if v.groups == groups]
-        return tuple(sorted(views, key=lambda s: s.roles.features[:1] < s.roles.tokens[-1:]))
+        return tuple(sorted(views, key=lambda s: (s.candidate.joins, s.roles.features[:1] < s.roles.tokens[-1:])))
 
     queries = listed(maps.queries)
     cone = _ancestors(maps.attention.output)
     own = {}
     for name, sources in maps.sources.items():
-        shared = (k for k, s in enumerate(sources) if any(user not in cone for user in facts.users(s.value)))
+        shared = (k for k, s in enumerate(sources) if _is_read_beside(facts, s.value, cone))
         own[name] = sources[: next(shared, len(sources)) + 1]
     return replace(
         maps,
@@ -60,6 +62,17 @@ def _ancestors(value: Value) -> set[Node]:
             found.add(node)
             pending += node.reads()
     return found
+
+
+def _is_read_beside(facts: Facts, value: Value, cone: set[Node]) -> bool:
+    """Whether something outside a cone of nodes reads a value, or another piece of it that a node of the cone splits
+    off.
+    """
+    for user in facts.users(value):
+        pieces = user.outputs if len(user.outputs) > 1 else []
+        if user not in cone or any(reader not in cone for piece in pieces for reader in facts.users(piece)):
+            return True
+    return False
 
 
 def _rows_per_element(source: Source, batch: Extent | None) -> int | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attnrewrite.facts import Facts
+from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry
 from attnrewrite.localattention.logits import has_fully_masked_row
@@ -28,7 +29,9 @@ from attnrewrite.localattention.maps import (
 )
 from attnrewrite.localattention.site import Decline, Kind
 from attnrewrite.localattention.terms import Order, PlacedTerm, RelativePosition, computed_terms, relative_position
+from attnrewrite.localattention.tokens import channel_axis_of
 from attnrewrite.localattention.window_fit import fit_keys, fit_windows
+from attnrewrite.ops import POINTWISE
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +241,32 @@ def seen_on_map(match: WindowMatch) -> Seen:
             plain = (spatial, tuple(map(len, axes)), dilation)
     if any(d > 1 for d in plain[2]):
         return Seen("grid", *plain)
-    return Seen("stripe" if _is_stripe(plain[0], plain[1]) else "window", *plain)
+    stripe = _is_stripe(plain[0], plain[1]) and not _joins_tokens(match.maps.query)
+    return Seen("stripe" if stripe else "window", *plain)
+
+
+def _joins_tokens(source: Source) -> bool:
+    """Whether the last token axis of a map is no axis of an image: tokens of several tensors were joined along it."""
+    axis, rank = source.roles.tokens[-1], len(source.value.known_shape)
+    pending, seen = [source.value], {source.value}
+    while pending:
+        node = pending.pop().producer
+        if node is None or node.domain != STANDARD_DOMAIN:
+            continue
+        if node.op == "Concat" and node.attributes["axis"] % rank == axis:
+            return len({_cut_from(value) for value in node.reads()}) > 1
+        per_token = node.op in POINTWISE or channel_axis_of(node) not in (None, axis)
+        for value in node.reads() if per_token else ():
+            if value not in seen and value.rank == rank:
+                seen.add(value)
+                pending.append(value)
+    return False
+
+
+def _cut_from(value: Value) -> Value:
+    """The tensor that a value is a piece of: the halves of a roll come from one."""
+    node = value.producer
+    return node.required(0) if node is not None and node.op in ("Slice", "Split") else value
 
 
 def _is_stripe(extents: tuple[int, ...], window: tuple[int, ...]) -> bool:

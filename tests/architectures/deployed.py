@@ -291,21 +291,24 @@ ARCHITECTURES = (
         timm_tnt,
         (1, 3, 48, 64),
         (
-            rewritten("window", 2, num_heads=2, head_dim=4, window_size=(4, 4)),
+            rewritten("window", 2, num_heads=2, head_dim=4, feature_size=(12 * 16,), window_size=(16,)),
             left("global", 2, reason="each of the 13 queries attends the same 13 keys"),
         ),
         variant="timm",
+        in_rows=True,
     ),
     Architecture(
         "EfficientViT (MSRA)",
         timm_efficientvit,
         (1, 3, 128, 128),
         (
-            rewritten("window", 2, window_size=(3, 3), head_dim=4, bias="constant"),
+            rewritten("window", 2, feature_size=(9 * 9,), window_size=(9,), head_dim=4, bias="constant"),
             left("global", 2, reason="each of the 16 queries attends the same 16 keys"),
         ),
         folds=6,  # depthwise convolutions added to their input
+        exporters=BOTH,
         clean=False,
+        in_rows=True,  # the queries are convolved inside each window
     ),
     Architecture(
         "deployed: timm samvit",

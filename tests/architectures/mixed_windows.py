@@ -298,7 +298,7 @@ ARCHITECTURES = (
         "DuoFormer",
         DuoFormer,
         (1, 3, 32, 48),
-        (rewritten("stripe", 2, feature_size=(24, 5), window_size=(1, 5)), left("global", reason=GLOBAL)),
+        (rewritten("window", 2, feature_size=(24, 5), window_size=(1, 5)), left("global", reason=GLOBAL)),
         clean=False,
     ),
     Architecture(

@@ -126,7 +126,9 @@ ARCHITECTURES = (
         "Transformer in Transformer",
         tnt,
         (1, 3, 48, 80),
-        (rewritten("window", 2, window_size=(4, 4)), left("global", 2, reason=GLOBAL)),
+        (rewritten("window", 2, feature_size=(15 * 16,), window_size=(16,)), left("global", 2, reason=GLOBAL)),
+        exporters=BOTH,
+        in_rows=True,
     ),
     Architecture(
         "MaxViT",

@@ -20,7 +20,7 @@ ROWS: dict[str, set[str]] = {
     "L2ViT": {"R window"},
     "DualToken-ViT": {"L global"},
     "BEVANet": {"F"},
-    "DuoFormer": {"R stripe", "L global"},
+    "DuoFormer": {"R window", "L global"},
     "MAFormer": {"R window", "L global"},
     "DiNAT / NAT": {"R neighborhood"},
     "CrossViT": {"L global"},

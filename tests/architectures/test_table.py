@@ -46,7 +46,6 @@ ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 # Rows whose verdict is not reached yet: what is missing.
 PENDING: dict[str, str] = {
     "gc_vit": "queries shared by all windows",
-    "transformer_in_transformer": "windows folded into the batch from the first layer to the last",
     "styleswin_in_one_softmax": "a shift per group of heads",
     "dlgsanet": "weights predicted for a neighbourhood, without a softmax",
     "tic_msa_conv_overlapping": "a reason that speaks of overlapping windows",
@@ -58,8 +57,6 @@ PENDING: dict[str, str] = {
     "uplift": "predicted weights",
     "volo": "predicted weights and fold",
     "deployed_timm_gcvit": "one query set for all windows",
-    "transformer_in_transformer_timm": "windows that blocks keep in the batch",
-    "efficientvit_msra": "a convolution of the queries inside each window",
 }
 
 
