@@ -31,9 +31,10 @@ from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.geometry import WindowGeometry, by
-from attnrewrite.localattention.maps import SiteMaps, count, read_maps
+from attnrewrite.localattention.maps import SiteMaps, count
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
+from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
 from attnrewrite.localattention.terms import relative_table
 from attnrewrite.localattention.token_rows import in_rows
@@ -50,7 +51,7 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     attention = read_attention(facts, softmax)
     if isinstance(attention, Decline):
         return or_global(facts, softmax, attention)
-    maps = read_maps(facts, attention)
+    maps = read_window_maps(facts, attention)
     found = maps if isinstance(maps, Decline) else _windows(facts, maps)
     if not isinstance(found, Decline):
         return found
@@ -64,7 +65,7 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
 def _windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
     """The windows of a site on its map, or the rows of tokens that its attention stays in."""
     found = match_windows(facts, maps)
-    if isinstance(found, WindowMatch) and _is_made_of(facts, found):
+    if maps.shared or (isinstance(found, WindowMatch) and _is_made_of(facts, found)):
         return found
     rows = in_rows(facts, maps)
     in_order_of_rows = found if rows is None else match_windows(facts, rows)
@@ -91,7 +92,9 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     maps, attention, geometry = match.maps, match.maps.attention, match.geometry.merged()
     site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
     channels = attention.head_dim
-    query = site.operand("query", attention.query, maps.query, attention.channel_axis, channels)
+    asked = maps.query if match.shared is None else match.shared
+    extents = None if match.shared is None else geometry.window_size
+    query = site.operand("query", attention.query, asked, attention.channel_axis, channels, extents)
     key = site.operand("key", attention.key, match.key, attention.channel_axis, channels, geometry.key_size)
     value_dim = count(attention.output_shape[attention.value_axis])
     value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim, geometry.key_size)
@@ -112,6 +115,7 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
         scale,
         match.mask_value,
         softmax_type(attention),
+        shared_query=match.shared is not None,
         relative_scale=1.0 if relative is None else relative.scale,
     )
     site.finish(
@@ -142,12 +146,13 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         bias = "tensor"
     if any(t.is_mask for t in found.computed):
         mask = "tensor"
+    shared = "" if found.shared is None else ", one set of queries for all of them"
     return Site(
         "",
         softmax.label,
         seen.kind,
         "rewrite",
-        f"{_in_words(geometry, seen)}: query, key and value maps equal the closed form",
+        f"{_in_words(geometry, seen)}{shared}: query, key and value maps equal the closed form",
         num_heads=found.maps.num_heads,
         head_dim=attention.head_dim,
         feature_size=seen.feature_size,

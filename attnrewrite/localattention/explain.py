@@ -15,16 +15,17 @@ from attnrewrite.graph import Node
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING, Sizes
-from attnrewrite.localattention.maps import SiteMaps, Source, flat_pixels, read_maps
+from attnrewrite.localattention.maps import SiteMaps, Source, flat_pixels
 from attnrewrite.localattention.proof import pixel_table
 from attnrewrite.localattention.reads import Table
+from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline, Reading, Site
 
 
 def readings(facts: Facts, softmax: Node, site: Site) -> tuple[Reading, ...]:
     """Up to three queries of the attention around a softmax; none where its maps cannot be read, or it is global."""
     attention = read_attention(facts, softmax)
-    maps = attention if isinstance(attention, Decline) else read_maps(facts, attention)
+    maps = attention if isinstance(attention, Decline) else read_window_maps(facts, attention)
     if isinstance(maps, Decline) or site.kind == "global":
         return ()
     total = math.prod(maps.query.spatial)

@@ -73,7 +73,9 @@ class SiteMaps:
     """A site between feature maps. Grid axes are the attention's; features: those that number heads and channels.
 
     query: the source whose map and the output's agree, queries: all such views of it; keys, values: every candidate of
-    theirs, nearest first; sources: of all three, in the order of the walk.
+    theirs, nearest first; sources: of all three, in the order of the walk. shared: where one set of queries serves all
+    windows, the maps it comes from, one token per token of a window; query and queries are then the places that the
+    output returns to.
     """
 
     attention: Attention
@@ -85,6 +87,7 @@ class SiteMaps:
     keys: tuple[Source, ...]
     values: tuple[Source, ...]
     sources: dict[str, tuple[Source, ...]]
+    shared: tuple[Source, ...] = ()
 
     @property
     def token_axes(self) -> tuple[int, ...]:
@@ -108,7 +111,24 @@ def count(extent: Extent) -> int:
 
 
 def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
-    """The token maps of an attention, or why they cannot be read."""
+    """The token maps of an attention whose queries are pixels of the map its output returns to, or why they cannot be
+    read.
+    """
+    ways = read_ways(facts, attention)
+    return ways if isinstance(ways, Decline) else meet(facts, attention, ways)
+
+
+@dataclass(frozen=True, eq=False)
+class Ways:
+    """The feature maps that query, key and value are made of, nearest first; features: as in SiteMaps."""
+
+    features: frozenset[int]
+    heads: tuple[int, ...]
+    sources: dict[str, tuple[Source, ...]]
+
+
+def read_ways(facts: Facts, attention: Attention) -> Ways | Decline:
+    """Where the operands of an attention come from."""
     channels = frozenset({attention.channel_axis, attention.value_axis})
     node = attention.softmax.label
     ways = {name: _way(facts, attention, operand) for name, operand in _operands(attention).items()}
@@ -122,14 +142,19 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
         if found != channels:
             features = found
             break
-    heads = tuple(sorted(features - channels))
     batch = model_batch(facts)
-    found_sources = {name: _of_batch(sources_of(way, features), batch) for name, way in ways.items()}
+    found_sources = {name: tuple(_of_batch(sources_of(way, features), batch)) for name, way in ways.items()}
     for name, sources in found_sources.items():
         if not sources:
             operand = _operands(attention)[name]
             left = Decline(f"the {name} is not one set of features per token", operand.value.name)
             return _attends_everything(attention, features, found_sources["key"]) or left
+    return Ways(features, tuple(sorted(features - channels)), found_sources)
+
+
+def meet(facts: Facts, attention: Attention, ways: Ways) -> SiteMaps | Decline:
+    """The maps on which the output returns to the pixels of its queries."""
+    features, found_sources = ways.features, ways.sources
     maps = _meet(facts, attention, features, found_sources["query"])
     if isinstance(maps, Decline):
         return _attends_everything(attention, features, found_sources["key"]) or maps
@@ -137,17 +162,7 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     if moved_again:
         return Decline("the output is rearranged once more, to other pixels than its queries came from", moved_again)
     keys, values = (_like_query(found_sources[name], queries[0]) for name in ("key", "value"))
-    return SiteMaps(
-        attention,
-        features,
-        heads,
-        queries[0],
-        queries,
-        back,
-        keys,
-        values,
-        {n: tuple(s) for n, s in found_sources.items()},
-    )
+    return SiteMaps(attention, features, ways.heads, queries[0], queries, back, keys, values, found_sources)
 
 
 def global_attention(queries: int, keys: int, node: str, **known: Any) -> Decline:
@@ -263,31 +278,41 @@ def _meet(
     """The last value behind the attention at which output pixel and query pixel are the same, and those query
     sources.
     """
-    returns = _returns(facts, attention, features)
+    returns = returns_of(facts, attention, features)
     for back in reversed(returns):
         for query in queries:
             if _agree(attention, features, query, back):
                 same = [q for q in queries if _agree(attention, features, q, back)]
                 agreeing = [r for r in returns if _agree(attention, features, query, r)]
                 batch = min(count(q.value.known_shape[0]) for q in same)
-                fitting = [r for r in agreeing if count(r.value.known_shape[0]) == batch] or agreeing
-                first = min(r.depth for r in fitting)
-                nearest = [r for r in fitting if r.depth == first]
-                moved = [r for r in returns if r not in agreeing and _follows(facts, nearest[0], r)]
-                moved_again = [r for r in moved if _follows(facts, fitting[-1], r)]
-                back_again = [r for r in nearest if not any(_follows(facts, r, m) for m in moved if m.depth == first)]
-                # The attention's own output has its heads apart: where it returns at once, what it becomes is the map.
-                chosen = min(
-                    back_again or nearest,
-                    key=lambda r: (r.value is attention.output, _spelled_out(len(r.roles.tokens) - 1)),
-                )
+                chosen, moved_again = nearest_return(facts, attention, returns, agreeing, batch)
                 return (
                     tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
                     chosen,
-                    moved_again[0].value.name if moved_again else None,
+                    moved_again,
                 )
     where = returns[-1].value.name if returns else attention.output.name
     return Decline("the output does not return to the pixels its queries came from", where)
+
+
+def nearest_return(
+    facts: Facts, attention: Attention, returns: Sequence[Return], agreeing: Sequence[Return], batch: int
+) -> tuple[Return, str | None]:
+    """Of the returns that agree on one order of pixels the one to put the op's result at, and the name of a value
+    behind the last of them that is rearranged once more, if there is one. batch: elements that the map enumerates.
+    """
+    fitting = [r for r in agreeing if count(r.value.known_shape[0]) == batch] or agreeing
+    first = min(r.depth for r in fitting)
+    nearest = [r for r in fitting if r.depth == first]
+    moved = [r for r in returns if r not in agreeing and _follows(facts, nearest[0], r)]
+    moved_again = [r for r in moved if _follows(facts, fitting[-1], r)]
+    back_again = [r for r in nearest if not any(_follows(facts, r, m) for m in moved if m.depth == first)]
+    # The attention's own output has its heads apart: where it returns at once, what it becomes is the map.
+    chosen = min(
+        back_again or nearest,
+        key=lambda r: (r.value is attention.output, _spelled_out(len(r.roles.tokens) - 1)),
+    )
+    return chosen, moved_again[0].value.name if moved_again else None
 
 
 def _follows(facts: Facts, one: Return, other: Return) -> bool:
@@ -338,7 +363,7 @@ def _spelled_out(axes: int) -> tuple[bool, int]:
     return axes < 2, axes
 
 
-def _returns(facts: Facts, attention: Attention, features: frozenset[int]) -> list[Return]:
+def returns_of(facts: Facts, attention: Attention, features: frozenset[int]) -> list[Return]:
     """Values behind the attention that are made of its output alone, per token; in topological order."""
     region: dict[Value, None] = {attention.output: None}
     start = facts.positions[attention.output]

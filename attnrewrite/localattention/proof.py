@@ -23,8 +23,9 @@ from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity, 
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, read_maps, spread
+from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, spread
 from attnrewrite.localattention.reads import Reads, Table
+from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.terms import grid_table
 
@@ -65,7 +66,21 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
             raise NotProved(f"the {name} has another batch than the query")
         tables.append(pixel_table(maps, source, order, learned=name in learned))
     sizes = (pixels, math.prod(maps.keys[0].spatial), math.prod(maps.values[0].spatial))
-    return Reads(tables[0], tables[1], _terms(maps, order), sizes, _query_vectors(maps, order))
+    return Reads(
+        tables[0], tables[1], _terms(maps, order), sizes, _query_vectors(maps, order), _shared_queries(maps, order)
+    )
+
+
+def _shared_queries(maps: SiteMaps, order: np.ndarray) -> np.ndarray | None:
+    """int64 [T]: the token of the shared queries that each output row asks with; None where each has a query of its
+    own.
+    """
+    if not maps.shared:
+        return None
+    source = maps.shared[0]
+    axes = list(maps.token_axes)
+    flat = flat_pixels(source.candidate, source.roles.tokens, maps.attention.output_shape, axes).reshape(-1)
+    return flat[order]
 
 
 def _query_vectors(maps: SiteMaps, order: np.ndarray) -> Table | None:
@@ -152,13 +167,18 @@ def _window_reads(node: Node, opset: int) -> Reads:
     facts = Facts(body)
     softmax = next(n for n in body.nodes if n.op == "Softmax")
     attention = read_attention(facts, softmax)
-    maps = attention if isinstance(attention, Decline) else read_maps(facts, attention)
+    maps = attention if isinstance(attention, Decline) else read_window_maps(facts, attention)
     if isinstance(maps, Decline):
         raise NotProved(f"the emitted body cannot be read: {maps.reason}")
     query, key, value = (formal[n] for n in ("query", "key", "value"))
+    shared = [s for s in maps.shared if s.value is query]
+    if len(shared) != bool(maps.shared):
+        raise NotProved("the emitted body's query does not come from its operand alone")
+    # What a shared query is computed for is the output's place, not its own.
+    asked = body.outputs[0] if shared else query
     chosen = {}
     for name, target, sources in (
-        ("query", query, maps.queries),
+        ("query", asked, maps.queries),
         ("key", key, maps.keys),
         ("value", value, maps.values),
     ):
@@ -169,9 +189,10 @@ def _window_reads(node: Node, opset: int) -> Reads:
     added = [t.value for t in maps.attention.computed_terms]
     if added != [formal[n] for n in ("logit_bias",) if n in formal]:
         raise NotProved("the emitted body adds other tensors to its logits")
-    if body.outputs[0].known_shape[:-1] != query.known_shape[:-1]:
+    if body.outputs[0].known_shape[:-1] != asked.known_shape[:-1]:
         raise NotProved("the emitted body does not return to the map of its query")
-    return original_reads(replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],)))
+    read = replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],), shared=tuple(shared))
+    return original_reads(read)
 
 
 def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:

@@ -80,7 +80,8 @@ class Reads:
     keys, values: flat pixels or PADDING [T, K]; terms: float64 [nH or 1, T, K or 1], added to the logits; vectors:
     float64 [nH or 1, d, T, K], what the query is multiplied with besides the keys. The order of the K slots is
     the site's own; it is the same in all of them and means nothing. sizes: pixels of the maps of query, key and value,
-    where they are known.
+    where they are known. queries: int64 [T], the token of the shared queries that each pixel asks with; None where
+    every pixel has its own.
     """
 
     keys: Table
@@ -88,6 +89,7 @@ class Reads:
     terms: Table
     sizes: tuple[int, ...] = ()
     vectors: Table | None = None
+    queries: np.ndarray | None = None
 
     def difference(self, other: Reads, dtype: np.dtype) -> str | None:
         """Where the two part, in one sentence; None where they are equal (terms: to two roundings of dtype), the order
@@ -97,6 +99,12 @@ class Reads:
             return f"maps of {self.sizes} pixels are read in the original, of {other.sizes} in the replacement"
         if self.keys.pixels != other.keys.pixels:
             return f"{self.keys.pixels} pixels are computed in the original, {other.keys.pixels} in the replacement"
+        if (self.queries is None) != (other.queries is None):
+            return "only one of original and replacement has one set of queries for all windows"
+        if self.queries is not None and other.queries is not None and (self.queries != other.queries).any():
+            pixel = int(np.argmax(self.queries != other.queries))
+            found, now = self.queries[pixel], other.queries[pixel]
+            return f"output pixel {pixel} asks with shared query {found} in the original, with {now} now"
         lowest = float(np.finfo(dtype).min / 2)
         finite = np.where(np.isfinite(self.terms.values) & (self.terms.values > lowest), self.terms.values, 0.0)
         allowed = float(2 * np.finfo(dtype).eps * max(np.abs(finite).max(initial=0.0), 1e-30))

@@ -8,6 +8,7 @@ every element, and undone there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +41,8 @@ class WindowMatch:
 
     key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, M] or None; mask: float64 [nW, N or 1, M]
     or None; mask_value: the penalty where the mask is Swin's shift mask; relative_position: the query's
-    own terms; computed: terms made from data. All in the geometry's own window and token order.
+    own terms; computed: terms made from data. All in the geometry's own window and token order. shared: where one set
+    of queries serves all windows, the map of as many tokens that it comes from.
     """
 
     maps: SiteMaps
@@ -52,6 +54,7 @@ class WindowMatch:
     mask_value: float | None
     relative_position: RelativePosition | None = None
     computed: tuple[PlacedTerm, ...] = ()
+    shared: Source | None = None
 
 
 def match_windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
@@ -129,8 +132,36 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
         return relative
     if isinstance(computed, Decline):
         return computed
+    shared = _shared(maps, order) if maps.shared else None
+    if isinstance(shared, Decline):
+        return shared
     return WindowMatch(
-        replace(maps, query=query), geometry, settled_key, settled_value, bias, mask, mask_value, relative, computed
+        replace(maps, query=query),
+        geometry,
+        settled_key,
+        settled_value,
+        bias,
+        mask,
+        mask_value,
+        relative,
+        computed,
+        shared,
+    )
+
+
+def _shared(maps: SiteMaps, order: Order) -> Source | Decline:
+    """The nearest source of the shared queries that lists them as the windows list their tokens."""
+    batch = np.arange(len(order.element))[:, None, None]
+    for source in maps.shared:
+        table = _pixels(maps, source, order.windows, order.queries, keys=False)[order.element]
+        tokens = table.shape[2]
+        if (table // tokens != batch).any():
+            continue
+        if np.array_equal((table - batch * tokens)[0, 0, order.query], np.arange(tokens)):
+            return source
+    return Decline(
+        "the queries that all windows share are another image's, or listed in another order than a window's pixels",
+        maps.shared[0].value.name,
     )
 
 
@@ -171,10 +202,14 @@ def _static_batch(source: Source) -> int:
     return count(source.batch)
 
 
-def _pixels(maps: SiteMaps, source: Source, window_axes: list[int], inner_axes: list[int], *, keys: bool) -> np.ndarray:
+def _pixels(
+    maps: SiteMaps, source: Source, window_axes: Sequence[int], inner_axes: Sequence[int], *, keys: bool
+) -> np.ndarray:
     attention = maps.attention
     extra = [(attention.key_axis, attention.num_keys)] if keys else []
-    flat = flat_pixels(source.candidate, source.roles.tokens, attention.output_shape, window_axes + inner_axes, extra)
+    flat = flat_pixels(
+        source.candidate, source.roles.tokens, attention.output_shape, [*window_axes, *inner_axes], extra
+    )
     rows = math.prod(count(attention.output_shape[a]) for a in window_axes)
     return flat.reshape(rows, -1)
 

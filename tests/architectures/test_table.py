@@ -56,7 +56,6 @@ PENDING: dict[str, str] = {
     "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",
     "uplift": "predicted weights",
     "volo": "predicted weights and fold",
-    "deployed_timm_gcvit": "one query set for all windows",
 }
 
 
