@@ -84,7 +84,10 @@ class Coordinate:
             return False
         if len(self.parts) == len(other.parts) and all(a is b for a, b in zip(self.parts, other.parts, strict=True)):
             return True
-        return bool((self.values == other.values).all())
+        one, another = self.values, other.values
+        if any(a != b and 1 not in (a, b) for a, b in zip(one.shape, another.shape, strict=True)):
+            return False
+        return bool((one == another).all())
 
 
 def _sum(parts: Sequence[np.ndarray]) -> np.ndarray:

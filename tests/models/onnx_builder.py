@@ -103,6 +103,14 @@ class Builder:
             return self.op("ReduceSum", x, axes=[axis], keepdims=int(keepdims))
         return self.op("ReduceSum", x, self.constant([axis]), keepdims=int(keepdims))
 
+    def reduce(self, op_type: str, x: str, axis: int, keepdims: bool = True) -> str:
+        """ReduceMax, ReduceMean and so on: their axes became an input at opset 18, those of ReduceSum at 13."""
+        if op_type == "ReduceSum":
+            return self.reduce_sum(x, axis, keepdims)
+        if self.opset < 18:
+            return self.op(op_type, x, axes=[axis], keepdims=int(keepdims))
+        return self.op(op_type, x, self.constant([axis]), keepdims=int(keepdims))
+
     def add(self, x: str, values: Any) -> str:
         """x + an array."""
         return self.op("Add", x, self.constant(values))

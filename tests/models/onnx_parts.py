@@ -283,6 +283,57 @@ def softmax_then_identity(g: Builder, logits: str, spelling: WindowSpelling) -> 
     return g.op("Identity", softmax_last(g, logits, spelling))
 
 
+def _less_maximum(g: Builder, logits: str, axis: int = 3) -> str:
+    return g.op("Sub", logits, g.reduce("ReduceMax", logits, axis))
+
+
+def softmax_of_exponentials(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """exp(x - max x) / sum(exp(x - max x)), as Keras exporters write it."""
+    weights = g.op("Exp", _less_maximum(g, logits))
+    return g.op("Div", weights, g.reduce_sum(weights, 3, keepdims=True))
+
+
+def softmax_of_plain_exponentials(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """exp(x) / sum(exp(x)), two exponentials, the sum without its axis."""
+    total = g.unsqueeze(g.reduce_sum(g.op("Exp", logits), -1), -1)
+    return g.op("Div", g.op("Exp", logits), total)
+
+
+def softmax_by_reciprocal(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """1 / sum(exp(x)) * exp(x)."""
+    weights = g.op("Exp", _less_maximum(g, logits))
+    inverse = g.op("Reciprocal", g.reduce_sum(weights, 3, keepdims=True))
+    return g.op("Mul", inverse, weights)
+
+
+def softmax_by_expanded_sum(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """exp(x) / sum(exp(x)), the sum repeated for every key."""
+    weights = g.op("Exp", logits)
+    total = g.reduce_sum(weights, 3, keepdims=True)
+    return g.op("Div", weights, g.op("Expand", total, g.op("Shape", weights)))
+
+
+def softmax_by_logsumexp(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """exp(x - logsumexp(x))."""
+    return g.op("Exp", g.op("Sub", logits, g.reduce("ReduceLogSumExp", logits, 3)))
+
+
+def softmax_by_log_of_sum(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """exp(x - log(sum(exp(x)))), x less its maximum."""
+    less = _less_maximum(g, logits)
+    return g.op("Exp", g.op("Sub", less, g.op("Log", g.reduce_sum(g.op("Exp", less), 3, keepdims=True))))
+
+
+def softmax_by_logsoftmax(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """exp(log_softmax(x))."""
+    return g.op("Exp", g.op("LogSoftmax", logits, axis=3))
+
+
+def softmax_less_maximum(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """softmax(x - max x)."""
+    return g.op("Softmax", _less_maximum(g, logits), axis=-1)
+
+
 def softmax_in_float32(g: Builder, logits: str, spelling: WindowSpelling) -> str:
     """Cast up, softmax, cast back, in a half-precision graph."""
     weights = g.op("Softmax", g.op("Cast", logits, to=TensorProto.FLOAT), axis=-1)

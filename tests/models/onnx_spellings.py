@@ -162,6 +162,7 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "heads-separate": _window(heads=parts.heads_separate),
     "heads-by-gemm": _window(heads=parts.heads_by_gemm),
     "heads-interleaved": _window(heads=parts.heads_interleaved),
+    "heads-last": _window(heads=parts.heads_last),
     "pointwise-in-windows": _window(heads=parts.after_pointwise(parts.heads_by_gather)),
     # Logits and scale.
     "scale-on-key": _window(logits=parts.logits_scaled_key),
@@ -198,6 +199,17 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "softmax-axis-3": _window(softmax=parts.softmax_axis_3),
     "softmax-transposed": _window(softmax=parts.softmax_transposed),
     "softmax-then-identity": _window(softmax=parts.softmax_then_identity),
+    "softmax-of-exponentials": _window(softmax=parts.softmax_of_exponentials),
+    "softmax-of-exponentials-unmasked": replace(UNSHIFTED, softmax=parts.softmax_of_exponentials),
+    "softmax-of-plain-exponentials": _window(softmax=parts.softmax_of_plain_exponentials),
+    "softmax-by-reciprocal": _window(softmax=parts.softmax_by_reciprocal),
+    "softmax-by-expanded-sum": _window(softmax=parts.softmax_by_expanded_sum),
+    "softmax-by-logsumexp": _window(softmax=parts.softmax_by_logsumexp),
+    "softmax-by-log-of-sum": _window(softmax=parts.softmax_by_log_of_sum),
+    "softmax-by-logsoftmax": _window(softmax=parts.softmax_by_logsoftmax),
+    "softmax-less-maximum": _window(softmax=parts.softmax_less_maximum),
+    "softmax-of-exponentials-opset-12": _window(softmax=parts.softmax_of_exponentials, opset=12),
+    "softmax-of-exponentials-opset-20": _window(softmax=parts.softmax_of_exponentials, opset=20),
     # Geometry.
     "rectangular-window": _window(geometry=WindowGeometry((8, 12), (4, 3), (2, 1))),
     "shift-of-one-axis": _window(geometry=WindowGeometry((8, 12), (4, 4), (0, 2))),
@@ -224,6 +236,7 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "windows-as-axes": WholeBlock(blocks.windows_as_axes, UNSHIFTED),
     "one-transpose-each": WholeBlock(blocks.one_transpose_each, UNSHIFTED),
     "windows-before-batch": WholeBlock(blocks.windows_before_batch, UNSHIFTED),
+    "softmax-written-out": WholeBlock(blocks.softmax_written_out, UNSHIFTED),
     "tokens-in-and-out": WholeBlock(blocks.tokens_in_and_out, WINDOW, as_tokens=True),
 }
 
@@ -339,10 +352,8 @@ SPELLINGS: dict[str, Spelling] = {
 }
 
 STRETCH: dict[str, Spelling] = {
-    "window-heads-last": _window(heads=parts.heads_last),
     "window-bias-and-mask-in-one": WholeBlock(blocks.bias_and_mask_in_one, WINDOW),
     "window-head-by-head": WholeBlock(blocks.head_by_head, UNSHIFTED, num_heads=1),
-    "window-softmax-written-out": WholeBlock(blocks.softmax_written_out, UNSHIFTED),
     "window-keys-in-another-order": WholeBlock(blocks.keys_in_another_order, UNSHIFTED),
     "window-padded-with-a-constant": _padded(True, movement=Movement(pad_value=0.75)),
 }

@@ -238,11 +238,11 @@ def edges(model: onnx.ModelProto) -> list[Edge]:
 
 def _scores(graph: onnx.GraphProto) -> Iterator[str]:
     """Logits and probabilities: the tensors between a contraction (the products that one sums, where it is written so),
-    a softmax and the next contraction.
+    a softmax (or the exponentials of one that is written out) and the next contraction.
     """
     producers = {o: n for n in graph.node for o in n.output}
     initializers = {i.name for i in graph.initializer}
-    for softmax in (n for n in graph.node if n.op_type == "Softmax"):
+    for softmax in (n for n in graph.node if n.op_type in ("Softmax", "LogSoftmax", "Exp")):
         pending, summed = [softmax.input[0]], False
         while pending:
             value = pending.pop()

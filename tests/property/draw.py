@@ -58,6 +58,7 @@ HEADS = [
     parts.heads_separate,
     parts.heads_by_gemm,
     parts.heads_interleaved,
+    parts.heads_last,
     parts.after_pointwise(parts.heads_by_gather),
 ]
 LOGITS = [
@@ -75,7 +76,20 @@ LOGITS = [
 ]
 WEIGHTINGS = [parts.weighting_matmul, parts.weighting_einsum, parts.weighting_sum, parts.weighting_transposed]
 BIASES = [None, parts.bias_constant, parts.bias_first, parts.bias_gathered, parts.bias_subtracted]
-SOFTMAXES = [parts.softmax_last, parts.softmax_axis_3, parts.softmax_transposed, parts.softmax_then_identity]
+SOFTMAXES = [
+    parts.softmax_last,
+    parts.softmax_axis_3,
+    parts.softmax_transposed,
+    parts.softmax_then_identity,
+    parts.softmax_of_exponentials,
+    parts.softmax_of_plain_exponentials,
+    parts.softmax_by_reciprocal,
+    parts.softmax_by_expanded_sum,
+    parts.softmax_by_logsumexp,
+    parts.softmax_by_log_of_sum,
+    parts.softmax_by_logsoftmax,
+    parts.softmax_less_maximum,
+]
 GATHERINGS = [
     neighborhoods.by_slices,
     neighborhoods.by_slices_of_both_axes,
