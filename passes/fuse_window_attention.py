@@ -36,6 +36,7 @@ from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, soft
 from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
+from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.localattention.terms import relative_table
 from attnrewrite.localattention.token_rows import in_rows
 from attnrewrite.localattention.windows import Seen, WindowMatch, match_windows, seen_on_map
@@ -48,6 +49,11 @@ def match_window_attention(facts: Facts, softmax: Node) -> WindowMatch | Decline
     """The window attention around a softmax."""
     if softmax.op != "Softmax" or softmax.domain != STANDARD_DOMAIN:
         return None
+    found = _match(facts, softmax)
+    return or_symbolic(facts, softmax, found) if isinstance(found, Decline) else found
+
+
+def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     attention = read_attention(facts, softmax)
     if isinstance(attention, Decline):
         return or_global(facts, softmax, attention)
@@ -141,7 +147,9 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     geometry, attention, seen = found.geometry.merged(), found.maps.attention, seen_on_map(found)
     mask: MaskKind = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
     same_axes = len(geometry.shift_size) == len(seen.window_size)
-    bias: BiasKind = "none" if found.bias is None else "constant"
+    bias, excluding = _constants_in_words(found.bias)
+    if excluding and mask == "none":
+        mask = "constant"
     if found.relative_position is not None or any(not t.is_mask for t in found.computed):
         bias = "tensor"
     if any(t.is_mask for t in found.computed):
@@ -164,6 +172,16 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         bias=bias,
         mask=mask,
     )
+
+
+def _constants_in_words(bias: np.ndarray | None) -> tuple[BiasKind, bool]:
+    """What the op's bias is to its owner: (bias, whether it excludes keys as a mask does). A causal mask, the same in
+    all windows, is added with the bias, or alone in its place.
+    """
+    if bias is None:
+        return "none", False
+    kept = np.isfinite(bias)
+    return "constant" if bias[kept].any() else "none", not bool(kept.all())
 
 
 def _in_words(geometry: WindowGeometry, seen: Seen) -> str:

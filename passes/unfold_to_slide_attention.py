@@ -34,6 +34,7 @@ from attnrewrite.localattention.maps import Source, count
 from attnrewrite.localattention.neighborhoods import NeighborhoodMatch, match_neighborhood
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.pipeline import Pass
 
 NAME = "unfold-to-slide-attention"
@@ -44,7 +45,8 @@ def match_slide_attention(facts: Facts, softmax: Node) -> NeighborhoodMatch | De
     if softmax.op != "Softmax" or softmax.domain != STANDARD_DOMAIN:
         return None
     attention = read_attention(facts, softmax)
-    return attention if isinstance(attention, Decline) else match_neighborhood(facts, attention)
+    found = attention if isinstance(attention, Decline) else match_neighborhood(facts, attention)
+    return or_symbolic(facts, softmax, found) if isinstance(found, Decline) else found
 
 
 def rewrite_slide_attention(facts: Facts, match: NeighborhoodMatch) -> None:

@@ -1,7 +1,8 @@
 """ONNX's own Attention operator (opset 23) written out: matmul, softmax, matmul.
 
 Whether an exporter fuses attention or writes it out then makes no difference to anybody else. What the operator can do
-beyond that (a cache of past keys, a soft cap, causal masking, grouped heads, more than one output) stays as it is.
+beyond that (a cache of past keys, a soft cap, grouped heads, a causal mask over symbolic lengths or beside another
+mask, more than one output) stays as it is.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ def _is_plain(node: Node, users: dict[Value, list[Node]], outputs: set[Value]) -
     if len(shapes) != 3 or any(s is None or len(s) not in (3, 4) for s in shapes):
         return False
     attributes = node.attributes
-    if attributes.get("is_causal", 0) or attributes.get("softcap", 0.0) or attributes.get("qk_matmul_output_mode", 0):
+    if attributes.get("softcap", 0.0) or attributes.get("qk_matmul_output_mode", 0):
         return False
+    if attributes.get("is_causal", 0):
+        lengths = [node.required(k).known_shape[-2] for k in range(2)]
+        if node.input(3) is not None or not all(isinstance(e, int) for e in lengths):
+            return False
     return len({_heads(node, k) for k in range(3)}) == 1
 
 
@@ -121,8 +126,11 @@ class _Expansion:
         return self._transposed(split, (0, 2, 1, 3))
 
     def _masked(self, logits: Value) -> Value:
-        """Add a float mask; a boolean one excludes where it is false."""
+        """Add a float mask; a boolean one excludes where it is false, as a causal one does behind the query."""
         mask = self.node.input(3)
+        if self.node.attributes.get("is_causal", 0):
+            length, keys = (static(e) for e in logits.known_shape[2:])
+            mask = self._constant(np.tri(length, keys, dtype=bool))
         if mask is None:
             return logits
         if mask.dtype == np.dtype(bool):

@@ -264,6 +264,7 @@ def seen_on_map(match: WindowMatch) -> Seen:
     if len(geometry.feature_size) == 1:
         views = [q.spatial for q in match.maps.queries if len(q.spatial) > 1]
     whole = [row for row in geometry.pixels() if (row != PADDING).all()]
+    views = [q.spatial for q in match.maps.queries if _is_a_line(q)] or views
     back, batch = match.maps.back.value, match.maps.query.batch
     if count(back.known_shape[0]) != count(batch):
         views = []  # the windows stay rows of the batch axis, which are no axis of a map
@@ -278,6 +279,12 @@ def seen_on_map(match: WindowMatch) -> Seen:
         return Seen("grid", *plain)
     stripe = _is_stripe(plain[0], plain[1]) and not _joins_tokens(match.maps.query)
     return Seen("stripe" if stripe else "window", *plain)
+
+
+def _is_a_line(source: Source) -> bool:
+    """Whether a map is a sequence from the beginning: an input of the model, or made by a 1-D convolution."""
+    node = source.value.producer
+    return len(source.spatial) == 1 and source.groups == 1 and (node is None or node.op == "Conv")
 
 
 def _joins_tokens(source: Source) -> bool:
