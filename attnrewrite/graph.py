@@ -17,7 +17,7 @@ STANDARD_DOMAIN = ""
 
 
 class UnknownShape(ValueError):
-    """Shape inference told no shape for a value whose shape is asked for."""
+    """A shape that is asked for cannot be told; the message says why."""
 
 
 class Value:

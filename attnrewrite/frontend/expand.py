@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 
 from attnrewrite.dims import Extent, Shape, static
-from attnrewrite.frontend.shapes import UnknownShape, broadcast
-from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
+from attnrewrite.frontend.shapes import broadcast
+from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, UnknownShape, Value
 
 
 def expand_attention(graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""Shapes, constants and shape arithmetic, in one forward walk; and the removal of operators that do nothing.
+"""Shapes, constants and shape arithmetic, in one forward walk; and the removal of what does nothing or is never taken.
 
 A TorchScript export is mostly shape arithmetic. Here every result that is a constant, or an exact expression of the
 model's symbolic extents, is computed once; what remains is the model's actual work.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnrewrite.dims import Dim, Extent, NonAffine, Shape, elements, is_static
+from attnrewrite.frontend.branches import taken_branch
 from attnrewrite.frontend.evaluate import NOT_FOLDED, NUMPY_OPS, evaluate
 from attnrewrite.frontend.shapes import Contents, infer
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
@@ -31,8 +32,14 @@ def fold(graph: Graph) -> None:
     outputs = set(graph.outputs)
     replaced: dict[Value, Value] = {}
     kept: list[Node] = []
-    for node in graph.nodes:
+    waiting = graph.nodes[::-1]
+    while waiting:
+        node = waiting.pop()
         node.inputs = [replaced.get(v, v) if v is not None else None for v in node.inputs]
+        condition = content(node.input(0)) if node.op == "If" else None
+        if condition is not None and condition.size == 1 and (taken := taken_branch(graph, node, condition)):
+            waiting += taken[::-1]
+            continue
         if outputs.isdisjoint(node.outputs) and _fold_node(node, content, contents, graph.opset):
             if all(o.is_constant for o in node.outputs):
                 continue

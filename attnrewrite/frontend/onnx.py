@@ -20,21 +20,21 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from attnrewrite.dims import Dim, Extent, Shape, static
+from attnrewrite.dims import Dim, Extent, static
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.expand import expand_attention
 from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.opset import MINIMUM_OPSET, opset_of, raise_opset
 from attnrewrite.frontend.stream import write_model
+from attnrewrite.frontend.tensors import Importer
 from attnrewrite.functions import function_protos, inlined, overload_of
 from attnrewrite.functions.spec import DOMAIN, DOMAIN_VERSION
-from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
+from attnrewrite.graph import Graph, Value
 
 gs.logger.G_LOGGER.severity = logging.ERROR
 
 # One protobuf message cannot exceed 2 GiB; from here on weights go beside the model.
 EXTERNAL_DATA_LIMIT_BYTES = 1_800_000_000
-CACHED_BYTES = 1 << 20
 # Constants beyond this are written one by one, so that a model is never in memory twice.
 LARGE_BYTES = 1 << 16
 COPIED_BYTES = 1 << 24
@@ -121,46 +121,10 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _to_graph(source: gs.Graph, proto: onnx.ModelProto, folder: Path) -> Graph:
-    values: dict[int, Value] = {}
-
-    def value_of(tensor: gs.Tensor) -> Value | None:
-        if tensor.is_empty():
-            return None
-        if id(tensor) not in values:
-            values[id(tensor)] = _to_value(tensor, folder)
-        return values[id(tensor)]
-
-    def known(tensors: Sequence[gs.Tensor]) -> list[Value]:
-        return [v for v in map(value_of, tensors) if v is not None]
-
-    inputs = known([t for t in source.inputs if not isinstance(t, gs.Constant)])
-    outer = {t.name for t in proto.graph.initializer}
-    nodes = []
-    for node in source.nodes:
-        if node.op == "Constant" and (node.domain or "") == STANDARD_DOMAIN:
-            constant = _constant_node(node)
-            if constant is not None:
-                value = value_of(node.outputs[0])
-                assert value is not None
-                value.shape, value.dtype = constant.shape, constant.dtype
-                value.set_constant(constant)
-                continue
-        outputs = [value_of(t) or Value(f"{node.name}__unused_{k}") for k, t in enumerate(node.outputs)]
-        captures = known([t for t in _captured(node) if not isinstance(t, gs.Constant) or t.name in outer])
-        attributes = {k: _attribute(v) for k, v in node.attrs.items()}
-        nodes.append(
-            Node(
-                node.op,
-                [value_of(t) for t in node.inputs],
-                outputs,
-                attributes,
-                node.name or "",
-                "" if node.domain in (None, "ai.onnx") else node.domain,
-                node,
-                captures,
-            )
-        )
-    graph = Graph(inputs, known(source.outputs), nodes, opset_of(proto), source.name or "graph")
+    importer = Importer(folder, {t.name for t in proto.graph.initializer})
+    inputs = importer.values([t for t in source.inputs if not isinstance(t, gs.Constant)])
+    nodes = importer.nodes(source)
+    graph = Graph(inputs, importer.values(source.outputs), nodes, opset_of(proto), source.name or "graph")
     graph.source = Source(
         list(proto.opset_import),
         proto.ir_version,
@@ -182,79 +146,6 @@ def _check_defined(graph: Graph) -> None:
     ]:
         if not value.is_constant and value.producer is None and value not in inputs:
             raise ValueError(f"{reader} reads {value.name}, which nothing computes")
-
-
-def _to_value(tensor: gs.Tensor, folder: Path) -> Value:
-    dtype = _dtype(tensor.dtype)
-    if isinstance(tensor, gs.Constant):
-        lazy = tensor._values  # the public attribute would load the elements
-        if isinstance(lazy, gs.ir.tensor.LazyValues):
-            value = Value(tensor.name, tuple(lazy.shape), dtype, _loader(lazy.tensor, folder))
-            value.source = lazy.tensor
-            return value
-        return Value(tensor.name, tuple(tensor.values.shape), dtype, tensor.values)
-    return Value(tensor.name, _declared_shape(tensor), dtype)
-
-
-def _dtype(of: Any) -> np.dtype | None:
-    """A NumPy dtype; graphsurgeon gives ONNX's number for element types that NumPy lacks, bfloat16 among them."""
-    if isinstance(of, int):
-        return onnx.helper.tensor_dtype_to_np_dtype(of) if of else None
-    return None if of is None else np.dtype(of)
-
-
-def _loader(tensor: onnx.TensorProto, folder: Path) -> Any:
-    cache: list[np.ndarray] = []
-
-    def load() -> np.ndarray:
-        if cache:
-            return cache[0]
-        array = onnx.numpy_helper.to_array(tensor, str(folder))
-        if array.nbytes <= CACHED_BYTES:
-            cache.append(array)
-        return array
-
-    return load
-
-
-def _declared_shape(tensor: gs.Tensor) -> Shape | None:
-    if tensor.shape is None:
-        return None
-    extents: list[Extent] = []
-    for axis, extent in enumerate(tensor.shape):
-        if isinstance(extent, str) and extent:
-            extents.append(Dim(((extent, 1),)))
-        elif extent is None or isinstance(extent, str) or extent < 0:
-            extents.append(Dim(((f"{tensor.name}_{axis}", 1),)))
-        else:
-            extents.append(int(extent))
-    return tuple(extents)
-
-
-def _constant_node(node: gs.Node) -> np.ndarray | None:
-    for key, dtype in (
-        ("value_float", np.float32),
-        ("value_floats", np.float32),
-        ("value_int", np.int64),
-        ("value_ints", np.int64),
-    ):
-        if key in node.attrs:
-            return np.asarray(node.attrs[key], dtype)
-    value = node.attrs.get("value")
-    return np.asarray(value.values) if isinstance(value, gs.Constant) and not isinstance(value.dtype, int) else None
-
-
-def _attribute(value: Any) -> Any:
-    return np.asarray(value.values) if isinstance(value, gs.Constant) else value
-
-
-def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Outer tensors that the node's subgraphs read, and initializers of their own."""
-    for attribute in node.attrs.values():
-        if isinstance(attribute, gs.Graph):
-            inner = {id(t) for n in attribute.nodes for t in n.outputs} | {id(t) for t in attribute.inputs}
-            reads = [t for n in attribute.nodes for t in [*n.inputs, *_captured(n)]] + list(attribute.outputs)
-            yield from (t for t in reads if id(t) not in inner and not t.is_empty())
 
 
 def _specialise(graph: Graph, input_shapes: Mapping[str, Sequence[int | str]], path: Path | None) -> None:

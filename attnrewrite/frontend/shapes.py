@@ -15,14 +15,10 @@ import onnx
 from attnrewrite.dims import Dim, Extent, NonAffine, Shape, product
 from attnrewrite.frontend.evaluate import python_slice, to_attribute
 from attnrewrite.functions.spec import DOMAIN, SPECS, SlideAttention
-from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+from attnrewrite.graph import STANDARD_DOMAIN, Node, UnknownShape, Value
 
 Contents = Callable[[Value | None], np.ndarray | None]
 Inferred = list[tuple[Shape | None, np.dtype | None]]
-
-
-class UnknownShape(ValueError):
-    """The shape cannot be told; the message says why."""
 
 
 def broadcast(shapes: Sequence[Shape]) -> Shape:

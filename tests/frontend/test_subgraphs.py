@@ -1,4 +1,6 @@
-"""If, Loop and Scan bodies go from file to file as they are, and what they capture keeps its name and its meaning."""
+"""If, Loop and Scan bodies go from file to file as they are; what they capture keeps its name and its meaning. An If
+whose condition is known becomes the branch it takes.
+"""
 
 from __future__ import annotations
 
@@ -179,6 +181,60 @@ def test_bodies_keep_their_function(name: str, taken: bool) -> None:
     assert len(names) == len(set(names))
     inputs = {"x": X, "flag": np.array(taken)}
     np.testing.assert_array_equal(run(written, inputs)["y"], run(original, inputs)["y"])
+
+
+def with_known_flag(model: onnx.ModelProto, flag: bool) -> onnx.ModelProto:
+    """The model whose condition is a constant, under a Not, so that it is known after folding only."""
+    known = onnx.ModelProto()
+    known.CopyFrom(model)
+    del known.graph.input[1]
+    known.graph.initializer.append(numpy_helper.from_array(np.array([not flag]), "unflag"))
+    known.graph.node.insert(0, node("Not", ["unflag"], ["flag"]))
+    return known
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("loop", "scan")])
+def test_a_known_condition_leaves_the_branch_it_takes(name: str, taken: bool) -> None:
+    graph = read(with_known_flag(MODELS[name](), taken))
+    assert not [n for n in graph.nodes if n.op == "If"]
+    written = to_model(graph)
+    onnx.checker.check_model(written, full_check=True)
+    expected = run(MODELS[name](), {"x": X, "flag": np.array(taken)})["y"]
+    np.testing.assert_array_equal(run(written, {"x": X})["y"], expected)
+
+
+def test_branches_of_one_if_after_another_keep_their_names_apart() -> None:
+    """Both Ifs name alike what their branches compute."""
+    first = if_of(branch("then", [node("Abs", ["x"], ["a"])]), branch("else", [node("Neg", ["x"], ["b"])]), "h")
+    inner = branch("then", [node("Exp", ["h"], ["e"]), node("Add", ["e", "h"], ["a"])])
+    second = node("If", ["other"], ["y"], then_branch=inner, else_branch=branch("else", [node("Exp", ["h"], ["b"])]))
+    model = model_of([node("Not", ["flag"], ["other"]), first, second])
+    expected = run(model, {"x": X, "flag": np.array(False)})["y"]
+    graph = read(with_known_flag(model, False))
+    np.testing.assert_array_equal(run(to_model(graph), {"x": X})["y"], expected)
+    assert [n.op for n in graph.nodes] == ["Neg", "Exp", "Add", "Identity"]
+
+
+def test_an_unknown_if_inside_a_taken_branch_stays() -> None:
+    """Its own branches read what the taken one computes, under the name it has now."""
+    inner = node(
+        "If",
+        ["positive"],
+        ["d"],
+        then_branch=branch("then", [node("Add", ["e", "c"], ["a"])]),
+        else_branch=branch("else", [node("Mul", ["e", "c"], ["m"])]),
+    )
+    total = [node("ReduceSum", ["c"], ["s"], keepdims=0), node("Greater", ["s", "zero"], ["positive"])]
+    taken = branch("outer", [node("Abs", ["x"], ["c"]), *total, inner, node("Add", ["d", "c"], ["r"])])
+    other = branch("other", [node("Neg", ["e"], ["n"])])
+    model = model_of(
+        [node("Exp", ["x"], ["e"]), if_of(taken, other, "h"), node("Sub", ["h", "e"], ["y"])], zero=np.float32(0)
+    )
+    expected = run(model, {"x": X, "flag": np.array(True)})["y"]
+    graph = read(with_known_flag(model, True))
+    assert [n.op for n in graph.nodes].count("If") == 1
+    np.testing.assert_array_equal(run(to_model(graph), {"x": X})["y"], expected)
 
 
 def test_a_body_keeps_its_own_initializers_to_itself() -> None:
