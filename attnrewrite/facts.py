@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 from attnrewrite.graph import Graph, Node, Value
 
 
@@ -13,6 +16,16 @@ class Facts:
         self.positions: dict[Value, int] = {o: i for i, node in enumerate(graph.nodes) for o in node.outputs}
         self._users = graph.users()
         self._outputs = set(graph.outputs)
+        self.apart: frozenset[Value] = frozenset()  # results of nodes that the graph does not hold
+
+    def with_nodes(self, nodes: Sequence[Node]) -> Facts:
+        """The same facts, with nodes behind the last one that belong to no graph (an analysis' own)."""
+        facts = copy.copy(self)
+        facts.positions = dict(self.positions)
+        for node in nodes:
+            facts.positions.update(dict.fromkeys(node.outputs, len(facts.positions)))
+        facts.apart = self.apart | {o for node in nodes for o in node.outputs}
+        return facts
 
     def users(self, value: Value) -> list[Node]:
         """Nodes that read the value, once each."""

@@ -85,6 +85,7 @@ class Pipeline:
         join_softmax(graph)
         softmaxes = [n for n in graph.nodes if n.op == "Softmax" and n.domain == STANDARD_DOMAIN]
         said: dict[Node, list[Record]] = {n: [] for n in softmaxes}
+        order = list(graph.nodes)
         reparam: list[Reparam] = []
         for position, pass_ in enumerate(self.passes):
             start = time.perf_counter()
@@ -92,7 +93,8 @@ class Pipeline:
             outcome.seconds[pass_.name] = time.perf_counter() - start
             if on_pass is not None:
                 on_pass(pass_.name, graph)
-        outcome.sites = tuple(_verdict(f"site{k}", n, said[n]) for k, n in enumerate(softmaxes))
+        anchors = [n for n in order if n in said]
+        outcome.sites = tuple(_verdict(f"site{k}", n, said[n]) for k, n in enumerate(anchors))
         outcome.reparam = tuple(reparam)
         outcome.nodes_after = len(graph.nodes)
         return outcome

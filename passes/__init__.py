@@ -1,12 +1,26 @@
 """The rewriting ideas, one file each. docs/add-a-pass.md walks one of them."""
 
 from attnrewrite.passes.fold_reparam_branches import fold_reparam_branches
+from attnrewrite.passes.fuse_outlook_attention import fuse_outlook_attention
 from attnrewrite.passes.fuse_window_attention import fuse_window_attention
 from attnrewrite.passes.move_partitions import move_partitions
 from attnrewrite.passes.unfold_to_slide_attention import unfold_to_slide_attention
 
 # The default pipeline, in order: folding comes first, it turns trained pairs of branches into one shift convolution;
 # partitions are moved to the attentions that they are for before these are looked at.
-ALL = (fold_reparam_branches, move_partitions, fuse_window_attention, unfold_to_slide_attention)
+ALL = (
+    fold_reparam_branches,
+    move_partitions,
+    fuse_window_attention,
+    unfold_to_slide_attention,
+    fuse_outlook_attention,
+)
 
-__all__ = ["ALL", "fold_reparam_branches", "fuse_window_attention", "move_partitions", "unfold_to_slide_attention"]
+__all__ = [
+    "ALL",
+    "fold_reparam_branches",
+    "fuse_outlook_attention",
+    "fuse_window_attention",
+    "move_partitions",
+    "unfold_to_slide_attention",
+]

@@ -226,12 +226,21 @@ def infer(node: Node, contents: Contents, opset: int) -> Inferred:
 
 def _local_op(node: Node) -> Inferred:
     """The two ops return a map like the query's (of the windows' feature_size), with the channels of the value."""
+    if node.op == SlideAttention.op_type and node.input(0) is None:
+        return [_predicted(node)]
     query, value = node.required(0), node.required(2)
     if query.shape is None or value.shape is None or node.op not in SPECS:
         return [(None, query.dtype)]
     if node.op == SlideAttention.op_type:
         return [((query.shape[0], value.shape[1], *query.shape[2:]), query.dtype)]
     return [((value.shape[0], *node.attributes["feature_size"], value.shape[-1]), query.dtype)]
+
+
+def _predicted(node: Node) -> tuple[Shape | None, np.dtype | None]:
+    """SlideAttention with predicted weights returns the value's channels on a map of its own."""
+    value = node.required(2)
+    size = SlideAttention.from_attributes(node.attributes).output_size
+    return (None if value.shape is None else (*value.shape[:2], *size)), value.dtype
 
 
 def _onnx_inference(node: Node, contents: Contents, opset: int) -> Inferred:

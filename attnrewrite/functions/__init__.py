@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from attnrewrite.frontend.evaluate import to_attribute
-from attnrewrite.functions import flash_window_attention, slide_attention
+from attnrewrite.functions import flash_window_attention, predicted_weights, slide_attention
 from attnrewrite.functions.spec import DOMAIN, SPECS, FlashWindowAttention, SlideAttention, Spec
 from attnrewrite.graph import Graph, Node, Value
 
@@ -41,7 +41,10 @@ def operands_of(node: Node) -> dict[str, Value]:
 def body_of(node: Node, opset: int) -> Graph:
     """The node's body as a graph of its own; its inputs are fresh values named like the operands."""
     formal = {name: Value(name, v.shape, v.dtype) for name, v in operands_of(node).items()}
-    return BODIES[node.op](spec_of(node), formal, opset)
+    spec = spec_of(node)
+    if isinstance(spec, SlideAttention) and spec.predicted:
+        return predicted_weights.body(spec, formal, opset)
+    return BODIES[node.op](spec, formal, opset)
 
 
 def overload_of(node: Node) -> str:

@@ -67,7 +67,7 @@ def _shifted(b: BodyBuilder, operands: dict[str, Value], name: str, geometry: Ne
     kernel, bias = operands.get(f"{name}_kernel"), operands.get(f"{name}_bias")
     channels, axes = static(operands[name].known_shape[1]), len(geometry.feature_size)
     if kernel is None:
-        slots = _pure_shifts(b, operands[name], operands.get(f"{name}_padding"), geometry)
+        slots = pure_shifts(b, operands[name], operands.get(f"{name}_padding"), geometry)
     else:
         slots = _learned_shifts(b, operands[name], _for_every_channel(b, kernel, channels), geometry)
     if bias is None:
@@ -80,7 +80,7 @@ def _shifted(b: BodyBuilder, operands: dict[str, Value], name: str, geometry: Ne
     return added
 
 
-def _pure_shifts(b: BodyBuilder, data: Value, padding: Value | None, geometry: NeighborhoodGeometry) -> list[Value]:
+def pure_shifts(b: BodyBuilder, data: Value, padding: Value | None, geometry: NeighborhoodGeometry) -> list[Value]:
     """Slices of the padded map where slots lie one stride apart, and constant gathers along the axes where a border
     reads other pixels.
     """

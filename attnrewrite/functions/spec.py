@@ -5,6 +5,7 @@ Operand names are the op's inputs in order; a missing optional operand is an emp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,22 +115,45 @@ class SlideAttention:
 
     Slot j of K = prod(kernel_size), row-major, is the neighbour at `NeighborhoodGeometry.pixels()`; what a slot outside
     the key map is says the geometry's border.
+
+    predicted: "" where the weights are the softmax of query . key; else the operand `logits` takes the place of query
+    and key, as "logits" (softmax over the slots follows) or as "weights" (it does not). Then every pixel of the query
+    map may hold several rows of weights: overlap_add, K rows, row t added up at the pixel that slot t reads (the output
+    lies on the key map); upsampling (one factor per spatial axis), prod(upsampling) rows, the pixels of one block of a
+    finer output.
     """
 
     geometry: NeighborhoodGeometry
     num_heads: int
     scale: float
     softmax_dtype: int = 0
+    predicted: str = ""
+    overlap_add: bool = False
+    upsampling: Sizes = ()
 
     op_type = "SlideAttention"
     operands = (
         "query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias",
-        "key_padding", "value_padding",
+        "key_padding", "value_padding", "logits",
     )  # fmt: skip
 
     @property
     def border(self) -> str:
         return self.geometry.border
+
+    @property
+    def rows_per_pixel(self) -> int:
+        """Rows of predicted weights that a pixel of the query map holds."""
+        return self.geometry.keys_per_query if self.overlap_add else math.prod(self.upsampling)
+
+    @property
+    def output_size(self) -> Sizes:
+        """Spatial extents of the output."""
+        geometry = self.geometry
+        if self.overlap_add:
+            return geometry.key_size
+        factors = self.upsampling or (1,) * len(geometry.feature_size)
+        return tuple(e * f for e, f in zip(geometry.feature_size, factors, strict=True))
 
     def attributes(self) -> dict[str, Any]:
         """The node's ONNX attributes; stride, key_size and offset where they are not the default."""
@@ -149,6 +173,12 @@ class SlideAttention:
             attributes["key_size"] = list(geometry.key_size)
         if geometry.offset != geometry.centred_offset:
             attributes["offset"] = list(geometry.offset)
+        if self.predicted:
+            attributes["predicted"] = self.predicted
+        if self.overlap_add:
+            attributes["overlap_add"] = 1
+        if self.upsampling:
+            attributes["upsampling"] = list(self.upsampling)
         return attributes
 
     @classmethod
@@ -166,6 +196,9 @@ class SlideAttention:
             int(attributes["num_heads"]),
             float(attributes["scale"]),
             int(attributes.get("softmax_dtype", 0)),
+            text(attributes.get("predicted", "")),
+            bool(attributes.get("overlap_add", 0)),
+            sizes(attributes.get("upsampling", ())),
         )
 
 

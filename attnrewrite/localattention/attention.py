@@ -73,9 +73,10 @@ def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
 
 @dataclass(frozen=True, eq=False)
 class WeightedSum:
-    """sum_j probabilities[j] . value[j] around a softmax, on the grid [*output axes, keys, channels].
+    """sum_j weight[j] . value[j], on the grid [*output axes, keys, channels].
 
-    weights: where the softmax's output is read. value_axes: output axes that the value alone depends on.
+    weight: the softmax's output, where there is one; weights: where it is read. value_axes: output axes that the
+    value alone depends on.
     """
 
     consumer: Node
@@ -85,6 +86,7 @@ class WeightedSum:
     key_axis: int
     value_axes: tuple[int, ...]
     num_keys: int
+    weight: Value
 
     @property
     def output(self) -> Value:
@@ -105,7 +107,7 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
     output = consumer.output
     if output.shape is None:
         return Decline("the shape of the attention's output is unknown", consumer.label)
-    output_shape = _split_axes(facts, output)
+    output_shape = split_axes(facts, output)
     key_axis, channel_axis = len(output_shape), len(output_shape) + 1
     index = reshape(identity(output_shape, channel_axis + 1), output_shape, output.shape)
     weights, value = None, None
@@ -131,7 +133,9 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
     if any(key_axis in c.depends_on() for a, c in enumerate(weights.index) if a != axis):
         return Decline(NOT_OVER_KEYS, softmax.label)
     value_axes = [a for a in range(key_axis) if varies(value.index, a) and not varies(weights.index, a)]
-    return WeightedSum(consumer, output_shape, weights.index, value, key_axis, tuple(value_axes), num_keys)
+    return WeightedSum(
+        consumer, output_shape, weights.index, value, key_axis, tuple(value_axes), num_keys, softmax.output
+    )
 
 
 def _read(facts: Facts, softmax: Node) -> Attention | Decline:
@@ -169,7 +173,7 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     )
 
 
-def _split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
+def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
     """The output's extents, each axis split as the first Reshape behind it splits it (through transposes)."""
     axes = list(range(len(output.known_shape)))  # axes[i]: the output's axis that axis i of the current value is
     node = facts.only_user(output)

@@ -16,6 +16,7 @@ from tvm.target import Target as TvmTarget
 from attnrewrite.errors import CompilerError
 from attnrewrite.functions.spec import SPECS, FlashWindowAttention, Spec
 from attnrewrite.lowering.kernels.coverage import covers
+from attnrewrite.lowering.overlap_add import col2im
 from attnrewrite.lowering.targets import Target
 from attnrewrite.lowering.written_out import write_out
 
@@ -150,7 +151,10 @@ def _gemm(bb: relax.BlockBuilder, inputs: Inputs, attrs: Mapping[str, Any]) -> A
     return relax.op.add(bb.emit(result), c)
 
 
-_CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]], Any]] = {"Gemm": _gemm}
+_CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]], Any]] = {
+    "Gemm": _gemm,
+    "Col2Im": col2im,
+}
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:

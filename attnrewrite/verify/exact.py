@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnrewrite.facts import Facts
-from attnrewrite.functions import is_local_op
+from attnrewrite.functions import is_local_op, spec_of
+from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.graph import Graph, Node
+from attnrewrite.localattention.aggregation import Aggregation
+from attnrewrite.localattention.aggregation_proof import prove_aggregation
 from attnrewrite.localattention.maps import SiteMaps
 from attnrewrite.localattention.neighborhoods import NeighborhoodMatch
 from attnrewrite.localattention.proof import NotProved, prove
@@ -21,7 +24,7 @@ from attnrewrite.pipeline import Pass, select
 
 @dataclass(frozen=True)
 class Check:
-    """One op of the rewritten model: the softmax it stands for, or why it stands for none."""
+    """One op of the rewritten model: the softmax (or sum) it stands for, or why it stands for none."""
 
     node: str
     site: str
@@ -43,13 +46,13 @@ def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
         if not is_local_op(node):
             continue
         failure = "the original has no such site"
-        for position, (softmax, maps) in enumerate(pending):
+        for position, (anchor, site) in enumerate(pending):
             try:
-                prove(maps, node, rewritten.opset)
+                _prove(site, node, rewritten.opset)
             except NotProved as difference:
-                failure = f"{softmax.label}: {difference}" if position == 0 else failure
+                failure = f"{anchor.label}: {difference}" if position == 0 else failure
                 continue
-            checks.append(Check(node.label, softmax.label, True, "the integer maps are equal"))
+            checks.append(Check(node.label, anchor.label, True, "the integer maps are equal"))
             del pending[: position + 1]
             break
         else:
@@ -57,21 +60,36 @@ def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
     return checks
 
 
-def _sites(graph: Graph) -> list[tuple[Node, SiteMaps]]:
-    """The local attention sites of a graph, in order, with the maps they are proved against."""
+def _prove(site: SiteMaps | Aggregation, node: Node, opset: int) -> None:
+    """Raise NotProved unless the op stands for the site."""
+    spec = spec_of(node)
+    predicted = isinstance(spec, SlideAttention) and bool(spec.predicted)
+    if predicted != isinstance(site, Aggregation):
+        raise NotProved("one of the two predicts its weights, the other computes them from queries and keys")
+    if isinstance(site, Aggregation):
+        prove_aggregation(site, node, opset)
+    else:
+        prove(site, node, opset)
+
+
+def _sites(graph: Graph) -> list[tuple[Node, SiteMaps | Aggregation]]:
+    """The local attention sites of a graph, in order, with what they are proved against."""
     passes = {p.name: p for p in select().passes}
     select(["fold-reparam-branches", "move-partitions"]).run(graph)
     facts = Facts(graph)
-    found: list[tuple[Node, SiteMaps]] = []
+    found: list[tuple[Node, SiteMaps | Aggregation]] = []
     for node in graph.nodes:
-        for name in ("fuse-window-attention", "unfold-to-slide-attention"):
+        for name in ("fuse-window-attention", "unfold-to-slide-attention", "fuse-outlook-attention"):
             match = _match(passes[name], facts, node)
+            if isinstance(match, Aggregation):
+                found.append((node, match))
+                break
             if match is not None:
                 found.append((node, replace(match.maps, keys=(match.key,), values=(match.value,))))
                 break
     return found
 
 
-def _match(pass_: Pass, facts: Facts, node: Node) -> WindowMatch | NeighborhoodMatch | None:
+def _match(pass_: Pass, facts: Facts, node: Node) -> WindowMatch | NeighborhoodMatch | Aggregation | None:
     found = pass_.match(facts, node)
-    return found if isinstance(found, WindowMatch | NeighborhoodMatch) else None
+    return found if isinstance(found, WindowMatch | NeighborhoodMatch | Aggregation) else None

@@ -7,6 +7,7 @@ Clarity over speed: keys and values are gathered for every window, or for every 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -61,6 +62,8 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype
 
 def slide_attention(spec: SlideAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
     """operands: the operands of the op by name, absent ones left out. Returns [B, nH*dv, *S] in the type of query."""
+    if spec.predicted:
+        return _predicted(spec, operands, dtype)
     geometry, heads = spec.geometry, spec.num_heads
     query = operands["query"].astype(dtype)
     batch, channels = query.shape[:2]
@@ -77,6 +80,37 @@ def slide_attention(spec: SlideAttention, operands: Operands, dtype: DTypeLike =
     values = values.reshape(batch, heads, -1, *values.shape[2:])
     out = np.einsum("bhpj,bhipj->bhip", softmax(logits, axis=-1), values)
     result: np.ndarray = out.reshape(batch, -1, *geometry.feature_size).astype(operands["query"].dtype)
+    return result
+
+
+def _predicted(spec: SlideAttention, operands: Operands, dtype: DTypeLike) -> np.ndarray:
+    """SlideAttention with `logits` in place of query and key; [B, nH*dv, *output_size] in the type of value."""
+    geometry, heads, rows = spec.geometry, spec.num_heads, spec.rows_per_pixel
+    slots, pixels = geometry.keys_per_query, int(np.prod(geometry.feature_size))
+    batch, channels = operands["value"].shape[:2]
+    weights = spec.scale * operands["logits"].astype(dtype)
+    if spec.overlap_add:
+        weights = weights.reshape(batch, heads, rows, slots, pixels)
+    else:
+        weights = weights.reshape(batch, heads, slots, rows, pixels).swapaxes(2, 3)
+    if "bias" in operands:
+        weights = weights + operands["bias"].astype(dtype)[:, None, :, None]
+    if spec.predicted == "logits":
+        weights = softmax(weights, axis=3)
+    values = _neighbours(geometry, operands, "value", dtype).reshape(batch, heads, -1, pixels, slots)
+    parts = np.einsum("bhrjp,bhipj->bhirp", weights, values).reshape(batch, channels, rows, pixels)
+    out = np.zeros((batch, channels, *spec.output_size), dtype)
+    factors = spec.upsampling or (1,) * len(geometry.feature_size)
+    for pixel, at in enumerate(np.ndindex(*geometry.feature_size)):
+        for row, place in enumerate(np.ndindex(*(geometry.kernel_size if spec.overlap_add else factors))):
+            if spec.overlap_add:
+                to = [int(geometry.axis_positions(a)[at[a], place[a]]) for a in range(len(at))]
+            else:
+                to = [i * f + j for i, f, j in zip(at, factors, place, strict=True)]
+            if all(0 <= t < e for t, e in zip(to, spec.output_size, strict=True)):
+                at_once: tuple[Any, ...] = (slice(None), slice(None), *to)
+                out[at_once] += parts[:, :, row, pixel]
+    result: np.ndarray = out.astype(operands["value"].dtype)
     return result
 
 
