@@ -159,7 +159,14 @@ class SiteRewriter:
             reason = f"the replacement could not be proved equal: {error}"
             raise Declined(Decline(reason, attention.softmax.label)) from error
         graph.nodes.extend(hoister.nodes)
+        readers = self.facts.users(maps.back.value)
         graph.replace_uses(maps.back.value, returned)
+        view = returned.producer
+        if view is not None and view.op == "Reshape" and returned not in graph.outputs:
+            for reader in readers:
+                target = reader.constant(1) if reader.op == "Reshape" else None
+                if target is not None and target.all():  # a 0 would copy the extent of the view
+                    reader.inputs[0] = view.inputs[0]
 
     def _return(self, map_: FeatureMap) -> Value:
         hoister, maps, attention, back = self.hoister, self.maps, self.maps.attention, self.maps.back
