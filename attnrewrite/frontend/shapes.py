@@ -17,6 +17,10 @@ from attnrewrite.frontend.evaluate import python_slice, to_attribute
 from attnrewrite.functions.spec import DOMAIN, SPECS, SlideAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node, UnknownShape, Value
 
+CONTRIB_DOMAIN = "com.microsoft"
+# Of that domain: the first output is as large as the first input.
+LIKE_FIRST_INPUT = frozenset({"BiasGelu", "BiasSoftmax", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization"})
+
 Contents = Callable[[Value | None], np.ndarray | None]
 Inferred = list[tuple[Shape | None, np.dtype | None]]
 
@@ -211,6 +215,8 @@ def infer(node: Node, contents: Contents, opset: int) -> Inferred:
     """(shape, dtype) of every output; None where unknown."""
     if node.domain == DOMAIN:
         return _local_op(node)
+    if node.domain == CONTRIB_DOMAIN:
+        return _contributed(node)
     if node.domain == STANDARD_DOMAIN and node.op in SHAPE_RULES:
         try:
             first = node.input(1 if node.op == "Where" else 0)
@@ -222,6 +228,51 @@ def infer(node: Node, contents: Contents, opset: int) -> Inferred:
         except (UnknownShape, NonAffine):
             return _onnx_inference(node, contents, opset)
     return _onnx_inference(node, contents, opset)
+
+
+def _contributed(node: Node) -> Inferred:
+    """Operators that ONNX Runtime's optimisers write."""
+    unknown: Inferred = [(None, None)] * len(node.outputs)
+    first = node.input(0)
+    if first is None or first.shape is None:
+        return unknown
+    try:
+        match node.op:
+            case "FusedMatMul":
+                shape = _fused_matmul(node)
+            case "Attention":
+                weights = _shape(node.required(1))
+                sizes = node.attributes.get("qkv_hidden_sizes")
+                shape = (*first.shape[:2], int(sizes[2]) if sizes else product(weights[1:]) // 3)
+            case "MultiHeadAttention":
+                shape = _multi_head_attention(node)
+            case op if op in LIKE_FIRST_INPUT:
+                shape = first.shape
+            case _:
+                return unknown
+    except (UnknownShape, NonAffine):
+        return unknown
+    return [(shape, first.dtype), *unknown[1:]]
+
+
+def _fused_matmul(node: Node) -> Shape:
+    shapes = []
+    for k, flag in enumerate(("transA", "transB")):
+        shape = _shape(node.required(k))
+        if len(shape) < 2 or node.attributes.get(flag.replace("trans", "transBatch"), 0):
+            raise UnknownShape("a vector operand, or transposed batches")
+        shapes.append((*shape[:-2], shape[-1], shape[-2]) if node.attributes.get(flag, 0) else shape)
+    a, b = shapes
+    batch = broadcast([a[:-2], b[:-2]]) if len(a) > 2 or len(b) > 2 else ()
+    return (*batch, a[-2], b[-1])
+
+
+def _multi_head_attention(node: Node) -> Shape:
+    """The query's batch and length, the value's channels: [B, L, nH*d] or [B, nH, L, d] or packed [B, L, nH, 3, d]."""
+    query = _shape(node.required(0))
+    value = query if node.input(2) is None else _shape(node.required(2))
+    channels = value[2] if len(value) == 3 else product((int(node.attributes["num_heads"]), value[-1]))
+    return (*query[:2], channels)
 
 
 def _local_op(node: Node) -> Inferred:

@@ -152,7 +152,7 @@ class TemporalFusion(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, DIM, 4, 4)
-        self.attention, self.graph, self.mlp = Attention(DIM, HEADS), nn.Linear(DIM, DIM), Residual(DIM, Mlp(DIM))
+        self.attention, self.relations, self.mlp = Attention(DIM, HEADS), nn.Linear(DIM, DIM), Residual(DIM, Mlp(DIM))
         self.head = nn.Linear(DIM, 5)
 
     def forward(self, clip: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ class TemporalFusion(nn.Module):
         tokens = maps.flatten(2).transpose(1, 2).reshape(clip.shape[0], -1, DIM)
         regions = F.avg_pool2d(maps, 2).flatten(2).transpose(1, 2).reshape(clip.shape[0], -1, DIM)
         edges = torch.softmax(regions @ regions.transpose(1, 2) * DIM**-0.5, dim=-1)
-        regions = regions + torch.relu(self.graph(edges @ regions))
+        regions = regions + torch.relu(self.relations(edges @ regions))
         key_frame = tokens[:, : tokens.shape[1] // frames]
         fused = self.mlp(key_frame + self.attention(key_frame, tokens))
         return self.head(fused.mean(1) + regions.mean(1))

@@ -55,13 +55,23 @@ class Builder:
         return self.ops(op_type, *inputs, outputs=1, **attributes)[0]
 
     def model(self, outputs: Mapping[str, str]) -> onnx.ModelProto:
-        """The model with values `outputs[name]` returned as `name`; checked, shapes inferred strictly."""
+        """The model with values `outputs[name]` returned as `name`; checked, shapes inferred strictly.
+
+        With nodes of other domains the outputs have the rank of the first input.
+        """
         for name, value in outputs.items():
             self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output_{name}"))
-        results = [helper.make_empty_tensor_value_info(name) for name in outputs]
+        domains = sorted({n.domain for n in self.nodes if n.domain})
+        if domains:  # what another domain's operators return, the inference does not know
+            rank = len(self.inputs[0].type.tensor_type.shape.dim)
+            results = [helper.make_tensor_value_info(name, self.element_type, [None] * rank) for name in outputs]
+        else:
+            results = [helper.make_empty_tensor_value_info(name) for name in outputs]
         graph = helper.make_graph(self.nodes, "spelling", self.inputs, results, self.initializers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
-        model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in domains)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+        if not domains:
+            model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         onnx.checker.check_model(model)
         return model
 

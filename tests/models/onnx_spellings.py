@@ -23,6 +23,7 @@ from onnx import TensorProto
 
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
 from tests.models import onnx_borders as borders
+from tests.models import onnx_fused as fused
 from tests.models import onnx_movement as movement
 from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_parts as parts
@@ -50,16 +51,20 @@ class Spelling(Protocol):
 
 @dataclass(frozen=True)
 class WholeBlock:
-    """A block written in one piece that computes what `like` computes; as_tokens: its map is `[B, H*W, C]`."""
+    """A block written in one piece that computes what `like` computes; as_tokens: its map is `[B, H*W, C]`;
+    mask_is_bias: the mask is the same for every window.
+    """
 
     build: Callable[[], onnx.ModelProto]
     like: WindowSpelling
     as_tokens: bool = False
     num_heads: int = HEADS
+    mask_is_bias: bool = False
 
     @property
     def expected(self) -> Expected:
-        return replace(self.like.expected, num_heads=self.num_heads)
+        expected = replace(self.like.expected, num_heads=self.num_heads)
+        return replace(expected, bias="constant", mask="none") if self.mask_is_bias else expected
 
     @property
     def batch(self) -> int | str:
@@ -129,6 +134,8 @@ def _almost_shift_mask() -> np.ndarray:
 
 NCHW = Movement(movement.nchw_partition_by_reshape, movement.nchw_merge_by_reshape, axes=(2, 3))
 SPACE_TO_DEPTH = Movement(movement.nchw_partition_by_space_to_depth, movement.nchw_merge_by_depth_to_space, axes=(2, 3))
+
+CAUSAL = np.broadcast_to(np.where(np.tri(16, dtype=bool), 0.0, -np.inf), (6, 16, 16))
 
 WINDOW_SPELLINGS: dict[str, Spelling] = {
     "shifted": WINDOW,
@@ -237,6 +244,18 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "one-transpose-each": WholeBlock(blocks.one_transpose_each, UNSHIFTED),
     "windows-before-batch": WholeBlock(blocks.windows_before_batch, UNSHIFTED),
     "softmax-written-out": WholeBlock(blocks.softmax_written_out, UNSHIFTED),
+    "attention-23-of-tokens": WholeBlock(fused.standard_of_tokens, UNSHIFTED),
+    "attention-23-of-heads": WholeBlock(fused.standard_of_heads, UNSHIFTED),
+    "attention-23-causal": WholeBlock(
+        fused.standard_causal,
+        replace(UNSHIFTED, bias=None, mask=parts.mask_added, mask_values=CAUSAL),
+        mask_is_bias=True,
+    ),
+    "attention-23-boolean-mask": WholeBlock(fused.standard_with_boolean_mask, _masked(-np.inf, bias=None)),
+    "onnxruntime-attention": WholeBlock(fused.packed_with_weights, UNSHIFTED),
+    "onnxruntime-multi-head": WholeBlock(fused.multi_head, UNSHIFTED),
+    "onnxruntime-multi-head-of-heads": WholeBlock(fused.multi_head_of_heads, UNSHIFTED),
+    "onnxruntime-fused-products": WholeBlock(fused.fused_products, UNSHIFTED),
     "tokens-in-and-out": WholeBlock(blocks.tokens_in_and_out, WINDOW, as_tokens=True),
 }
 
