@@ -68,6 +68,9 @@ class Dim:
     def __rfloordiv__(self, other: Extent) -> Extent:
         raise NonAffine(f"{other} // {self}")
 
+    def __rmod__(self, other: Extent) -> Extent:
+        raise NonAffine(f"{other} % {self}")
+
     def __truediv__(self, other: Extent) -> Extent:
         if (self % other) != 0:
             raise NonAffine(f"{self} / {other}")

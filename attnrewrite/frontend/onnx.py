@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from attnrewrite.dims import Dim, Extent, static
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.expand import expand_attention
+from attnrewrite.frontend.flattened import keep_axes
 from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.opset import MINIMUM_OPSET, opset_of, raise_opset
 from attnrewrite.frontend.stream import write_model
@@ -77,6 +78,7 @@ def read(model: str | Path | onnx.ModelProto, input_shapes: Mapping[str, Sequenc
     _specialise(graph, input_shapes or {}, path)
     fold(graph)
     expand_attention(graph)
+    keep_axes(graph)
     return graph
 
 

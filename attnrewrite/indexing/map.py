@@ -164,6 +164,48 @@ def reshape(index: Index, out_shape: Shape, in_shape: Shape) -> Index:
     return tuple(result)
 
 
+def refined(shape: Shape, other: Shape) -> list[tuple[Extent, ...]]:
+    """The axes of a shape, each split where an axis of the other begins that a row-major reshape makes of it.
+
+    (18, 16, 8), (16, 18, 8): 18 stays, 16 stays; (36, 8), (12, 24): 36 becomes 12, 3.
+    """
+    begins = _trailing(other)
+    split: list[tuple[Extent, ...]] = []
+    for extent, inner in zip(shape, _trailing(shape)[1:], strict=True):
+        parts: list[Extent] = []
+        for begin in reversed(begins):  # from the innermost
+            inside = _quotient(begin, inner)
+            outside = None if inside is None else _quotient(extent, inside)
+            if inside in (None, 1) or outside in (None, 1):
+                continue
+            assert inside is not None and outside is not None
+            parts.insert(0, inside)
+            inner, extent = begin, outside
+        split.append((extent, *parts))
+    return split
+
+
+def _trailing(shape: Shape) -> list[Extent]:
+    """Products of the last axes: of all, of all but the first, ..., 1. One whose factors are two symbols is left 0."""
+    products: list[Extent] = [1]
+    for extent in reversed(shape):
+        try:
+            products.append(products[-1] * extent)
+        except NonAffine:
+            products.append(0)
+    return products[::-1]
+
+
+def _quotient(extent: Extent, divisor: Extent) -> Extent | None:
+    """extent / divisor where that is exact; else None."""
+    try:
+        if divisor == 0 or extent == 0 or extent % divisor != 0:
+            return None
+        return extent // divisor
+    except NonAffine:
+        return None
+
+
 def axis_groups(out_shape: Shape, in_shape: Shape) -> list[tuple[range, range]]:
     """Smallest runs of axes with equal products, in order."""
     try:

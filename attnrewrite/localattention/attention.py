@@ -13,7 +13,7 @@ import numpy as np
 from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
-from attnrewrite.indexing.map import Index, IndexingError, axis_groups, identity, reshape
+from attnrewrite.indexing.map import Index, IndexingError, identity, refined, reshape
 from attnrewrite.indexing.provenance import Provenance
 from attnrewrite.indexing.rules import Read, sources
 from attnrewrite.localattention.contraction import (
@@ -174,7 +174,7 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
 
 
 def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
-    """The output's extents, each axis split as the first Reshape behind it splits it (through transposes)."""
+    """The output's extents, each axis split where the first Reshape behind it (through transposes) begins an axis."""
     axes = list(range(len(output.known_shape)))  # axes[i]: the output's axis that axis i of the current value is
     node = facts.only_user(output)
     while node is not None and node.op == "Transpose":
@@ -184,9 +184,8 @@ def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
     if node is not None and node.op == "Reshape" and node.output.shape is not None and node.input(0) is not None:
         before = node.required(0).shape
         assert before is not None
-        for outs, ins in axis_groups(node.output.shape, before):
-            if len(ins) == 1 and len(outs) > 1:
-                splits[axes[ins.start]] = tuple(node.output.shape[o] for o in outs)
+        for axis, parts in enumerate(refined(before, node.output.shape)):
+            splits[axes[axis]] = parts
     return tuple(e for a, extent in enumerate(output.known_shape) for e in splits.get(a, (extent,)))
 
 

@@ -51,20 +51,16 @@ class Spelling(Protocol):
 
 @dataclass(frozen=True)
 class WholeBlock:
-    """A block written in one piece that computes what `like` computes; as_tokens: its map is `[B, H*W, C]`;
-    mask_is_bias: the mask is the same for every window.
-    """
+    """A block written in one piece that computes what `like` computes; as_tokens: its map is `[B, H*W, C]`."""
 
     build: Callable[[], onnx.ModelProto]
     like: WindowSpelling
     as_tokens: bool = False
     num_heads: int = HEADS
-    mask_is_bias: bool = False
 
     @property
     def expected(self) -> Expected:
-        expected = replace(self.like.expected, num_heads=self.num_heads)
-        return replace(expected, bias="constant", mask="none") if self.mask_is_bias else expected
+        return replace(self.like.expected, num_heads=self.num_heads)
 
     @property
     def batch(self) -> int | str:
@@ -248,8 +244,7 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "attention-23-of-heads": WholeBlock(fused.standard_of_heads, UNSHIFTED),
     "attention-23-causal": WholeBlock(
         fused.standard_causal,
-        replace(UNSHIFTED, bias=None, mask=parts.mask_added, mask_values=CAUSAL),
-        mask_is_bias=True,
+        replace(UNSHIFTED, bias=None, mask=parts.mask_added, mask_values=CAUSAL, mask_kind="constant"),
     ),
     "attention-23-boolean-mask": WholeBlock(fused.standard_with_boolean_mask, _masked(-np.inf, bias=None)),
     "onnxruntime-attention": WholeBlock(fused.packed_with_weights, UNSHIFTED),
