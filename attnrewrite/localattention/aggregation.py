@@ -115,7 +115,8 @@ def match_aggregation(facts: Facts, anchor: Node) -> Aggregation | Decline | Non
     """The sum of neighbours around a softmax, or at a sum without one; None where neighbours are not summed."""
     try:
         if anchor.op == "Softmax":
-            return _around_softmax(facts, anchor)
+            found = _around_softmax(facts, anchor)
+            return None if isinstance(found, Decline) and _compares_tokens(anchor) else found
         if not is_gathered_sum(facts, anchor):
             return None
         nearest: Decline | None = None
@@ -128,6 +129,24 @@ def match_aggregation(facts: Facts, anchor: Node) -> Aggregation | Decline | Non
         return nearest
     except IndexingError:
         return None
+
+
+def _compares_tokens(softmax: Node) -> bool:
+    """Whether the logits are products of computed tensors (queries and keys), as far as they are read: then what can be
+    said of predicted weights is not about them.
+    """
+    pending = [softmax.required(0)]
+    seen: set[Node] = set()
+    while pending and len(seen) < CHAIN_LIMIT:
+        node = pending.pop(0).producer
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if is_contraction(node):
+            return True
+        if not node.domain and (node.op in RULES or node.op in POINTWISE):
+            pending += [v for v in node.inputs if v is not None and not v.is_constant]
+    return False
 
 
 def _around_softmax(facts: Facts, softmax: Node) -> Aggregation | Decline | None:

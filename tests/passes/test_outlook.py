@@ -7,6 +7,7 @@ import re
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from attnrewrite.frontend.onnx import to_model
 from attnrewrite.functions import spec_of
@@ -14,6 +15,7 @@ from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.pipeline import Outcome
 from tests.models.onnx_builder import Builder
 from tests.models.onnx_outlook import AGGREGATIONS, K3, NEAR_MISSES, OUTLOOKS, Aggregation, Outlook, by_slices
+from tests.models.onnx_spellings import BORDER_SPELLINGS
 from tests.models.onnx_windows import CHANNELS, HEAD_DIM, HEADS
 from tests.passes.rewritten import local_ops, optimize, ranks
 from tests.running import error, run
@@ -132,3 +134,13 @@ def test_weights_of_fixed_pixels_are_no_site() -> None:
     y = g.op("MatMul", g.transpose(windows, 0, 2, 1), g.op("Relu", windows))
     outcome = optimize(g.model({"y": y}))
     assert not outcome.sites and not local_ops(outcome.graph)
+
+
+def test_attention_whose_logits_are_replaced_is_told_so() -> None:
+    """Logits that compare queries and keys are nothing predicted: the reason is that of the attention."""
+    model = BORDER_SPELLINGS["excluded-where"].model()
+    (excluded,) = (t for t in model.graph.initializer if np.isneginf(numpy_helper.to_array(t)).any())
+    excluded.CopyFrom(numpy_helper.from_array(np.float32(-100), excluded.name))
+    (site,) = optimize(model).sites
+    assert site.verdict == "leave" and site.kind != "outlook"
+    assert site.reason.startswith("logits are replaced by -100")
