@@ -34,7 +34,7 @@ from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.maps import SiteMaps, count
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
-from attnrewrite.localattention.shared_query import read_window_maps
+from attnrewrite.localattention.shared_query import queries_made_inside, read_window_maps
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
 from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.localattention.terms import relative_table
@@ -64,7 +64,7 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     if not isinstance(maps, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
         return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
     if found.kind == "other":
-        return chosen_at_run_time(facts, attention) or found
+        return chosen_at_run_time(facts, attention) or queries_made_inside(facts, attention) or found
     return found
 
 

@@ -21,14 +21,13 @@ Source
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Graph, Node, Value
+from attnrewrite.graph import Node
 from attnrewrite.localattention.blocks import Block, find_block
 from attnrewrite.localattention.relocate import relocate
 from attnrewrite.passes.fuse_window_attention import fuse_window_attention
 from attnrewrite.pipeline import Pass, Pipeline
+from attnrewrite.subgraph import copy_between
 
 NAME = "move-partitions"
 
@@ -47,7 +46,7 @@ def rewrite_block(facts: Facts, block: Block) -> None:
 
 def _cancels(facts: Facts, node: Node, block: Block) -> bool:
     """Whether nothing of the block's movement is left once its attentions are rewritten: tried on a copy of it."""
-    copy, copies = _copy(facts, block)
+    copy, copies = copy_between(facts, [block.entry.value], block.exits)
     anchor = copies[block.first].producer
     assert anchor is not None
     trial = Facts(copy)
@@ -60,45 +59,6 @@ def _cancels(facts: Facts, node: Node, block: Block) -> bool:
     outcome = Pipeline([fuse_window_attention]).run(copy)
     left = movement | {anchor}
     return any(s.verdict == "rewrite" for s in outcome.sites) and not any(n in left for n in copy.nodes)
-
-
-def _copy(facts: Facts, block: Block) -> tuple[Graph, dict[Value, Value]]:
-    """The part of the graph between the block's entry and its exits as a graph of its own, and the copies by value."""
-    behind = _reached([block.entry.value], lambda v: (o for n in facts.users(v) for o in n.outputs))
-    before = _reached(block.exits, lambda v: v.producer.reads() if v.producer is not None else ())
-    nodes = [n for n in facts.graph.nodes if any(o in behind and o in before for o in n.outputs)]
-    copied_nodes = set(nodes)
-    own = {o for n in nodes for o in n.outputs}
-    copies: dict[Value, Value] = {}
-
-    def copy_of(value: Value) -> Value:
-        if value.is_constant:
-            return value
-        if value not in copies:
-            copies[value] = Value(value.name, value.shape, value.dtype)
-        return copies[value]
-
-    copied = []
-    for node in nodes:
-        operands = [None if v is None else copy_of(v) for v in node.inputs]
-        copied.append(
-            Node(node.op, operands, [copy_of(o) for o in node.outputs], node.attributes, node.name, node.domain)
-        )
-    read = {v for n in nodes for v in n.reads() if not v.is_constant and v not in own}
-    seen = [o for o in own if o in facts.graph.outputs or any(u not in copied_nodes for u in facts.users(o))]
-    inputs = [copy_of(v) for v in dict.fromkeys([*facts.graph.inputs, *read])]
-    return Graph(inputs, [copy_of(v) for v in seen], copied, facts.graph.opset), copies
-
-
-def _reached(start: Iterable[Value], step: Callable[[Value], Iterable[Value]]) -> set[Value]:
-    found = set(start)
-    pending = list(found)
-    while pending:
-        for value in step(pending.pop()):
-            if value not in found:
-                found.add(value)
-                pending.append(value)
-    return found
 
 
 move_partitions = Pass(NAME, match_block, rewrite_block)

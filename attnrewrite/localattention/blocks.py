@@ -100,7 +100,7 @@ def find_block(facts: Facts, node: Node) -> Block | None:
         return None
     if not any(is_per_token(user) for user in facts.users(first)):
         return None
-    features = frozenset({_feature_axis(facts, first)})
+    features = frozenset({feature_axis_behind(facts, first)})
     farther = False
     # the farthest first: a shift before the windows belongs to the block
     for way in reversed(list(_ways(facts, first))):
@@ -152,7 +152,7 @@ def _ways(facts: Facts, value: Value) -> Iterator[Provenance]:
                 yield way
 
 
-def _feature_axis(facts: Facts, value: Value) -> int:
+def feature_axis_behind(facts: Facts, value: Value) -> int:
     """The axis that the first operator behind the value mixes; the last where pointwise operators tell nothing."""
     rank, pending, seen = len(value.known_shape), [value], {value}
     while pending:

@@ -29,6 +29,11 @@ from attnrewrite.ops import POINTWISE, REDUCTIONS
 # How far behind the attention the way back to a feature map is followed, in operators.
 REGION_LIMIT = 160
 
+# Who made a node that begins to move an attention's output for the one that reads it next.
+FOR_THE_NEXT = "for the next attention"
+# Who made the map from which it is moved there: what lies before it is that attention's.
+RETURNED = "returned by an attention"
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -172,6 +177,14 @@ def global_attention(queries: int, keys: int, node: str, **known: Any) -> Declin
     return Decline(f"global attention: {who} {which}", node, "global", known=known)
 
 
+def made_inside(queries: Sequence[Source]) -> Decline:
+    """The keys lie in windows of a feature map; the queries can be followed no farther than into their window."""
+    nearest = queries[-1].value
+    maker = nearest.producer
+    what = nearest.name if maker is None else f"{maker.op} ({maker.label})"
+    return Decline(f"{what} makes the queries inside each window, so they have no place on the feature map", what)
+
+
 def _attends_everything(attention: Attention, features: frozenset[int], keys: Sequence[Source]) -> Decline | None:
     """The decline of a global attention whose queries are on no feature map of the keys (learned queries, say), else
     None.
@@ -279,20 +292,33 @@ def _meet(
     sources.
     """
     returns = returns_of(facts, attention, features)
-    for back in reversed(returns):
-        for query in queries:
-            if _agree(attention, features, query, back):
-                same = [q for q in queries if _agree(attention, features, q, back)]
-                agreeing = [r for r in returns if _agree(attention, features, query, r)]
-                batch = min(count(q.value.known_shape[0]) for q in same)
-                chosen, moved_again = nearest_return(facts, attention, returns, agreeing, batch)
-                return (
-                    tuple(sorted(same, key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))),
-                    chosen,
-                    moved_again,
-                )
+    batch = model_batch(facts)
+    own = [q for q in queries if q.has_batch and q.batch == batch]  # rows of any other number may be windows
+    for tried in (own, queries):
+        for back in reversed(returns):
+            for query in tried:
+                if _agree(attention, features, query, back):
+                    return _met(facts, attention, features, queries, returns, query, back)
     where = returns[-1].value.name if returns else attention.output.name
     return Decline("the output does not return to the pixels its queries came from", where)
+
+
+def _met(
+    facts: Facts,
+    attention: Attention,
+    features: frozenset[int],
+    queries: Sequence[Source],
+    returns: Sequence[Return],
+    query: Source,
+    back: Return,
+) -> tuple[tuple[Source, ...], Return, str | None]:
+    """All views of the query that agree with a return, and the return to take of all that agree with the query."""
+    same = [q for q in queries if _agree(attention, features, q, back)]
+    agreeing = [r for r in returns if _agree(attention, features, query, r)]
+    batch = min(count(q.value.known_shape[0]) for q in same)
+    chosen, moved_again = nearest_return(facts, attention, returns, agreeing, batch)
+    same.sort(key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))
+    return tuple(same), chosen, moved_again
 
 
 def nearest_return(
@@ -335,9 +361,12 @@ def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
     own = flat_pixels(chosen.candidate, chosen.roles.tokens, shape, axes)
     total = tokens_of(chosen)
     same_size = math.prod(chosen.spatial) == math.prod(maps.query.spatial)
-    later, moved = False, None
+    later, returned, moved = False, False, None
     for source in maps.sources[name]:
+        if later and returned:
+            break
         later = later or source.candidate is chosen.candidate
+        returned = source.value.producer is not None and source.value.producer.made_by == RETURNED
         if not later or source.candidate.joins != chosen.candidate.joins:
             continue
         tokens = tokens_of(source)
@@ -370,6 +399,8 @@ def returns_of(facts: Facts, attention: Attention, features: frozenset[int]) -> 
     for node in facts.graph.nodes[start + 1 : start + 1 + REGION_LIMIT]:
         computed = [v for v in node.inputs if v is not None and not v.is_constant]
         if not computed or any(v not in region for v in computed) or node.domain != STANDARD_DOMAIN:
+            continue
+        if node.made_by == FOR_THE_NEXT:
             continue
         if node.op in RULES or node.op in POINTWISE or channel_axis_of(node) is not None:
             region.update(dict.fromkeys(node.outputs))

@@ -23,10 +23,13 @@ from attnrewrite.localattention.maps import (
     as_source,
     count,
     flat_pixels,
+    made_inside,
     meet,
+    model_batch,
     nearest_return,
     pixels_read,
     read_ways,
+    reads_alike,
     returns_of,
     tokens_of,
 )
@@ -44,6 +47,20 @@ def read_window_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     if isinstance(found, Decline) and found.kind == "other" and not shared:
         return _asked_again(attention, ways) or found
     return found
+
+
+def queries_made_inside(facts: Facts, attention: Attention) -> Decline | None:
+    """The decline of queries that an operator makes of several tokens of their window, where the keys come from the map
+    that the windows are of; else None.
+    """
+    ways, batch = read_ways(facts, attention), model_batch(facts)
+    if isinstance(ways, Decline) or reads_alike(attention.key_axis, ways.sources["key"]) is not None:
+        return None
+    queries, keys = (ways.sources[name] for name in ("query", "key"))
+    maker = queries[-1].value.producer
+    if maker is None or any(q.batch == batch for q in queries) or not any(k.batch == batch for k in keys):
+        return None
+    return made_inside(queries)
 
 
 def _asked_again(attention: Attention, ways: Ways) -> Decline | None:

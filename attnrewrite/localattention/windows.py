@@ -25,6 +25,7 @@ from attnrewrite.localattention.maps import (
     flat_pixels,
     global_attention,
     grouped,
+    made_inside,
     reads_alike,
     settled,
 )
@@ -91,21 +92,23 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
     if len(queries) == 1:
         known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
         if reads_alike(attention.key_axis, maps.sources["key"]) is None:
-            return _made_inside(maps)
+            return made_inside(maps.sources["query"])
         found = global_attention(queries.size, keys.size, node, **known)
         masked = next((t for t in attention.computed_terms if t.excludes is not None), None)
         if masked is None:
             return found
         return replace(found, reason=f"{found.reason}; a mask computed from data excludes some", node=masked.node.label)
-    if queries.shape[1] == 1:
-        return Decline("every query has keys of its own, so these are no windows", node, foreign=True)
+    own_keys = Decline("every query has keys of its own, so these are no windows", node, foreign=True)
+    single = queries.shape[1] == 1
+    if single and len(np.unique(keys)) < keys.size:
+        return own_keys
     fitted = fit_windows(queries, maps.query.spatial)
     if isinstance(fitted, str):
         return Decline(fitted, node)
     geometry, window_order, query_order = fitted
     placed = fit_keys(keys[window_order], key.spatial, geometry)
     if isinstance(placed, str):
-        return Decline(placed, node)
+        return own_keys if single else Decline(placed, node)
     geometry, key_order = placed
     value = _matching_value(maps, keys, window_axes, key.spatial, element)
     if isinstance(value, Decline):
@@ -136,7 +139,7 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
     if isinstance(shared, Decline):
         return shared
     return WindowMatch(
-        replace(maps, query=query),
+        replace(maps, query=query, shared=() if shared is None else (shared,)),
         geometry,
         settled_key,
         settled_value,
@@ -163,14 +166,6 @@ def _shared(maps: SiteMaps, order: Order) -> Source | Decline:
         "the queries that all windows share are another image's, or listed in another order than a window's pixels",
         maps.shared[0].value.name,
     )
-
-
-def _made_inside(maps: SiteMaps) -> Decline:
-    """The keys lie in windows of a feature map; the queries can be followed no farther than into their window."""
-    nearest = maps.sources["query"][-1].value
-    maker = nearest.producer
-    what = nearest.name if maker is None else f"{maker.op} ({maker.label})"
-    return Decline(f"{what} makes the queries inside each window, so they have no place on the feature map", what)
 
 
 Tables = tuple[np.ndarray, np.ndarray, np.ndarray]

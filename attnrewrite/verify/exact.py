@@ -75,7 +75,7 @@ def _prove(site: SiteMaps | Aggregation, node: Node, opset: int) -> None:
 def _sites(graph: Graph) -> list[tuple[Node, SiteMaps | Aggregation]]:
     """The local attention sites of a graph, in order, with what they are proved against."""
     passes = {p.name: p for p in select().passes}
-    select(["fold-reparam-branches", "move-partitions"]).run(graph)
+    select(["fold-reparam-branches", "move-pools", "move-partitions"]).run(graph)
     facts = Facts(graph)
     found: list[tuple[Node, SiteMaps | Aggregation]] = []
     for node in graph.nodes:

@@ -51,7 +51,6 @@ PENDING: dict[str, str] = {
     "tic_msa_conv_apart": "windows put back by Col2Im",
     "favit": "fewer keys than queries in a window",
     "stvit_token_sparsification": "queries of one map, keys of another",
-    "agent_attention_windows": "queries averaged inside their window",
     "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",
 }
 

@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from attnrewrite.frontend.onnx import read
 from attnrewrite.functions import operands_of, spec_of
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.localattention.geometry import WindowGeometry
+from attnrewrite.verify.exact import verify_exact
 from tests.models.onnx_builder import Builder
 from tests.models.onnx_parts import heads_by_slices
 from tests.models.onnx_spellings import UNSHIFTED, WINDOW, sample_input
@@ -94,6 +96,8 @@ def test_one_set_of_queries_for_all_windows_is_recognised(name: str) -> None:
     assert isinstance(spec, FlashWindowAttention) and spec.shared_query
     assert spec.geometry == case.spelling.geometry
     assert operands_of(node)["query"].known_shape[1:] == (4, 4, CHANNELS)
+    (check,) = verify_exact(read(case.model()), read(written(outcome)))
+    assert check.passed, check.detail
     for batch in (1, 3) if isinstance(case.spelling.batch, str) else (2,):
         inputs = case.inputs(batch)
         expected = run(case.model(), inputs)["y"].astype(np.float64)
