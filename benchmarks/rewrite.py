@@ -1,4 +1,4 @@
-"""What a rewrite costs: seconds and peak memory of `attnrewrite optimize --no-compile`, one child process per row.
+"""What a rewrite costs: seconds and peak memory of `attnrewrite optimize --no-compile`, in a child process per row.
 
     python benchmarks/rewrite.py                              # every model; the large ones take 6 GB to export
     python benchmarks/rewrite.py --models depth-4,depth-16    # some
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,12 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import torch
-from exporting import export, import_torchvision
 
 ALLOWANCE_MB, ALLOWANCE_PER_BYTE = 200, 3
 MEGABYTE = 1e6
@@ -32,6 +33,8 @@ MEGABYTE = 1e6
 
 def _timm(name: str, **options: Any) -> Callable[[], torch.nn.Module]:
     def build() -> torch.nn.Module:
+        from exporting import import_torchvision
+
         import_torchvision()
         import timm
 
@@ -51,6 +54,16 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     **{f"depth-{depth}": _swin(depth, 256) for depth in (4, 8, 16, 32)},
     **{f"image-{size}": _swin(4, size) for size in (256, 512, 1024)},
 }
+
+
+def exported(name: str, path: Path) -> None:
+    """Write a model to a file. In a process of its own: a child's peak memory is never below that of its parent."""
+    import torch
+    from exporting import export
+
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    export(build().eval(), (torch.randn(shape),), path, exporter="torchscript")
 
 
 def measured(model: Path, verify: bool) -> dict[str, Any]:
@@ -82,11 +95,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         for name in arguments.models.split(","):
-            build, shape = MODELS[name]
             path = folder / f"{name}.onnx"
             if not path.exists():
-                torch.manual_seed(0)
-                export(build().eval(), (torch.randn(shape),), path, exporter="torchscript")
+                child = multiprocessing.get_context("spawn").Process(target=exported, args=(name, path))
+                child.start()
+                child.join()
+            if not path.exists():
+                raise SystemExit(f"{name} was not exported")
             row = measured(path, arguments.verify)
             size = path.stat().st_size / MEGABYTE
             sites = row["report"]["sites"]

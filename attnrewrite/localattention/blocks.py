@@ -225,6 +225,8 @@ class _Walk:
     def block(self) -> Block | None:
         """The block, or None where its tokens never come home, or nothing is joined to them on the way."""
         for node in self._reached():
+            if self.home and not any(v in self.home for v in node.inputs):
+                continue  # a residual stream joined on the way would lead through the rest of the model
             if node.op in RULES and node.domain == STANDARD_DOMAIN and not is_per_token(node):
                 for output in node.outputs:
                     self._movement(output)
