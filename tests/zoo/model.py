@@ -119,11 +119,16 @@ def built(module: str, name: str, *arguments: Any, **options: Any) -> Any:
     return getattr(imported(module), name)(*arguments, **options)
 
 
-def imported_alone(name: str) -> Any:
-    """A submodule without its packages' own `__init__`, which imports what the architecture does not need."""
+def imported_alone(name: str, absent: Sequence[str] = ()) -> Any:
+    """A submodule without its packages' own `__init__`, which imports what the architecture does not need.
+
+    absent: modules that it imports and does not use here (to fetch weights, say); they need not be installed.
+    """
     from examples.exporting import import_torchvision
 
     import_torchvision()
+    for module in absent:
+        sys.modules.setdefault(module, types.ModuleType(module))
     parts = name.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from tests.zoo import timm_models
+from tests.zoo import other_models, spandrel_models, timm_models, torchvision_models, transformers_models
 from tests.zoo.model import Model
 
-FAMILIES = (timm_models,)
+FAMILIES = (timm_models, torchvision_models, transformers_models, spandrel_models, other_models)
 MODELS: dict[str, Model] = {model.name: model for family in FAMILIES for model in family.MODELS}
 assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES)
 
 # Models whose verdicts are not reached yet: what is missing.
 PENDING: dict[str, str] = {
-    "timm_gcvit": "one query set for all windows",
-    "gcvit_xxtiny": "one query set for all windows",
-    "timm_volo": "predicted weights and fold",
     "timm_halonet": "blocks unfolded with their surroundings",
     "timm_efficientvit_msra": "a convolution of the queries inside each window",
     "efficientvit_m2": "a convolution of the queries inside each window",
