@@ -97,8 +97,11 @@ class WeightedSum:
         return self.key_axis + 1
 
 
-def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
-    """The sum over values behind a softmax. Raises IndexingError where a map on the way cannot be expressed."""
+def read_weighted_sum(facts: Facts, softmax: Node, *, split: bool = True) -> WeightedSum | Decline:
+    """The sum over values behind a softmax. Raises IndexingError where a map on the way cannot be expressed.
+
+    split: axes of the output that a reshape behind it divides are divided at once (`split_axes`).
+    """
     if softmax.output.shape is None or softmax.output.dtype is None:
         return Decline("the shape of the softmax is unknown", softmax.label)
     consumer = _contraction_after(facts, softmax)
@@ -107,7 +110,7 @@ def read_weighted_sum(facts: Facts, softmax: Node) -> WeightedSum | Decline:
     output = consumer.output
     if output.shape is None:
         return Decline("the shape of the attention's output is unknown", consumer.label)
-    output_shape = split_axes(facts, output)
+    output_shape = split_axes(facts, output) if split else output.shape
     key_axis, channel_axis = len(output_shape), len(output_shape) + 1
     index = reshape(identity(output_shape, channel_axis + 1), output_shape, output.shape)
     weights, value = None, None
@@ -142,6 +145,10 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     summed = read_weighted_sum(facts, softmax)
     if isinstance(summed, Decline):
         return summed
+    if len(summed.value_axes) > 1:  # the values' own axis becomes several: pixels, where the softmax is over channels
+        summed = read_weighted_sum(facts, softmax, split=False)
+        if isinstance(summed, Decline):
+            return summed
     key_axis, channel_axis = summed.key_axis, summed.channel_axis
     if len(summed.value_axes) != 1:
         return Decline("the values have no channel axis of their own", summed.consumer.label)

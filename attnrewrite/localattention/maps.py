@@ -239,7 +239,7 @@ def _sums_over_tokens(attention: Attention, way: Sequence[Candidate]) -> bool:
     """Whether the summed position of the logits numbers tokens where the query is made of channels."""
     for candidate in way:
         node = candidate.value.producer
-        axis = None if node is None else channel_axis_of(node)
+        axis = None if node is None else 1 if node.op == "Conv" else channel_axis_of(node)  # of any kernel, any groups
         if node is not None and axis is not None and node.op not in REDUCTIONS:
             others = [c for a, c in enumerate(candidate.index) if a != axis]
             mixed = candidate.index[axis].depends_on()
