@@ -258,14 +258,16 @@ class _Walk:
 
 def scaled(term: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """term * factor with 0 * inf out of the way: an excluded key stays excluded, the others unmoved."""
+    if (factor == 1).all() and np.broadcast_shapes(term.shape, factor.shape) == term.shape:
+        return term  # a mask of many windows is not copied
     return np.where(np.isinf(term), term, np.where(np.isinf(term), 0, term) * factor)
 
 
 def constant_at(value: Value, index: Index) -> np.ndarray:
     """float64 elements of a constant read at an index, one axis per grid axis."""
     at = tuple(c.static(f"the constant {value.name}") for c in index)
-    elements = value.constant.astype(np.float64)
-    return np.asarray(elements[at]) if at else elements
+    elements = value.constant
+    return np.asarray(elements[at] if at else elements, np.float64)
 
 
 Product = tuple[Summand, Operand, Operand, np.ndarray]
