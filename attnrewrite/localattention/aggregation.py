@@ -115,8 +115,8 @@ def match_aggregation(facts: Facts, anchor: Node) -> Aggregation | Decline | Non
     """The sum of neighbours around a softmax, or at a sum without one; None where neighbours are not summed."""
     try:
         if anchor.op == "Softmax":
-            found = _around_softmax(facts, anchor)
-            return None if isinstance(found, Decline) and _compares_tokens(anchor) else found
+            around = _around_softmax(facts, anchor)
+            return None if isinstance(around, Decline) and _compares_tokens(anchor) else around
         if not is_gathered_sum(facts, anchor):
             return None
         nearest: Decline | None = None

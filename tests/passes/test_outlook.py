@@ -7,7 +7,6 @@ import re
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 
 from attnrewrite.frontend.onnx import to_model
 from attnrewrite.functions import spec_of
@@ -15,7 +14,6 @@ from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.pipeline import Outcome
 from tests.models.onnx_builder import Builder
 from tests.models.onnx_outlook import AGGREGATIONS, K3, NEAR_MISSES, OUTLOOKS, Aggregation, Outlook, by_slices
-from tests.models.onnx_spellings import BORDER_SPELLINGS
 from tests.models.onnx_windows import CHANNELS, HEAD_DIM, HEADS
 from tests.passes.rewritten import local_ops, optimize, ranks
 from tests.running import error, run
@@ -138,9 +136,17 @@ def test_weights_of_fixed_pixels_are_no_site() -> None:
 
 def test_attention_whose_logits_are_replaced_is_told_so() -> None:
     """Logits that compare queries and keys are nothing predicted: the reason is that of the attention."""
-    model = BORDER_SPELLINGS["excluded-where"].model()
-    (excluded,) = (t for t in model.graph.initializer if np.isneginf(numpy_helper.to_array(t)).any())
-    excluded.CopyFrom(numpy_helper.from_array(np.float32(-100), excluded.name))
-    (site,) = optimize(model).sites
-    assert site.verdict == "leave" and site.kind != "outlook"
-    assert site.reason.startswith("logits are replaced by -100")
+    rng, g = np.random.default_rng(0), Builder()
+    x = g.input("x", [2, CHANNELS, 16, 24])
+    blocks = g.gather(x, np.arange(16).reshape(4, 4), 2)
+    blocks = g.gather(blocks, np.arange(24).reshape(6, 4), 4)  # [B, C, windows, window, windows, window]
+    tokens = g.reshape(g.transpose(blocks, 0, 2, 4, 3, 5, 1), -1, 16, CHANNELS)
+    query, key, value = (g.linear(tokens, rng.normal(size=(CHANNELS, CHANNELS)), np.zeros(CHANNELS)) for _ in range(3))
+    logits = g.op("MatMul", query, g.transpose(key, 0, 2, 1))
+    low = g.op("Less", logits, g.op("ReduceMean", logits, axes=[-1]))
+    weights = g.op("Softmax", g.op("Where", low, g.constant(np.float64(-1e9)), logits), axis=-1)
+    attended = g.reshape(g.op("MatMul", weights, value), 2, 4, 6, 4, 4, CHANNELS)
+    back = g.reshape(g.transpose(attended, 0, 5, 1, 3, 2, 4), 2, CHANNELS, 16, 24)
+    (site,) = optimize(g.model({"y": g.op("Conv", back, g.constant(rng.normal(size=(8, CHANNELS, 1, 1))))})).sites
+    assert (site.verdict, site.kind) == ("leave", "other")
+    assert site.reason.startswith("logits are replaced by -1e+09")
