@@ -14,6 +14,7 @@ import numpy as np
 
 from attnrewrite.frontend.evaluate import python_slice
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+from attnrewrite.indexing.blocks import block_axes
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, constant, reduced, reshape
 
 
@@ -281,6 +282,31 @@ def depth_to_space(node: Node, output: Value, index: Index) -> Sources:
     packed = channel * size**2 + block if crd else block * channels + channel
     rows, columns = Coordinate(reduced(row // size)), Coordinate(reduced(column // size))
     return [Read(data, (index[0], Coordinate(packed), rows, columns))]
+
+
+@index_rule("Col2Im")
+def blocks_side_by_side(node: Node, output: Value, index: Index) -> Sources | None:
+    """out[b, c, l * stride + t * dilation - pad] = in[b, c * K + t, l] along every axis, 0 where no block lies.
+
+    Blocks that overlap are added up, which is no movement.
+    """
+    axes = block_axes(node)
+    tables = [] if axes is None else [axis.apart() for axis in axes]
+    if axes is None or any(t is None for t in tables):
+        return None
+    rows = index[1].static("overlap-add")
+    blocks: np.ndarray = np.zeros((1,) * rows.ndim, np.int64)
+    inside: np.ndarray = np.ones((1,) * rows.ndim, bool)
+    for axis, table, coordinate in zip(axes, tables, index[2:], strict=True):
+        assert table is not None
+        row, block = (t[coordinate.static("overlap-add")] for t in table)
+        inside = inside & (row >= 0)
+        rows, blocks = rows * axis.size + np.maximum(row, 0), blocks * axis.count + np.maximum(block, 0)
+    inside = reduced(inside)
+    moved = (index[0], Coordinate(reduced(rows)), Coordinate(reduced(blocks)))
+    if inside.all():
+        return [Read(node.required(0), moved)]
+    return [Read(node.required(0), moved, inside), Fill(0.0, ~inside)]
 
 
 @index_rule("Where")

@@ -1,6 +1,7 @@
 """Sums of moved numbers: elements that are several elements of other tensors added up.
 
-Overlap-add (Col2Im, `fold`) is the reverse of unfold and no movement: an output element reads several input elements.
+Overlap-add (Col2Im, `fold`) is the reverse of unfold. Where blocks overlap it is no movement: an output element reads
+several input elements.
 It is read as the sum of one read per place in the block, so that it may be spelled as one operator or as padded maps
 added up, and either is compared with a closed form as integers.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+from attnrewrite.indexing.blocks import block_axes
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, reduced
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import Read, broadcast_index
@@ -70,29 +72,19 @@ def _overlap_add(node: Node, index: Index) -> list[Read]:
     """out[b, c, p] = sum_t in[b, c * K + t, l], over the places t of the block and block positions l with
     l * stride + t * dilation - pad = p along every axis.
     """
-    data, image, block = node.required(0), node.constant(1), node.constant(2)
-    if image is None or block is None:
+    axes = block_axes(node)
+    if axes is None:
         raise IndexingError(f"{node.label} has a block that is computed")
-    axes = len(block)
-    strides = node.attributes.get("strides") or [1] * axes
-    dilations = node.attributes.get("dilations") or [1] * axes
-    pads = node.attributes.get("pads") or [0] * (2 * axes)
     channel = index[1].static("overlap-add")
-    size = math.prod(int(k) for k in block)
-    blocks = [
-        (int(image[a]) + pads[a] + pads[axes + a] - dilations[a] * (int(block[a]) - 1) - 1) // strides[a] + 1
-        for a in range(axes)
-    ]
+    positions = [c.static("overlap-add") for c in index[2:]]
+    size = math.prod(a.size for a in axes)
     terms = []
-    for place in range(size):
-        at = np.unravel_index(place, [int(k) for k in block])
+    for place, at in enumerate(np.ndindex(*(a.size for a in axes))):
         where: np.ndarray = np.ones((1,) * channel.ndim, bool)
         flat: np.ndarray = np.zeros((1,) * channel.ndim, np.int64)
-        for a in range(axes):
-            begin = index[2 + a].static("overlap-add") + pads[a] - int(at[a]) * dilations[a]
-            position = begin // strides[a]
-            inside = (begin % strides[a] == 0) & (position >= 0) & (position < blocks[a])
-            where = where & inside
-            flat = flat * blocks[a] + np.where(inside, position, 0)
-        terms.append(Read(data, (index[0], Coordinate(channel * size + place), Coordinate(reduced(flat))), where))
+        for axis, row, position in zip(axes, at, positions, strict=True):
+            inside, block = axis.blocks(row, position)
+            where, flat = where & inside, flat * axis.count + block
+        moved = (index[0], Coordinate(channel * size + place), Coordinate(reduced(flat)))
+        terms.append(Read(node.required(0), moved, where))
     return terms

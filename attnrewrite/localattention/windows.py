@@ -88,7 +88,9 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
     queries, keys, element = tables
     query = settled(maps, "query", maps.query)
     if isinstance(query, str):
-        return Decline("the tokens are rearranged before the attention in a way that its output does not undo", query)
+        overlap = _overlap(maps, window_axes, query_axes, element)
+        rearranged = "the tokens are rearranged before the attention in a way that its output does not undo"
+        return Decline(overlap or rearranged, query)
     if len(queries) == 1:
         known = {"num_heads": maps.num_heads, "head_dim": attention.head_dim, "feature_size": maps.query.spatial}
         if reads_alike(attention.key_axis, maps.sources["key"]) is None:
@@ -189,6 +191,25 @@ def _tables(maps: SiteMaps, key: Source, window_axes: list[int], query_axes: lis
         if (local != local[:1]).any():
             return Decline("the windows of one batch element are not those of another", node)
     return queries[element[0]], keys[element[0]], element
+
+
+def _overlap(maps: SiteMaps, window_axes: list[int], query_axes: list[int], element: np.ndarray) -> str | None:
+    """That pixels are queries of several windows, on the smallest map on the way of the queries for which it is so."""
+    for source in sorted(maps.sources["query"], key=lambda s: math.prod(s.spatial)):
+        extent = math.prod(source.spatial)
+        try:
+            rows = _pixels(maps, source, window_axes, query_axes, keys=False)[element[0]]
+        except IndexingError:
+            continue
+        inside = (rows >= 0) & (rows < extent)
+        if (rows >= extent).any() or not inside.any() or (np.sort(rows, axis=1) == np.sort(rows[0])).all():
+            continue
+        counts = np.bincount(rows[inside], minlength=extent)
+        most = int(counts.max())
+        if most > 1 and all(len(np.unique(row[row >= 0])) == (row >= 0).sum() for row in rows):
+            pixel = tuple(int(c) for c in np.unravel_index(int(counts.argmax()), source.spatial))
+            return f"the windows overlap: pixel {pixel} is a query in {most} of them, so it has {most} results"
+    return None
 
 
 def _static_batch(source: Source) -> int:

@@ -47,8 +47,6 @@ ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 PENDING: dict[str, str] = {
     "gc_vit": "queries shared by all windows",
     "styleswin_in_one_softmax": "a shift per group of heads",
-    "tic_msa_conv_overlapping": "a reason that speaks of overlapping windows",
-    "tic_msa_conv_apart": "windows put back by Col2Im",
     "favit": "fewer keys than queries in a window",
     "stvit_token_sparsification": "queries of one map, keys of another",
     "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",

@@ -23,8 +23,8 @@ from attnrewrite.indexing.map import identity
 from attnrewrite.indexing.provenance import Provenance, provenances
 
 OPSET = 19
-# ONNX Runtime's CPU kernels of these take no int64; the iota stays below 2**24, where float32 is exact.
-FLOAT_ONLY = frozenset({"Conv", "DepthToSpace", "SpaceToDepth"})
+# ONNX Runtime's CPU kernels of these take no int64 data; the iota stays below 2**24, where float32 is exact.
+FLOAT_ONLY = frozenset({"Col2Im", "Conv", "DepthToSpace", "SpaceToDepth"})
 
 
 class Chain:
@@ -116,7 +116,10 @@ def run(op: str, inputs: Sequence[np.ndarray | None], outputs: int, attributes: 
     """One node in ONNX Runtime."""
     if op in FLOAT_ONLY:
         assert all(x is None or np.abs(x).max(initial=0) < 2**24 for x in inputs)
+        sizes = slice(1, 3) if op == "Col2Im" else slice(0)
+        extents = inputs[sizes]
         inputs = [None if x is None else x.astype(np.float32) for x in inputs]
+        inputs[sizes] = extents
     names = [f"i{k}" if x is not None else "" for k, x in enumerate(inputs)]
     proto = onnx.helper.make_node(op, names, [f"o{k}" for k in range(outputs)], **attributes)
     graph = onnx.helper.make_graph(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -57,6 +58,14 @@ def pad(
 
 def conv(channels: int, height: int, width: int, weight: np.ndarray, **attributes: object) -> Callable[[], Chain]:
     return applied(2, channels, height, width, op="Conv", operands=(weight,), group=channels, **attributes)
+
+
+def col2im(
+    batch: int, channels: int, blocks: int, *, image: tuple[int, ...], block: tuple[int, ...], **attributes: object
+) -> Callable[[], Chain]:
+    """`blocks` blocks in all, put back into an image."""
+    operands = (np.array(image), np.array(block))
+    return applied(batch, channels * math.prod(block), blocks, op="Col2Im", operands=operands, **attributes)
 
 
 TAPS = one_hot((0, 0), (1, 2), (2, 1), (0, 1), (2, 2), (1, 1), kernel=(3, 3))
@@ -135,6 +144,12 @@ CASES: dict[str, Callable[[], Chain]] = {
     "depth-to-space-dcr": applied(2, 12, 3, 5, op="DepthToSpace", blocksize=2, mode="DCR"),
     "depth-to-space-crd": applied(2, 18, 1, 5, op="DepthToSpace", blocksize=3, mode="CRD"),
     "depth-to-space-default": applied(1, 8, 3, 2, op="DepthToSpace", blocksize=2),
+    # Blocks side by side, put back.
+    "col2im-apart": col2im(2, 3, 6, image=(6, 4), block=(2, 2), strides=[2, 2]),
+    "col2im-gaps-and-an-edge": col2im(1, 5, 9, image=(8, 9), block=(2, 1), strides=[3, 4]),
+    "col2im-cropped": col2im(2, 2, 6, image=(4, 5), block=(3, 2), strides=[3, 2], pads=[1, 0, 1, 1]),
+    "col2im-interleaved": col2im(1, 2, 4, image=(4, 4), block=(2, 2), dilations=[2, 2]),
+    "col2im-one-axis": col2im(2, 3, 5, image=(11,), block=(2,), strides=[2]),
     # Where with a constant condition.
     "where-number": applied(2, 3, op="Where", operands=(np.array([True, False, True]), "value", np.array(-7))),
     "where-number-first": applied(2, 3, op="Where", operands=(np.array([[True], [False]]), np.array([-7]), "value")),
@@ -177,6 +192,8 @@ NOT_MOVEMENT: dict[str, Callable[[], Chain]] = {
     "conv-not-depthwise": applied(2, 2, 5, 7, op="Conv", operands=(one_hot((0, 0), kernel=(1, 1)).repeat(2, 1),)),
     "conv-padded-automatically": conv(2, 5, 7, TAPS[:2], auto_pad="SAME_UPPER"),
     "where-several-numbers": applied(2, 3, op="Where", operands=(np.array([True, False, True]), "value", np.arange(3))),
+    "col2im-overlapping": col2im(1, 2, 12, image=(4, 5), block=(2, 2)),
+    "col2im-overlapping-along-one-axis": col2im(1, 2, 6, image=(4, 4), block=(2, 2), strides=[2, 1]),
     "gather-nd-per-batch": applied(2, 3, 5, op="GatherND", operands=(np.array([[1], [0]]),), batch_dims=1),
     "neg": applied(2, 3, op="Neg"),
 }

@@ -8,6 +8,7 @@ windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -203,6 +204,22 @@ def nchw_merge_by_depth_to_space(g: Builder, tokens: str, geometry: WindowGeomet
     side = geometry.window_size[0]
     x = g.transpose(g.reshape(tokens, -1, *geometry.grid, side * side * channels), 0, 3, 1, 2)
     return g.op("DepthToSpace", x, blocksize=side, mode="DCR")
+
+
+def nchw_merge_by_fold(
+    g: Builder,
+    tokens: str,
+    geometry: WindowGeometry,
+    channels: int,
+    place: Sequence[int] = (0, 1),
+    **changes: object,
+) -> str:
+    """Col2Im with the window as block and stride (opset 18 or later); place: the order of rows and columns in it."""
+    sizes, windows = geometry.window_size, math.prod(geometry.grid)
+    x = g.transpose(g.reshape(tokens, -1, windows, *sizes, channels), 0, 4, *(2 + a for a in place), 1)
+    columns = g.reshape(x, -1, channels * math.prod(sizes), windows)
+    strides = {"strides": list(sizes), **changes}
+    return g.op("Col2Im", columns, g.constant(list(geometry.padded_size)), g.constant(list(sizes)), **strides)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ rewritten must be what they do compute.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ from tests.models.onnx_builder import Builder
 from tests.models.onnx_halos import HALO_NEAR_MISSES
 from tests.models.onnx_movement import Movement
 from tests.models.onnx_neighborhoods import K3, NeighborhoodSpelling
-from tests.models.onnx_spellings import BORDER_SPELLINGS, NEIGHBORHOOD, UNSHIFTED, WINDOW, Spelling
+from tests.models.onnx_spellings import BORDER_SPELLINGS, FOLDED, NEIGHBORHOOD, UNSHIFTED, WINDOW, Spelling
 from tests.models.onnx_windows import CHANNELS, HEAD_DIM, HEADS, PLAIN, SHIFTED, Triple, WindowSpelling
 
 
@@ -88,6 +89,13 @@ def merge_as_grid(g: Builder, tokens: str, geometry: WindowGeometry, channels: i
 def merge_mirrored(g: Builder, tokens: str, geometry: WindowGeometry, channels: int) -> str:
     x = movement.merge_by_reshape(g, tokens, geometry, channels)
     return g.slice(x, -1, -(2**31), 2, step=-1)
+
+
+def folded(wrong: str, **options: object) -> NearMiss:
+    """The windows put back by Col2Im, but not where they came from."""
+    merge = functools.partial(movement.nchw_merge_by_fold, **options)  # type: ignore[arg-type]
+    of = replace(WINDOW, movement=FOLDED, opset=18)
+    return NearMiss(replace(of, movement=replace(FOLDED, merge=merge)).model, wrong, of)
 
 
 def roll_off_by_one(g: Builder, x: str, shifts: object, axes: object, sizes: object) -> str:
@@ -329,6 +337,11 @@ NEAR_MISSES: dict[str, NearMiss] = {
     ),
     "window-merged-transposed": _moved("tokens come back with row and column exchanged", merge=merge_transposed_window),
     "window-merged-as-grid": _moved("windows on the way in, a grid on the way out", merge=merge_as_grid),
+    "window-folded-transposed": folded("every window comes back with rows and columns exchanged", place=(1, 0)),
+    "window-folded-interleaved": folded(
+        "windows on the way in, a grid on the way out", strides=[1, 1], dilations=[2, 3]
+    ),
+    "window-folded-overlapping": folded("windows are put back three pixels apart and added up", strides=[3, 3]),
     "window-merged-mirrored": _moved("the map comes back mirrored", merge=merge_mirrored),
     "window-keys-shifted-otherwise": _of_maps("keys come from unshifted windows", SHIFTED, PLAIN, SHIFTED),
     "window-values-shifted-otherwise": _of_maps("values come from unshifted windows", SHIFTED, SHIFTED, PLAIN),

@@ -130,6 +130,7 @@ def _almost_shift_mask() -> np.ndarray:
 
 NCHW = Movement(movement.nchw_partition_by_reshape, movement.nchw_merge_by_reshape, axes=(2, 3))
 SPACE_TO_DEPTH = Movement(movement.nchw_partition_by_space_to_depth, movement.nchw_merge_by_depth_to_space, axes=(2, 3))
+FOLDED = Movement(movement.nchw_partition_by_reshape, movement.nchw_merge_by_fold, axes=(2, 3))
 
 CAUSAL = np.broadcast_to(np.where(np.tri(16, dtype=bool), 0.0, -np.inf), (6, 16, 16))
 
@@ -156,6 +157,7 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "nchw-project-map": _window(movement=NCHW, project="map"),
     "nchw-space-to-depth": _window(movement=SPACE_TO_DEPTH),
     "nchw-space-to-depth-project-map": _window(movement=SPACE_TO_DEPTH, project="map"),
+    "nchw-merge-by-fold": _window(movement=FOLDED, opset=18),
     "project-map": _window(project="map"),
     "project-map-chunk": _window(project="map", heads=parts.heads_by_chunk),
     # Heads.

@@ -129,6 +129,9 @@ REASONS = {
     "window-merged-transposed": AGAIN,
     "window-merged-as-grid": AGAIN,
     "window-merged-mirrored": AGAIN,
+    "window-folded-transposed": AGAIN,
+    "window-folded-interleaved": AGAIN,
+    "window-folded-overlapping": AGAIN,
     "window-keys-shifted-otherwise": "the keys are not those of the queries' window: window 0 reads pixel 0, its "
     "queries come from pixel 26",
     "window-values-shifted-otherwise": "token (0, 0) takes its key from pixel 26 and its value from pixel 0",
