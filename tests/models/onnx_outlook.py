@@ -31,6 +31,8 @@ K3 = NeighborhoodGeometry(SIZE, (3, 3), (1, 1))
 K5_DILATED = NeighborhoodGeometry(SIZE, (5, 5), (2, 2))
 STRIDED = NeighborhoodGeometry((4, 5), (3, 3), (1, 1), stride=(2, 2), key_size=(8, 10))
 
+APART = NeighborhoodGeometry((3, 4), (3, 3), (1, 1), stride=(3, 3), key_size=(7, 10), offset=(-1, -1))
+
 # From weights [B, nH, K, P] and values [B, nH, d, K, P] to [B, nH, d, P].
 Sum = Callable[[Builder, str, str, int], str]
 
@@ -69,13 +71,17 @@ class Aggregation:
     tokens: bool = False  # the weights come from a Linear on tokens, keys before heads
     scale: float | None = None
     bias: bool = False
+    weights_of: Callable[[Builder, str], str] | None = None  # of which map the weights are predicted, by movement
     batch: int | str = "batch"
 
     def model(self) -> onnx.ModelProto:
         rng, g = np.random.default_rng(0), Builder()
         x = g.input("x", [self.batch, CHANNELS, *self.geometry.key_size])
         values = g.op("Conv", x, g.constant(rng.normal(size=(CHANNELS, CHANNELS, 1, 1))))
-        y = self.sum(g, self._weights(g, x, rng), self._values(g, values), self.geometry.keys_per_query)
+        weights = self._weights(g, x, rng)
+        if self.weights_of is not None:
+            weights = self.weights_of(g, weights)
+        y = self.sum(g, weights, self._values(g, values), self.geometry.keys_per_query)
         y = g.reshape(y, -1, CHANNELS, *self.geometry.feature_size)
         return g.model({"y": g.op("Conv", y, g.constant(rng.normal(size=(CHANNELS, CHANNELS, 1, 1))))})
 
@@ -99,6 +105,28 @@ class Aggregation:
         pixels = int(np.prod(self.geometry.feature_size))
         neighbours = self.gathering(g, values, self.geometry)  # [B, C, K, H, W]
         return g.reshape(neighbours, -1, HEADS, HEAD_DIM, self.geometry.keys_per_query, pixels)
+
+
+def first_neighbour_twice(g: Builder, x: str, geometry: NeighborhoodGeometry) -> str:
+    """[B, C, K, H, W] whose second slot is the first once more."""
+    return g.gather(by_slices(g, x, geometry), np.array([0, 0, *range(2, geometry.keys_per_query)]), 2)
+
+
+def of_the_next_pixel(g: Builder, weights: str) -> str:
+    """[B, nH, K, P] rolled by one pixel."""
+    return g.concat([g.slice(weights, 1, int(np.prod(SIZE)), 3), g.slice(weights, 0, 1, 3)], 3)
+
+
+def of_one_pixel(g: Builder, weights: str) -> str:
+    return g.slice(weights, 5, 6, 3)
+
+
+def wrapped_around(g: Builder, x: str, geometry: NeighborhoodGeometry) -> str:
+    """[B, C, K, H, W] whose columns outside the map lie in the row above or below: flat shifts of the padded rows."""
+    height, width = geometry.feature_size
+    flat = g.pad(g.reshape(x, -1, CHANNELS, height * width), [0, 0, width + 1], [0, 0, width + 1])
+    cut = [g.unsqueeze(g.slice(flat, s, s + height * width, 2), 2) for s in (i * width + j for i, j in taps(geometry))]
+    return g.reshape(g.concat(cut, 2), -1, CHANNELS, geometry.keys_per_query, height, width)
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -222,11 +250,24 @@ OUTLOOKS: dict[str, Outlook] = {
     "fold-of-weights": Outlook(softmax=False),
     "fold-strided": Outlook(STRIDED),
     "fold-fixed-batch": Outlook(STRIDED, batch=3),
+    "fold-of-blocks-apart": Outlook(APART),
     "added-up": Outlook(folding=added_up),
 }
 
 # What each is declined for: the reason the report gives.
-NEAR_MISSES: dict[str, tuple[Outlook, str]] = {
+NEAR_MISSES: dict[str, tuple[Outlook | Aggregation, str]] = {
+    "neighbour-twice": (
+        Aggregation(gathering=first_neighbour_twice),
+        r"values: the keys are no rectangle .* query pixel \(3, 5\) reads \(2, 4\), \(2, 4\), \(2, 6\)",
+    ),
+    "weights-of-one-pixel": (
+        Aggregation(weights_of=of_one_pixel),
+        "the probabilities go into Slice, not into a sum over values",
+    ),
+    "rows-run-into-each-other": (
+        Aggregation(gathering=wrapped_around),
+        "slot 0 of query pixel 0 reads pixel -1, a 3x3 neighbourhood reads 10",
+    ),
     "folded-one-pixel-off": (Outlook(pads=(0, 1, 2, 1)), r"place 0 of the blocks is added to pixel 0 from block"),
     "folded-with-another-stride": (
         Outlook(STRIDED, strides=(1, 1), folded_size=(4, 5)),

@@ -12,6 +12,7 @@ from attnrewrite.frontend.onnx import to_model
 from attnrewrite.functions import spec_of
 from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.pipeline import Outcome
+from tests.models import onnx_outlook
 from tests.models.onnx_builder import Builder
 from tests.models.onnx_outlook import AGGREGATIONS, K3, NEAR_MISSES, OUTLOOKS, Aggregation, Outlook, by_slices
 from tests.models.onnx_windows import CHANNELS, HEAD_DIM, HEADS
@@ -70,6 +71,14 @@ def test_near_miss_is_left(name: str) -> None:
     assert not local_ops(outcome.graph)
     (site,) = outcome.sites
     assert site.verdict == "leave" and re.search(reason, site.reason), site.reason
+
+
+def test_weights_moved_by_a_pixel_stay_those_of_that_pixel() -> None:
+    """A map of weights may be moved before it is used: the op reads it where it lies then."""
+    model = Aggregation(weights_of=onnx_outlook.of_the_next_pixel, softmax=False).model()
+    outcome = optimize(model)
+    assert spec_in(outcome).geometry == K3
+    assert_same_numbers(model, outcome)
 
 
 def upsampled(factor: int, *, softmax: bool = True, swapped: bool = False) -> onnx.ModelProto:
