@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Graph, Node, Value
 
 
-def copy_between(facts: Facts, entries: Iterable[Value], exits: Iterable[Value]) -> tuple[Graph, dict[Value, Value]]:
-    """The part of the graph between these values as a graph of its own, and the copies by value.
+def copy_between(facts: Facts, entries: Sequence[Value], exits: Iterable[Value]) -> tuple[Graph, dict[Value, Value]]:
+    """The part of the graph between these values as a graph of its own, and the copies by value; with what is computed
+    beside them, behind the first entry, for the exits.
 
     Its inputs are the graph's and what the part reads beside the entries, its outputs what is read behind it.
     """
-    behind = _reached(entries, lambda v: (o for n in facts.users(v) for o in n.outputs))
+    first = min(facts.positions.get(v, -1) for v in entries)
     before = _reached(exits, lambda v: v.producer.reads() if v.producer is not None else ())
-    nodes = [n for n in facts.graph.nodes if any(o in behind and o in before for o in n.outputs)]
+    nodes = [n for n in facts.graph.nodes[first + 1 :] if any(o in before for o in n.outputs)]
     copied_nodes = set(nodes)
     own = {o for n in nodes for o in n.outputs}
     copies: dict[Value, Value] = {}

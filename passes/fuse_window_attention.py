@@ -27,14 +27,15 @@ import numpy as np
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node
-from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.geometry import WindowGeometry, by
+from attnrewrite.localattention.head_groups import heads_apart
 from attnrewrite.localattention.maps import SiteMaps, count
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
-from attnrewrite.localattention.shared_query import queries_made_inside, read_window_maps
+from attnrewrite.localattention.shared_query import queries_asked_again, queries_made_inside, read_window_maps
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
 from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.localattention.terms import relative_table
@@ -64,8 +65,17 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     if not isinstance(maps, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
         return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
     if found.kind == "other":
-        return chosen_at_run_time(facts, attention) or queries_made_inside(facts, attention) or found
+        return _told_apart(facts, attention, maps) or found
     return found
+
+
+def _told_apart(facts: Facts, attention: Attention, maps: SiteMaps | Decline) -> Decline | None:
+    """What an attention that is left does that no window attention does, where that can be said; the most telling."""
+    for reason in (chosen_at_run_time, queries_made_inside, heads_apart):
+        found = reason(facts, attention)
+        if found is not None:
+            return found
+    return queries_asked_again(facts, attention, maps)
 
 
 def _windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:

@@ -67,6 +67,21 @@ def within(position: np.ndarray, extent: int, border: str) -> np.ndarray:
     raise ValueError(f"no border is called {border!r}; the borders are {', '.join(KEY_BORDERS)}")
 
 
+def _merges(outer: tuple[int, int, int], inner: tuple[int, int, int]) -> bool:
+    """Whether two neighbouring axes (extent, window, shift) are one: windows that hold all of the inner axis."""
+    (extent, window, shift), (inner_extent, inner_window, inner_shift) = outer, inner
+    return inner_window == inner_extent and inner_shift == shift == 0 and window in (1, extent)
+
+
+KeyAxis = tuple[int, int, int, int, int]  # extent, window, stride, offset, dilation
+
+
+def _merges_keys(outer: KeyAxis, inner: KeyAxis) -> bool:
+    """The same of the axes of a key map, whose windows must lie side by side."""
+    plain = all((stride, offset, dilation) == (window, 0, 1) for _, window, stride, offset, dilation in (outer, inner))
+    return plain and _merges((*outer[:2], 0), (*inner[:2], 0))
+
+
 @dataclass(frozen=True)
 class KeyWindows:
     """The key window of each query window, where it is not the query window itself; sizes in pixels, one per axis.
@@ -82,6 +97,11 @@ class KeyWindows:
     offset: Sizes
     dilation: Sizes
     border: str = "padding"
+
+    def axes(self) -> list[KeyAxis]:
+        """Extent, window, stride, offset and dilation of every axis."""
+        sizes = (self.feature_size, self.window_size, self.stride, self.offset, self.dilation)
+        return list(zip(*sizes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -137,21 +157,26 @@ class WindowGeometry:
     def merged(self) -> WindowGeometry:
         """The same windows with the fewest axes: (n, w) in windows of (1, w) is one axis of n * w in windows of w.
 
-        Windows whose keys lie elsewhere stay as they are.
+        Windows whose keys lie elsewhere are merged where those of the keys are of this kind as well.
         """
-        if self.keys is not None:
-            return self
         axes = list(zip(self.feature_size, self.window_size, self.shift_size, strict=True))
+        keys = None if self.keys is None else self.keys.axes()
         at = 0
         while at + 1 < len(axes):
-            (outer, outer_window, outer_shift), (inner, inner_window, inner_shift) = axes[at], axes[at + 1]
-            whole = inner_window == inner and inner_shift == 0
-            if whole and outer_shift == 0 and (outer_window == 1 or outer_window == outer):
-                axes[at : at + 2] = [(outer * inner, outer_window * inner, 0)]
+            if _merges(axes[at], axes[at + 1]) and (keys is None or _merges_keys(keys[at], keys[at + 1])):
+                (outer, window, _), (inner, _, _) = axes[at], axes[at + 1]
+                axes[at : at + 2] = [(outer * inner, window * inner, 0)]
+                if keys is not None:
+                    whole, width = keys[at][0] * keys[at + 1][0], keys[at][1] * keys[at + 1][1]
+                    keys[at : at + 2] = [(whole, width, width, 0, 1)]
             else:
                 at += 1
-        feature, window, shift = (tuple(a[k] for a in axes) for k in range(3))
-        return replace(self, feature_size=feature, window_size=window, shift_size=shift)
+        feature, window_size, shift = (tuple(a[k] for a in axes) for k in range(3))
+        merged = replace(self, feature_size=feature, window_size=window_size, shift_size=shift)
+        if self.keys is None or keys is None:
+            return merged
+        size, key_window, stride, offset, dilation = (tuple(k[i] for k in keys) for i in range(5))
+        return replace(merged, keys=KeyWindows(size, key_window, stride, offset, dilation, self.keys.border))
 
     def axis_table(self, axis: int) -> np.ndarray:
         """int64 [windows, window_size] of one axis: the pixel that each token of each window reads, or PADDING."""

@@ -153,6 +153,13 @@ class _Walk:
         while pending:
             part = pending.pop()
             node = part.value.producer
+            if part.value.is_constant and part.path:  # expanded along a symbolic batch, say
+                maker = part.path[-1].producer
+                assert maker is not None
+                declined = self._constant(constant_at(part.value, part.index), part.factor, maker)
+                if declined is not None:
+                    return declined
+                continue
             if node is None or node.domain != STANDARD_DOMAIN or is_contraction(node):
                 self.summands.append(part)
                 continue
@@ -231,8 +238,9 @@ class _Walk:
         where = broadcast_index(part.index, condition)
         rest = Summand(data, broadcast_index(part.index, data), part.factor, path)
         assert data.dtype is not None
-        if condition.is_constant:
-            masked = (constant_at(condition, where) != 0) == (other is a)
+        known = elements_at(condition, where)
+        if known is not None:
+            masked = (known != 0) == (other is a)
             number, masked = np.broadcast_arrays(number, masked)
             if not masked.any():
                 return [rest]
@@ -245,7 +253,7 @@ class _Walk:
                 "lowest number of the type does",
                 node.label,
             )
-        if condition.is_constant:
+        if known is not None:
             values = np.where(masked, -np.inf, 0.0)
             lowest = bool(np.isfinite(replaced).any())
             return self._constant(values, part.factor, node, lowest=lowest) or [rest]
@@ -268,6 +276,28 @@ def constant_at(value: Value, index: Index) -> np.ndarray:
     at = tuple(c.static(f"the constant {value.name}") for c in index)
     elements = value.constant
     return np.asarray(elements[at] if at else elements, np.float64)
+
+
+def elements_at(value: Value, index: Index) -> np.ndarray | None:
+    """float64 elements of a value read at an index, where it is a constant that is moved, negated (Not) or cast to
+    booleans, or from them to floating point: a mask expanded along a symbolic batch, say. None for any other value.
+    """
+    if value.is_constant:
+        return constant_at(value, index)
+    node = value.producer
+    if node is None or node.domain != STANDARD_DOMAIN:
+        return None
+    if node.op in ("Not", "Cast") and value.dtype is not None:
+        inside = elements_at(node.required(0), index)
+        if inside is None or node.op == "Not":
+            return None if inside is None else (inside == 0).astype(np.float64)
+        if value.dtype.kind == "b":
+            return (inside != 0).astype(np.float64)
+        return inside if value.dtype.kind == "f" and node.required(0).dtype == np.dtype(bool) else None
+    found = sources(node, value, index)
+    if found is None or len(found) != 1 or not isinstance(found[0], Read) or found[0].where is not None:
+        return None
+    return elements_at(found[0].value, found[0].index)
 
 
 Product = tuple[Summand, Operand, Operand, np.ndarray]

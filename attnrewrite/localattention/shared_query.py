@@ -43,10 +43,7 @@ def read_window_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     if isinstance(ways, Decline):
         return ways
     shared = _shared(attention, ways)
-    found = _meet_shared(facts, attention, ways, shared) if shared else meet(facts, attention, ways)
-    if isinstance(found, Decline) and found.kind == "other" and not shared:
-        return _asked_again(attention, ways) or found
-    return found
+    return _meet_shared(facts, attention, ways, shared) if shared else meet(facts, attention, ways)
 
 
 def queries_made_inside(facts: Facts, attention: Attention) -> Decline | None:
@@ -63,12 +60,19 @@ def queries_made_inside(facts: Facts, attention: Attention) -> Decline | None:
     return made_inside(queries)
 
 
-def _asked_again(attention: Attention, ways: Ways) -> Decline | None:
-    """The decline of windows that ask with the same queries in part; None where every query is asked once."""
+def queries_asked_again(facts: Facts, attention: Attention, maps: SiteMaps | Decline) -> Decline | None:
+    """The decline of windows that overlap, or ask with the same queries in part, so that their output returns to no map
+    of those; None where every query is asked once, or all windows ask with the same.
+    """
+    ways = read_ways(facts, attention)
+    if isinstance(ways, Decline) or _shared(attention, ways):
+        return None
     shape = attention.output_shape
     rows = math.prod(count(e) for a, e in enumerate(shape) if a not in ways.features)
     for source in ways.sources["query"]:
         tokens = tokens_of(source)
+        if not isinstance(maps, Decline) and tokens >= tokens_of(maps.query):
+            continue
         if source.candidate.domain is None and 1 < tokens < rows:
             detail = f"{source.value.name} holds {tokens}, {rows} are asked"
             return Decline(f"the windows overlap or share some of their queries: {detail}", attention.softmax.label)

@@ -45,10 +45,7 @@ ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 
 # Rows whose verdict is not reached yet: what is missing.
 PENDING: dict[str, str] = {
-    "gc_vit": "queries shared by all windows",
     "styleswin_in_one_softmax": "a shift per group of heads",
-    "favit": "fewer keys than queries in a window",
-    "stvit_token_sparsification": "queries of one map, keys of another",
     "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",
 }
 

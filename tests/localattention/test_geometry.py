@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry, WindowGeometry, ceil_to_multiple
+from attnrewrite.localattention.geometry import (
+    PADDING,
+    KeyWindows,
+    NeighborhoodGeometry,
+    WindowGeometry,
+    ceil_to_multiple,
+)
 
 WINDOWS = [
     WindowGeometry((8, 12), (4, 4), (0, 0)),
@@ -77,6 +84,43 @@ def test_regions_are_those_of_swin(geometry: WindowGeometry) -> None:
 def test_merged_windows_hold_the_same_pixels(geometry: WindowGeometry, merged: WindowGeometry) -> None:
     assert geometry.merged() == merged
     np.testing.assert_array_equal(geometry.pixels(), merged.pixels())
+
+
+def side_by_side(size: tuple[int, ...], window: tuple[int, ...]) -> KeyWindows:
+    return KeyWindows(size, window, window, (0,) * len(size), (1,) * len(size))
+
+
+SPLIT = WindowGeometry((3, 4, 5, 2), (1, 4, 1, 2), (0, 0, 0, 0))
+HALO = KeyWindows((3, 2, 5, 3), (1, 4, 1, 3), (1, 2, 1, 3), (0, -1, 0, 0), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "merged"),
+    [
+        (
+            replace(SPLIT, keys=side_by_side((3, 2, 5, 3), (1, 2, 1, 3))),
+            WindowGeometry((12, 10), (4, 2), (0, 0), keys=side_by_side((6, 15), (2, 3))),
+        ),
+        (
+            WindowGeometry((4, 6), (4, 6), (0, 0), keys=side_by_side((2, 3), (2, 3))),
+            WindowGeometry((24,), (24,), (0,), keys=side_by_side((6,), (6,))),
+        ),
+        (
+            replace(SPLIT, keys=HALO),  # keys around a window: the first two axes stay
+            WindowGeometry(
+                (3, 4, 10),
+                (1, 4, 2),
+                (0, 0, 0),
+                keys=KeyWindows((3, 2, 15), (1, 4, 3), (1, 2, 3), (0, -1, 0), (1,) * 3),
+            ),
+        ),
+    ],
+    ids=["split-axes", "one-window", "halo"],
+)
+def test_merged_windows_have_the_same_keys(geometry: WindowGeometry, merged: WindowGeometry) -> None:
+    assert geometry.merged() == merged
+    np.testing.assert_array_equal(geometry.pixels(), merged.pixels())
+    np.testing.assert_array_equal(geometry.key_pixels(), merged.key_pixels())
 
 
 @pytest.mark.parametrize(

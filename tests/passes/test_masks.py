@@ -61,12 +61,44 @@ def weights_of(spelling: WindowSpelling, factor: float = 1.0) -> tuple[np.ndarra
     return run(written(outcome), inputs)["y"], run(model, inputs)["y"], spec
 
 
+def expanded(g: Builder, constant: np.ndarray) -> str:
+    """A constant [1, nW, 1, N, N] as large as the logits, as [B * nW, nH, N, N] of a symbolic batch."""
+    batch = g.slice(g.op("Shape", "x"), 0, 1, 0)
+    shape = g.concat([batch, g.constant([6, HEADS, 16, 16])], 0)
+    return g.reshape(g.op("Expand", g.constant(constant[None, :, None]), shape), -1, HEADS, 16, 16)
+
+
+def expanded_condition(condition: np.ndarray, number: float) -> OnLogits:
+    """Where(Not(Cast(Expand(kept))), number, logits), kept the numbers 1 and 0."""
+
+    def write(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+        kept = expanded(g, np.where(condition, 0.0, 1.0))
+        masked = g.op("Not", g.op("Cast", kept, to=TensorProto.BOOL))
+        return g.op("Where", masked, g.constant(np.float64(number)), logits)
+
+    return write
+
+
+def expanded_mask(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """logits + Expand(mask)."""
+    return g.op("Add", logits, expanded(g, np.where(CROSSES, -100.0, 0.0)))
+
+
+DYNAMIC = replace(WINDOW, batch="batch")
+
 # The mask, the factor on the input, and the penalty that the op carries (None: the mask is a tensor of its own).
 PENALTIES: dict[str, tuple[WindowSpelling, float, float | None]] = {
     "minus-100": (WINDOW, 1.0, -100.0),
     "minus-100-beside-larger-logits": (WINDOW, 30.0, -100.0),
     "minus-infinity-added": (masked(np.where(CROSSES, -np.inf, 0.0)), 30.0, -np.inf),
     "minus-infinity-chosen": (written_by(where(CROSSES, -np.inf)), 30.0, -np.inf),
+    "chosen-by-an-expanded-condition": (written_by(expanded_condition(CROSSES, LOWEST), DYNAMIC), 30.0, -np.inf),
+    "an-expanded-condition-that-is-no-shift": (
+        written_by(expanded_condition(CROSSES & (np.arange(16) % 2 == 0), LOWEST), DYNAMIC),
+        1.0,
+        None,
+    ),
+    "an-expanded-mask": (written_by(expanded_mask, DYNAMIC), 30.0, -100.0),
     "lowest-added": (masked(np.where(CROSSES, LOWEST, 0.0)), 30.0, LOWEST),
     "lowest-chosen": (written_by(where(CROSSES, LOWEST)), 30.0, -np.inf),
     "almost-the-shift-mask": (masked(np.where(CROSSES, -100.0, 0.0) + np.where(ROW, -50.0, 0.0)), 1.0, None),
