@@ -16,6 +16,7 @@ from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, UnknownShape
 from attnrewrite.indexing.map import IndexingError
+from attnrewrite.localattention.linears import einsum_to_matmul
 from attnrewrite.localattention.site import Decline, Reparam, Site
 from attnrewrite.localattention.softmax import join_softmax
 
@@ -82,6 +83,7 @@ class Pipeline:
     def run(self, graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) -> Outcome:
         """Run all passes on the graph, in place. on_pass(name, graph) is called after each."""
         outcome = Outcome(graph, nodes_before=len(graph.nodes))
+        einsum_to_matmul(graph)
         join_softmax(graph)
         softmaxes = [n for n in graph.nodes if n.op == "Softmax" and n.domain == STANDARD_DOMAIN]
         said: dict[Node, list[Record]] = {n: [] for n in softmaxes}

@@ -334,16 +334,18 @@ def where(node: Node, output: Value, index: Index) -> Sources | None:
 
 @index_rule("Conv")
 def one_hot_convolution(node: Node, output: Value, index: Index) -> Sources | None:
-    """out[b, o, p] = in[b, o // m, p * stride + tap_o * dilation - pad]: depthwise kernels with a single 1 move,
-    nothing more.
+    """out[b, o, p] = in[b, c_o, p * stride + tap_o * dilation - pad]: kernels with a single 1 move, nothing more.
 
-    m is the number of filters per channel; positions outside the input are zero.
+    Depthwise ones, c_o = o // (filters per channel), or those of one group that take every tap of every channel
+    (image patches); positions outside the input are zero.
     """
     data, weight = node.required(0), node.constant(1)
-    if weight is None or data.shape is None or node.attributes.get("auto_pad", "NOTSET") != "NOTSET":
+    if weight is None or data.shape is None or output.shape is None:
         return None
-    channels = data.shape[1]
-    if weight.shape[1] != 1 or node.attributes.get("group", 1) != channels:
+    group, spatial = node.attributes.get("group", 1), weight.ndim - 2
+    depthwise = weight.shape[1] == 1 and group == data.shape[1]
+    patches = group == 1 and weight.shape[0] == weight[0].size > weight.shape[1]
+    if not depthwise and not patches:
         return None
     flat = weight.reshape(weight.shape[0], -1)
     if not ((flat == 1).sum(1) == 1).all() or np.count_nonzero(flat) != len(flat):
@@ -351,14 +353,16 @@ def one_hot_convolution(node: Node, output: Value, index: Index) -> Sources | No
     bias = node.constant(2)
     if node.input(2) is not None and (bias is None or bias.any()):
         return None
-    spatial = weight.ndim - 2
-    filters = index[1].static("a convolution")
-    taps = np.unravel_index(flat.argmax(1), weight.shape[2:])
-    pads = node.attributes.get("pads") or [0] * (2 * spatial)
     strides = node.attributes.get("strides") or [1] * spatial
     dilations = node.attributes.get("dilations") or [1] * spatial
+    pads = _leading_pads(node, data, output, weight.shape[2:])
+    if pads is None:
+        return None
+    filters = index[1].static("a convolution")
+    within_group, *taps = np.unravel_index(flat.argmax(1), weight.shape[1:])
+    channels = np.arange(weight.shape[0]) // (weight.shape[0] // group) * weight.shape[1] + within_group
     inside: np.ndarray = np.ones((1,) * filters.ndim, bool)
-    moved = [index[0], Coordinate(reduced(filters // (weight.shape[0] // _extent(data, 1, "a convolution"))))]
+    moved = [index[0], Coordinate(reduced(channels[filters]))]
     for axis in range(spatial):
         tap = reduced(taps[axis][filters]) * dilations[axis]
         position = index[2 + axis].static("a convolution") * strides[axis] + tap - pads[axis]
@@ -368,3 +372,23 @@ def one_hot_convolution(node: Node, output: Value, index: Index) -> Sources | No
     if inside.all():
         return [Read(data, tuple(moved))]
     return [Read(data, tuple(moved), inside), Fill(0.0, ~inside)]
+
+
+def _leading_pads(node: Node, data: Value, output: Value, kernel: tuple[int, ...]) -> list[int] | None:
+    """How many zeros a convolution puts before the data, per spatial axis."""
+    spatial = len(kernel)
+    automatic = node.attributes.get("auto_pad", "NOTSET")
+    if automatic == "NOTSET":
+        return list(node.attributes.get("pads") or [0] * (2 * spatial))[:spatial]
+    if automatic == "VALID":
+        return [0] * spatial
+    if automatic not in ("SAME_UPPER", "SAME_LOWER"):
+        return None
+    strides = node.attributes.get("strides") or [1] * spatial
+    dilations = node.attributes.get("dilations") or [1] * spatial
+    pads = []
+    for axis, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        extents = [_extent(v, 2 + axis, "a convolution") for v in (data, output)]
+        total = max((extents[1] - 1) * stride + (size - 1) * dilation + 1 - extents[0], 0)
+        pads.append(total // 2 if automatic == "SAME_UPPER" else total - total // 2)
+    return pads

@@ -68,6 +68,14 @@ def col2im(
     return applied(batch, channels * math.prod(block), blocks, op="Col2Im", operands=operands, **attributes)
 
 
+def conv_patches(
+    channels: int, height: int, width: int, weight: np.ndarray, **attributes: object
+) -> Callable[[], Chain]:
+    return applied(2, channels, height, width, op="Conv", operands=(weight,), **attributes)
+
+
+# Every tap of a 2 x 3 kernel of both channels, as image patches are cut: [12, 2, 2, 3].
+PATCHES = np.eye(12, dtype=np.int64).reshape(12, 2, 2, 3)
 TAPS = one_hot((0, 0), (1, 2), (2, 1), (0, 1), (2, 2), (1, 1), kernel=(3, 3))
 
 CASES: dict[str, Callable[[], Chain]] = {
@@ -165,6 +173,12 @@ CASES: dict[str, Callable[[], Chain]] = {
     "conv-one-hot-zero-bias": applied(
         2, 3, 5, 7, op="Conv", operands=(TAPS[:3], np.zeros(3, np.int64)), group=3, pads=[1, 1, 1, 1]
     ),
+    "conv-one-hot-same-upper": conv(2, 5, 7, one_hot((0, 1), (1, 0), kernel=(2, 2)), auto_pad="SAME_UPPER"),
+    "conv-one-hot-same-lower": conv(2, 6, 7, one_hot((0, 1), (3, 0), kernel=(4, 2)), auto_pad="SAME_LOWER"),
+    "conv-one-hot-same-strided": conv(2, 5, 7, TAPS[:2], auto_pad="SAME_UPPER", strides=[2, 2]),
+    "conv-one-hot-valid": conv(2, 5, 7, TAPS[:2], auto_pad="VALID", dilations=[2, 1]),
+    "conv-patches": conv_patches(2, 5, 7, PATCHES),
+    "conv-patches-reordered": conv_patches(2, 5, 7, PATCHES[::-1], pads=[0, 1, 1, 0], strides=[1, 2]),
     "conv-one-hot-even-kernel": conv(2, 5, 7, one_hot((0, 1), (1, 0), kernel=(2, 2)), pads=[0, 0, 1, 1]),
 }
 
@@ -190,7 +204,8 @@ NOT_MOVEMENT: dict[str, Callable[[], Chain]] = {
     "conv-no-tap": conv(2, 5, 7, 0 * TAPS[:2], pads=[1, 1, 1, 1]),
     "conv-biased": applied(2, 2, 5, 7, op="Conv", operands=(TAPS[:2], np.array([0, 1])), group=2),
     "conv-not-depthwise": applied(2, 2, 5, 7, op="Conv", operands=(one_hot((0, 0), kernel=(1, 1)).repeat(2, 1),)),
-    "conv-padded-automatically": conv(2, 5, 7, TAPS[:2], auto_pad="SAME_UPPER"),
+    "conv-patches-two-taps": conv_patches(2, 5, 7, PATCHES + PATCHES[::-1]),
+    "conv-some-patches": conv_patches(2, 5, 7, PATCHES[:5]),
     "where-several-numbers": applied(2, 3, op="Where", operands=(np.array([True, False, True]), "value", np.arange(3))),
     "col2im-overlapping": col2im(1, 2, 12, image=(4, 5), block=(2, 2)),
     "col2im-overlapping-along-one-axis": col2im(1, 2, 6, image=(4, 4), block=(2, 2), strides=[2, 1]),

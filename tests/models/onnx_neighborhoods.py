@@ -140,6 +140,23 @@ def by_convolution_per_head(g: Builder, x: str, geometry: NeighborhoodGeometry) 
     return g.reshape(shifted, -1, CHANNELS, geometry.keys_per_query, *geometry.feature_size)
 
 
+def by_patches(g: Builder, x: str, geometry: NeighborhoodGeometry) -> str:
+    """tf.image.extract_patches: one convolution whose filters take every tap of every channel, channels last."""
+    height, width = geometry.feature_size
+    slots = geometry.keys_per_query
+    taps = np.eye(slots * CHANNELS).reshape(slots * CHANNELS, *geometry.kernel_size, CHANNELS).transpose(0, 3, 1, 2)
+    patches = g.op(
+        "Conv",
+        x,
+        g.constant(np.ascontiguousarray(taps)),
+        auto_pad="SAME_UPPER",
+        dilations=list(geometry.dilation),
+        kernel_shape=list(geometry.kernel_size),
+    )
+    patches = g.reshape(g.transpose(patches, 0, 2, 3, 1), -1, height, width, slots, CHANNELS)
+    return g.transpose(patches, 0, 4, 3, 1, 2)
+
+
 def by_padded_convolution(g: Builder, x: str, geometry: NeighborhoodGeometry) -> str:
     """Pad as a node of its own, then a convolution without padding."""
     weight = g.constant(one_hot(geometry, CHANNELS))

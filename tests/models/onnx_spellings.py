@@ -26,6 +26,7 @@ from tests.models import onnx_borders as borders
 from tests.models import onnx_fused as fused
 from tests.models import onnx_movement as movement
 from tests.models import onnx_neighborhoods as neighborhoods
+from tests.models import onnx_other_tools as other_tools
 from tests.models import onnx_parts as parts
 from tests.models import onnx_window_blocks as blocks
 from tests.models.onnx_borders import BorderSpelling, DenseSpelling, Mask
@@ -132,6 +133,7 @@ NCHW = Movement(movement.nchw_partition_by_reshape, movement.nchw_merge_by_resha
 SPACE_TO_DEPTH = Movement(movement.nchw_partition_by_space_to_depth, movement.nchw_merge_by_depth_to_space, axes=(2, 3))
 FOLDED = Movement(movement.nchw_partition_by_reshape, movement.nchw_merge_by_fold, axes=(2, 3))
 
+SYMBOLIC = _window(batch="batch")
 CAUSAL = np.broadcast_to(np.where(np.tri(16, dtype=bool), 0.0, -np.inf), (6, 16, 16))
 
 WINDOW_SPELLINGS: dict[str, Spelling] = {
@@ -253,6 +255,9 @@ WINDOW_SPELLINGS: dict[str, Spelling] = {
     "onnxruntime-multi-head": WholeBlock(fused.multi_head, UNSHIFTED),
     "onnxruntime-multi-head-of-heads": WholeBlock(fused.multi_head_of_heads, UNSHIFTED),
     "onnxruntime-fused-products": WholeBlock(fused.fused_products, UNSHIFTED),
+    "keras-shifted": WholeBlock(other_tools.keras_shifted, SYMBOLIC),
+    "keras-multi-head": WholeBlock(other_tools.keras_multi_head, replace(UNSHIFTED, batch="batch")),
+    "paddle-shifted": WholeBlock(other_tools.paddle_shifted, SYMBOLIC),
     "tokens-in-and-out": WholeBlock(blocks.tokens_in_and_out, WINDOW, as_tokens=True),
 }
 
@@ -267,6 +272,13 @@ NEIGHBORHOOD_SPELLINGS: dict[str, Spelling] = {
     "one-hot-convolution": _near(gathering=neighborhoods.by_convolution),
     "one-hot-convolution-per-head": _near(gathering=neighborhoods.by_convolution_per_head),
     "one-hot-convolution-padded-before": _near(gathering=neighborhoods.by_padded_convolution),
+    "extract-patches": _near(gathering=neighborhoods.by_patches),
+    "extract-patches-k3-by-5-channels-last": _near(
+        geometry=NeighborhoodGeometry((7, 11), (3, 5), (1, 1)),
+        gathering=neighborhoods.by_patches,
+        attention=neighborhoods.attend_by_matmul,
+        channels_last=True,
+    ),
     "keeping-axes": _near(attention=neighborhoods.attend_keeping_axes),
     "einsum": _near(attention=neighborhoods.attend_by_einsum),
     "matmul": _near(attention=neighborhoods.attend_by_matmul),
