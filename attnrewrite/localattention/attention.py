@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnrewrite.dims import Extent
+from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, identity, refined, reshape
@@ -181,18 +181,22 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
 
 
 def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
-    """The output's extents, each axis split where the first Reshape behind it (through transposes) begins an axis."""
+    """The output's extents, each axis split where the first Reshape behind it (through transposes) begins an axis; a
+    symbolic axis also where the next ones do.
+    """
     axes = list(range(len(output.known_shape)))  # axes[i]: the output's axis that axis i of the current value is
     node = facts.only_user(output)
     while node is not None and node.op == "Transpose":
         axes = [axes[p] for p in node.attributes.get("perm") or list(range(len(axes)))[::-1]]
         node = facts.only_user(node.output)
     splits: dict[int, tuple[Extent, ...]] = {}
-    if node is not None and node.op == "Reshape" and node.output.shape is not None and node.input(0) is not None:
-        before = node.required(0).shape
-        assert before is not None
+    before = None if node is None or node.input(0) is None else node.required(0).shape
+    while node is not None and node.op == "Reshape" and node.output.shape is not None and before is not None:
         for axis, parts in enumerate(refined(before, node.output.shape)):
-            splits[axes[axis]] = parts
+            # Further views say which heads are folded into a symbolic batch.
+            if axes[axis] not in splits or (isinstance(before[axis], Dim) and len(splits[axes[axis]]) == 1):
+                splits[axes[axis]] = parts
+        node = facts.only_user(node.output)
     return tuple(e for a, extent in enumerate(output.known_shape) for e in splits.get(a, (extent,)))
 
 

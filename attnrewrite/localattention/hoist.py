@@ -117,6 +117,11 @@ class Hoister:
         return self.emit("Reshape", [value, self.ints(target, f"{value.name}_shape")], shape, f"{value.name}_map")
 
     def transpose(self, value: Value, permutation: Sequence[int]) -> Value:
+        """Transpose; of several in a row only one is left, or none."""
+        while (node := value.producer) is not None and node.op == "Transpose" and node.domain == STANDARD_DOMAIN:
+            value = node.required(0)
+            inner = node.attributes.get("perm") or list(range(len(permutation)))[::-1]
+            permutation = [inner[p] for p in permutation]
         assert value.shape is not None
         if list(permutation) == list(range(len(permutation))):
             return value

@@ -336,9 +336,16 @@ def nearest_return(
     # The attention's own output has its heads apart: where it returns at once, what it becomes is the map.
     chosen = min(
         back_again or nearest,
-        key=lambda r: (r.value is attention.output, _spelled_out(len(r.roles.tokens) - 1)),
+        key=lambda r: (r.value is attention.output, _spelled_out(len(r.roles.tokens) - 1), _heads_apart(r.roles)),
     )
     return chosen, moved_again[0].value.name if moved_again else None
+
+
+def _heads_apart(split: Roles) -> bool:
+    """Whether tokens lie between the features of a value: neither channels last nor channels first."""
+    first, *others = split.tokens
+    orders = [[first, *others, *split.features], [first, *split.features, *others]]
+    return not any(order == sorted(order) for order in orders) or len(split.features) > 1
 
 
 def _follows(facts: Facts, one: Return, other: Return) -> bool:

@@ -150,6 +150,36 @@ def test_attention_in_windows_is_rewritten(name: str, exporter: str, tmp_path: P
     assert verification.passed, verification.explain_failure()
 
 
+class LookBack(nn.Module):
+    """Blocks of 8 of a sequence `[B, 40, C]` that attend themselves and the block before, the heads folded into the
+    batch; before the first block there is nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+        outside = torch.zeros(5, 1, 16, dtype=torch.bool)
+        outside[0, :, :8] = True
+        self.register_buffer("outside", outside)
+
+    def forward(self, x: Any) -> Any:
+        parts = [p.reshape(-1, 40, HEADS, DIM // HEADS).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1)]
+        q, k, v = (p.reshape(-1, 5, 8, DIM // HEADS) for p in parts)
+        k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t], dim=2) for t in (k, v))
+        logits = torch.einsum("bwnd,bwmd->bwnm", q * SCALE, k).masked_fill(self.outside, -torch.inf)
+        attended = torch.einsum("bwnm,bwmd->bwnd", logits.softmax(-1), v).reshape(-1, 40, DIM // HEADS)
+        return self.proj(attended.reshape(-1, HEADS, 40, DIM // HEADS).transpose(1, 2).reshape(-1, 40, DIM))
+
+
+def test_blocks_that_look_back_with_heads_in_the_batch() -> None:
+    case = ModelCase(LookBack, (2, 40, DIM), 1, sources=(Path(__file__),))
+    outcome = optimize(exported("attention_look_back", "torchscript", opset=17, dynamic_batch=True, case=case))
+    (site,) = outcome.sites
+    assert (site.kind, site.verdict, site.num_heads) == ("halo", "rewrite", HEADS), site.reason
+    assert (site.feature_size, site.window_size, site.key_window_size) == ((40,), (8,), (16,))
+    assert not left_over(outcome.graph)
+
+
 class NextWindow(Module):
     """The keys are those of the window before."""
 
