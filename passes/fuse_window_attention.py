@@ -26,10 +26,11 @@ import numpy as np
 
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
-from attnrewrite.graph import STANDARD_DOMAIN, Node
+from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
+from attnrewrite.localattention.extra_tokens import match_with_extra_tokens
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.head_groups import heads_apart
 from attnrewrite.localattention.maps import SiteMaps, count
@@ -59,10 +60,21 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     if isinstance(attention, Decline):
         return or_global(facts, softmax, attention)
     maps = read_window_maps(facts, attention)
-    found = maps if isinstance(maps, Decline) else _windows(facts, maps)
-    if not isinstance(found, Decline):
+    found = maps if isinstance(maps, Decline) else match_windows(facts, maps)
+    if isinstance(found, WindowMatch) and (found.shared is not None or _is_made_of(facts, found)):
         return found
-    if not isinstance(maps, Decline) and found.kind == "global" and (rows := query_rows(maps)) and exclusion(rows):
+    extra = match_with_extra_tokens(facts, attention, lambda match: _is_made_of(facts, match))
+    if isinstance(extra, WindowMatch):
+        return extra
+    rows = None if isinstance(maps, Decline) or maps.shared else in_rows(facts, maps)
+    in_order_of_rows = None if rows is None else match_windows(facts, rows)
+    if isinstance(in_order_of_rows, WindowMatch):
+        return in_order_of_rows
+    if extra is not None:
+        return extra
+    if isinstance(found, WindowMatch):
+        return found
+    if not isinstance(maps, Decline) and found.kind == "global" and (asked := query_rows(maps)) and exclusion(asked):
         return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
     if found.kind == "other":
         return _told_apart(facts, attention, maps) or found
@@ -76,16 +88,6 @@ def _told_apart(facts: Facts, attention: Attention, maps: SiteMaps | Decline) ->
         if found is not None:
             return found
     return queries_asked_again(facts, attention, maps)
-
-
-def _windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
-    """The windows of a site on its map, or the rows of tokens that its attention stays in."""
-    found = match_windows(facts, maps)
-    if maps.shared or (isinstance(found, WindowMatch) and _is_made_of(facts, found)):
-        return found
-    rows = in_rows(facts, maps)
-    in_order_of_rows = found if rows is None else match_windows(facts, rows)
-    return in_order_of_rows if isinstance(in_order_of_rows, WindowMatch) else found
 
 
 def _is_made_of(facts: Facts, match: WindowMatch) -> bool:
@@ -116,6 +118,14 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     value = site.operand("value", attention.value, match.value, attention.value_axis, value_dim, geometry.key_size)
     query_map, scale, per_head = site.scaled_query(query.map, channels)
 
+    extra: list[Value | None] = []
+    if maps.extra is not None:
+        beside, more = maps.extra.attention, maps.extra
+        extra = [
+            site.extra_operand("extra_key", beside.key, more.key, attention.channel_axis, channels),
+            site.extra_operand("extra_value", beside.value, more.value, attention.value_axis, value_dim),
+        ]
+
     heads = maps.num_heads
     tensors = [site.hoister.laid_out(m, channels_first=False) for m in (query_map, key.map, value.map)]
     dtype = tensors[0].dtype
@@ -144,6 +154,7 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
             site.constant_operand(value.padding, "value_padding", dtype),
             site.constant_operand(relative_table(relative, per_head), "relative_position", dtype),
             site.logit_bias(match.computed, logits_dtype),
+            *extra,
         ],
         replace(maps, keys=(match.key,), values=(match.value,)),
         channels_first=False,
@@ -164,13 +175,16 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         bias = "tensor"
     if any(t.is_mask for t in found.computed):
         mask = "tensor"
-    shared = "" if found.shared is None else ", one set of queries for all of them"
+    beside = "" if found.shared is None else ", one set of queries for all of them"
+    if (extra := found.maps.extra) is not None:
+        count = extra.key.table.shape[1]
+        beside += f", {count} token{'s' if count > 1 else ''} beside each"
     return Site(
         "",
         softmax.label,
         seen.kind,
         "rewrite",
-        f"{_in_words(geometry, seen)}{shared}: query, key and value maps equal the closed form",
+        f"{_in_words(geometry, seen)}{beside}: query, key and value maps equal the closed form",
         num_heads=found.maps.num_heads,
         head_dim=attention.head_dim,
         feature_size=seen.feature_size,

@@ -25,14 +25,18 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     assert key.shape is not None
     batch, rows = key.shape[0], key.shape[0] * geometry.num_windows
     tokens, keys = geometry.tokens_per_window, geometry.keys_per_window
+    if "extra_key" in operands:
+        keys += static(operands["extra_key"].known_shape[2])
 
     q = unscaled = _heads(
         b, _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry), heads
     )
     if spec.scale != 1.0:
         q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.known_shape)
-    k = _heads(b, _key_windows(b, key, operands.get("key_padding"), geometry), heads)
-    v = _heads(b, _key_windows(b, value, operands.get("value_padding"), geometry), heads)
+    k = _heads(b, _with_extra(b, _key_windows(b, key, operands.get("key_padding"), geometry), operands, "key"), heads)
+    v = _heads(
+        b, _with_extra(b, _key_windows(b, value, operands.get("value_padding"), geometry), operands, "value"), heads
+    )
     k = b.transpose(k, (0, 1, 3, 2))
     if spec.shared_query:
         per_image = b.reshape(k, (batch, geometry.num_windows, *k.known_shape[1:]))
@@ -45,6 +49,7 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
         table = b.cast(operands["relative_position"], unscaled.dtype or np.dtype(np.float32))
         key_window = geometry.window_size if geometry.keys is None else geometry.keys.window_size
         relative = relative_logits(b, unscaled, table, spec.relative_scale, geometry.window_size, key_window)
+        relative = _beside_extra(b, relative, keys)
         logits = _added(b, logits, relative, (batch, geometry.num_windows, heads, tokens, keys))
     logits = b.cast(logits, softmax_dtype(spec.softmax_dtype, query))
     logits = _with_terms(b, logits, spec, operands, batch)
@@ -53,6 +58,31 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     attended = b.op("MatMul", [weights, v], (rows, heads, tokens, value_dim))
     attended = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (rows, tokens, heads * value_dim))
     return b.output(_merge(b, attended, geometry, batch, heads * value_dim))
+
+
+def _with_extra(b: BodyBuilder, windows: Value, operands: dict[str, Value], name: str) -> Value:
+    """Keys or values of windows [B*nW, M, C] and behind them their extra ones: [B*nW, M + T, C]."""
+    extra = operands.get(f"extra_{name}")
+    if extra is None:
+        return windows
+    batch, (rows, _, channels) = operands["key"].known_shape[0], windows.known_shape
+    count, tokens = static(rows // batch), static(extra.known_shape[2])
+    shape = (batch, count, tokens, static(channels))
+    if extra.known_shape != shape:
+        first = b.ints([batch if isinstance(batch, int) else 1])
+        if extra.known_shape[0] != batch and not isinstance(batch, int):  # known only when the model runs
+            size = b.op("Shape", [operands["key"]], (len(operands["key"].known_shape),), np.dtype(np.int64))
+            first = b.slice(size, [0], [0], [1])
+        target = b.concat([first, b.ints([count, tokens, static(channels)])], 0)
+        extra = b.op("Expand", [extra, target], shape)
+    return b.concat([windows, b.reshape(extra, (rows, tokens, channels))], 1)
+
+
+def _beside_extra(b: BodyBuilder, term: Value, keys: int) -> Value:
+    """A term of the window's keys, nothing for the extra ones behind them."""
+    shape = term.known_shape
+    missing = keys - static(shape[-1])
+    return b.pad(term, [0] * len(shape), [0] * (len(shape) - 1) + [missing])
 
 
 def _added(b: BodyBuilder, logits: Value, term: Value, by_window: Shape) -> Value:
@@ -227,7 +257,8 @@ def _with_terms(
             np.dtype(bool),
         )
         nothing, penalty = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
-        per_window.append(b.op("Where", [same_region, nothing, penalty], (windows, 1, tokens, tokens), logits.dtype))
+        shift = b.op("Where", [same_region, nothing, penalty], (windows, 1, tokens, tokens), logits.dtype)
+        per_window.append(_beside_extra(b, shift, static(logits.known_shape[-1])))
     if "logit_bias" in operands:
         per_window.append(b.cast(operands["logit_bias"], dtype))
     if not per_window:

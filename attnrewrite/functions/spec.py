@@ -38,6 +38,7 @@ class FlashWindowAttention:
     op_type = "FlashWindowAttention"
     operands = (
         "query", "key", "value", "bias", "mask", "key_padding", "value_padding", "relative_position", "logit_bias",
+        "extra_key", "extra_value",
     )  # fmt: skip
 
     def attributes(self) -> dict[str, Any]:

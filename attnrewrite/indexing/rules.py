@@ -208,10 +208,12 @@ def broadcast_index(index: Index, value: Value) -> Index:
 
 @index_rule("Tile")
 def tile(node: Node, output: Value, index: Index) -> Sources:
-    """out[..., i, ...] = in[..., i mod extent, ...]."""
+    """out[..., i, ...] = in[..., i mod extent, ...]; what has extent 1 may be repeated a symbolic number of times."""
     data = node.required(0)
     for axis, (inner, outer) in enumerate(zip(data.known_shape, output.known_shape, strict=True)):
-        if inner != outer:
+        if inner == 1:
+            index = _with(index, axis, constant(0, index[axis].rank))
+        elif inner != outer:
             position = index[axis].static("a repetition") % _extent(data, axis, "a repetition")
             index = _with(index, axis, Coordinate(reduced(position)))
     return [Read(data, index)]

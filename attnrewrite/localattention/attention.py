@@ -6,14 +6,14 @@ So "which pixel does the key of this output element come from" is an array, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent
+from attnrewrite.dims import Dim, Extent, static
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
-from attnrewrite.indexing.map import Index, IndexingError, identity, refined, reshape
+from attnrewrite.indexing.map import Coordinate, Index, IndexingError, identity, refined, reshape
 from attnrewrite.indexing.provenance import Provenance
 from attnrewrite.indexing.rules import Read, sources
 from attnrewrite.localattention.contraction import (
@@ -37,7 +37,8 @@ class Attention:
     terms are constants; query_terms products of the query with constants; computed_terms anything else made from data.
 
     output_shape: the output's axes as the grid numbers them: an axis that holds several (windows and heads, say) is
-    split as the model itself splits it afterwards.
+    split as the model itself splits it afterwards. kept: of an attention restricted to a part of its queries, the axis
+    and the int64 positions along it; full_extent: that axis without the restriction.
     """
 
     softmax: Node
@@ -57,10 +58,37 @@ class Attention:
     output_shape: tuple[Extent, ...]
     query_terms: tuple[QueryTerm, ...] = ()
     computed_terms: tuple[ComputedTerm, ...] = ()
+    kept: tuple[int, np.ndarray] | None = None
+    full_extent: int = 0
 
     @property
     def grid_rank(self) -> int:
         return self.channel_axis + 1
+
+    @property
+    def full_shape(self) -> tuple[Extent, ...]:
+        """output_shape without the restriction to some queries."""
+        if self.kept is None:
+            return self.output_shape
+        axis = self.kept[0]
+        return (*self.output_shape[:axis], self.full_extent, *self.output_shape[axis + 1 :])
+
+    def among_kept(self, index: Index) -> Index | None:
+        """Coordinates over full_shape as coordinates over output_shape; None where one is not of the kept queries."""
+        if self.kept is None:
+            return index
+        axis, positions = self.kept
+        place = np.full(self.full_extent, -1)
+        place[positions] = np.arange(len(positions))
+        values = place[index[axis].values]
+        return None if (values < 0).any() else (*index[:axis], Coordinate(values), *index[axis + 1 :])
+
+    def in_full(self, index: Index) -> Index:
+        """The reverse of among_kept."""
+        if self.kept is None:
+            return index
+        axis, positions = self.kept
+        return (*index[:axis], Coordinate(positions[index[axis].values]), *index[axis + 1 :])
 
 
 def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
@@ -69,6 +97,30 @@ def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
         return _read(facts, softmax)
     except IndexingError as error:
         return Decline(str(error), softmax.label)
+
+
+def restricted(attention: Attention, axis: int, kept: np.ndarray) -> Attention:
+    """The attention at these positions (int64) of one axis of its grid: some of its keys, or of its queries."""
+
+    def take(array: np.ndarray) -> np.ndarray:
+        return array.take(kept, axis=axis) if array.ndim > axis and array.shape[axis] > 1 else array
+
+    def operand(one: Operand) -> Operand:
+        return Operand(one.value, tuple(Coordinate(take(c.values), c.batch) for c in one.index))
+
+    part = replace(
+        attention,
+        query=operand(attention.query),
+        key=operand(attention.key),
+        value=operand(attention.value),
+        scale=take(attention.scale),
+        terms=tuple(replace(t, values=take(t.values)) for t in attention.terms),
+    )
+    if axis == attention.key_axis:
+        return replace(part, num_keys=len(kept))
+    shape = attention.output_shape
+    fewer = (*shape[:axis], len(kept), *shape[axis + 1 :])
+    return replace(part, output_shape=fewer, kept=(axis, kept), full_extent=static(shape[axis]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,13 +74,37 @@ class Return:
 
 
 @dataclass(frozen=True, eq=False)
+class ExtraSource:
+    """Where the extra keys of the windows come from, or their values.
+
+    roles: of the candidate's axes. batch: 1, or that of the map. table: int64 [nW or 1, T], which of the `tokens` of a
+    batch element each window holds, windows in the op's order.
+    """
+
+    candidate: Candidate
+    roles: Roles
+    batch: Extent
+    tokens: int
+    table: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ExtraTokens:
+    """Keys that every window has besides those of its map: the attention at these keys alone, and their sources."""
+
+    attention: Attention
+    key: ExtraSource
+    value: ExtraSource
+
+
+@dataclass(frozen=True, eq=False)
 class SiteMaps:
     """A site between feature maps. Grid axes are the attention's; features: those that number heads and channels.
 
     query: the source whose map and the output's agree, queries: all such views of it; keys, values: every candidate of
     theirs, nearest first; sources: of all three, in the order of the walk. shared: where one set of queries serves all
     windows, the maps it comes from, one token per token of a window; query and queries are then the places that the
-    output returns to.
+    output returns to. extra: keys of the windows that are not on the map.
     """
 
     attention: Attention
@@ -93,6 +117,7 @@ class SiteMaps:
     values: tuple[Source, ...]
     sources: dict[str, tuple[Source, ...]]
     shared: tuple[Source, ...] = ()
+    extra: ExtraTokens | None = None
 
     @property
     def token_axes(self) -> tuple[int, ...]:
@@ -434,8 +459,11 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
         if candidate.value is attention.output:
             assert attention.output.shape is not None
             try:
-                index = reshape(candidate.index, attention.output.shape, attention.output_shape)
+                read = reshape(candidate.index, attention.output.shape, attention.full_shape)
             except IndexingError:
+                return None
+            index = attention.among_kept(read)
+            if index is None:
                 return None
             tokens = dependencies([c for a, c in enumerate(index) if a not in features])
             own_features |= dependencies([c for a, c in enumerate(index) if a in features]) - {channel_axis}

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from attnrewrite.dims import static
+from attnrewrite.dims import Dim, static
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
@@ -21,13 +21,25 @@ from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity, reduced
 from attnrewrite.indexing.provenance import provenances
-from attnrewrite.localattention.attention import read_attention
+from attnrewrite.localattention.attention import Attention, read_attention, restricted
+from attnrewrite.localattention.contraction import Operand
+from attnrewrite.localattention.extra_tokens import beside_the_map
 from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels, grouped, spread
+from attnrewrite.localattention.maps import (
+    ExtraSource,
+    ExtraTokens,
+    SiteMaps,
+    Source,
+    count,
+    flat_pixels,
+    grouped,
+    spread,
+)
 from attnrewrite.localattention.reads import Reads, Table
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.terms import grid_table
+from attnrewrite.localattention.tokens import Roles, candidates, roles
 
 
 class NotProved(Exception):
@@ -37,9 +49,7 @@ class NotProved(Exception):
 def prove(maps: SiteMaps, node: Node, opset: int) -> None:
     """Raise NotProved unless the node's body reads what the original site reads."""
     if isinstance(spec_of(node), FlashWindowAttention):
-        difference = original_reads(maps).difference(_window_reads(node, opset), maps.attention.softmax_dtype)
-        if difference is not None:
-            raise NotProved(difference)
+        _prove_windows(maps, node, opset)
     else:
         _prove_slots(maps, node, opset)
 
@@ -50,16 +60,8 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
     learned: of "key" and "value", those whose shifts are learned: they read the pixel itself in every slot, as the
     body's kernels do.
     """
-    attention = maps.attention
-    shape, axes = attention.output_shape, list(maps.token_axes)
-    pixels = math.prod(maps.query.spatial)
-    batch = _enumerated_batch(maps.query)
-    rows = flat_pixels(maps.query.candidate, maps.query.roles.tokens, shape, axes).reshape(-1)
-    order = np.full(batch * pixels, -1, np.int64)
-    order[rows[rows != PADDING]] = np.flatnonzero(rows != PADDING)
-    order = order[:pixels]
-    if (order < 0).any():
-        raise NotProved(f"no query is computed for pixel {int(np.argmax(order < 0))}")
+    pixels, batch = math.prod(maps.query.spatial), _enumerated_batch(maps.query)
+    order = _rows_of_pixels(maps)[:pixels]
     tables = []
     for name, source in (("key", maps.keys[0]), ("value", maps.values[0])):
         if _enumerated_batch(source) != batch:
@@ -69,6 +71,45 @@ def original_reads(maps: SiteMaps, learned: Collection[str] = ()) -> Reads:
     return Reads(
         tables[0], tables[1], _terms(maps, order), sizes, _query_vectors(maps, order), _shared_queries(maps, order)
     )
+
+
+def _rows_of_pixels(maps: SiteMaps) -> np.ndarray:
+    """int64 [B * P]: the output's row, numbered over its token axes, of every pixel of the query's map."""
+    query = maps.query
+    shape, axes = maps.attention.output_shape, list(maps.token_axes)
+    rows = flat_pixels(query.candidate, query.roles.tokens, shape, axes).reshape(-1)
+    order = np.full(_enumerated_batch(query) * math.prod(query.spatial), -1, np.int64)
+    order[rows[rows != PADDING]] = np.flatnonzero(rows != PADDING)
+    if (order < 0).any():
+        raise NotProved(f"no query is computed for pixel {int(np.argmax(order < 0))}")
+    return order
+
+
+def _extra_difference(maps: SiteMaps, body: SiteMaps) -> str | None:
+    """Where the keys that are not on the map part: pixel by pixel, the tokens read and what is added to the logits."""
+    if maps.extra is None or body.extra is None:
+        only = "the original" if body.extra is None else "the replacement"
+        return None if maps.extra is body.extra else f"only {only} has keys that are not on the map"
+    original, emitted = _rows_of_pixels(maps), _rows_of_pixels(body)
+    if len(original) != len(emitted):
+        return "original and replacement have batches of different size"
+    tables: list[tuple[Table, Table]] = []
+    for source, operand in ((maps.extra.key, body.extra.key), (maps.extra.value, body.extra.value)):
+        held = source.table.reshape(-1)
+        read = pixel_table(replace(body, attention=body.extra.attention), operand, emitted)
+        elements, inside = read.values // held.size, read.values % held.size
+        placed = Table(elements * (0 if source.batch == 1 else source.tokens) + held[inside], read.row_of)
+        tables.append((pixel_table(replace(maps, attention=maps.extra.attention), source, original), placed))
+    (key, key_now), (value, value_now) = tables
+    terms = [
+        _terms(replace(m, attention=m.extra.attention), rows)
+        for m, rows in ((maps, original), (body, emitted))
+        if m.extra is not None
+    ]
+    difference = Reads(key, value, terms[0]).difference(
+        Reads(key_now, value_now, terms[1]), maps.attention.softmax_dtype
+    )
+    return None if difference is None else f"of the keys that are not on the map, {difference}"
 
 
 def _shared_queries(maps: SiteMaps, order: np.ndarray) -> np.ndarray | None:
@@ -100,7 +141,7 @@ def _query_vectors(maps: SiteMaps, order: np.ndarray) -> Table | None:
     return Table(vectors, _rows_along(maps, axes, order))
 
 
-def pixel_table(maps: SiteMaps, source: Source, order: np.ndarray, *, learned: bool = False) -> Table:
+def pixel_table(maps: SiteMaps, source: Source | ExtraSource, order: np.ndarray, *, learned: bool = False) -> Table:
     """Flat pixels of the source that the key slots read, PADDING outside; one row for each of these output rows."""
     attention = maps.attention
     slots = 1 if learned else attention.num_keys
@@ -111,7 +152,7 @@ def pixel_table(maps: SiteMaps, source: Source, order: np.ndarray, *, learned: b
     return Table(table, _rows_along(maps, axes, order))
 
 
-def _token_axes_of(maps: SiteMaps, source: Source) -> list[int]:
+def _token_axes_of(maps: SiteMaps, source: Source | ExtraSource) -> list[int]:
     """The token axes of the output on which it depends what the source is read at."""
     reads = dependencies([source.candidate.index[a] for a in source.roles.tokens])
     domain = source.candidate.domain
@@ -147,8 +188,16 @@ def _enumerated_batch(source: Source) -> int:
     return count(source.batch)
 
 
-def _window_reads(node: Node, opset: int) -> Reads:
-    """The reads of the emitted body, its constant operands filled in; padding operands add values, not pixels."""
+def _prove_windows(maps: SiteMaps, node: Node, opset: int) -> None:
+    body = _window_maps(node, opset)
+    difference = original_reads(maps).difference(original_reads(body), maps.attention.softmax_dtype)
+    difference = difference or _extra_difference(maps, body)
+    if difference is not None:
+        raise NotProved(difference)
+
+
+def _window_maps(node: Node, opset: int) -> SiteMaps:
+    """The maps of the emitted body, its constant operands filled in; padding operands add values, not pixels."""
     names = [n for n in operands_of(node) if not n.endswith("_padding")]
     bare = Node(
         node.op,
@@ -167,6 +216,11 @@ def _window_reads(node: Node, opset: int) -> Reads:
     facts = Facts(body)
     softmax = next(n for n in body.nodes if n.op == "Softmax")
     attention = read_attention(facts, softmax)
+    beside = None
+    if not isinstance(attention, Decline) and "extra_key" in formal:
+        extra = static(formal["extra_key"].known_shape[2])
+        own, others = np.split(np.arange(attention.num_keys), [attention.num_keys - extra])
+        attention, beside = restricted(attention, attention.key_axis, own), beside_the_map(attention, others)
     maps = attention if isinstance(attention, Decline) else read_window_maps(facts, attention)
     if isinstance(maps, Decline):
         raise NotProved(f"the emitted body cannot be read: {maps.reason}")
@@ -191,8 +245,26 @@ def _window_reads(node: Node, opset: int) -> Reads:
         raise NotProved("the emitted body adds other tensors to its logits")
     if body.outputs[0].known_shape[:-1] != asked.known_shape[:-1]:
         raise NotProved("the emitted body does not return to the map of its query")
-    read = replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],), shared=tuple(shared))
-    return original_reads(read)
+    if beside is not None:
+        more = [
+            _operand_source(facts, maps, beside, o, formal[n])
+            for n, o in (("extra_key", beside.key), ("extra_value", beside.value))
+        ]
+        maps = replace(maps, extra=ExtraTokens(beside, more[0], more[1]))
+    return replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],), shared=tuple(shared))
+
+
+def _operand_source(facts: Facts, maps: SiteMaps, attention: Attention, read: Operand, operand: Value) -> ExtraSource:
+    """The operand [B or 1, nW or 1, T, C] as it is read; its channels must pass through."""
+    for way in candidates(read.value, read.index, attention.channel_axis, facts.positions):
+        if way.value is operand and way.depth == 0 and way.domain is None:
+            batch, tokens = operand.known_shape[0], [static(e) for e in operand.known_shape[1:3]]
+            split = roles(operand, way.index, maps.features)
+            own = way.index[0].batch == (count(batch) if isinstance(batch, Dim) else 0)
+            if own and split is not None and split.features in ((3,), ()):
+                table = np.arange(math.prod(tokens)).reshape(tokens)
+                return ExtraSource(way, Roles((0, 1, 2), (3,)), batch, table.size, table)
+    raise NotProved("the emitted body's extra keys do not come from their operand alone")
 
 
 def _prove_slots(maps: SiteMaps, node: Node, opset: int) -> None:

@@ -11,13 +11,23 @@ import onnx
 
 from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
+from attnrewrite.frontend.evaluate import evaluate
 from attnrewrite.functions.spec import DOMAIN, Spec
 from attnrewrite.graph import Node, Value
 from attnrewrite.indexing.map import IndexingError, identity
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
-from attnrewrite.localattention.maps import SiteMaps, Source, count, grouped, pixels_read, row_major, spread
+from attnrewrite.localattention.maps import (
+    ExtraSource,
+    SiteMaps,
+    Source,
+    count,
+    grouped,
+    pixels_read,
+    row_major,
+    spread,
+)
 from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.site import Decline, Site
 from attnrewrite.localattention.terms import PlacedTerm
@@ -72,6 +82,40 @@ class SiteRewriter:
         except (NotHoistable, IndexingError) as error:
             raise Declined(Decline(str(error), operand.value.name)) from error
         return Emitted(result, padding if padding is not None and padding.any() else None)
+
+    def extra_operand(
+        self, role: str, operand: Operand, source: ExtraSource, channel_axis: int, channels: int
+    ) -> Value:
+        """Keys or values that are not on the map, [B or 1, nW or 1, T, nH * channels]."""
+        maps, candidate, split = self.maps, source.candidate, source.roles
+        hoister = Hoister(self.facts, (source.tokens,), self.hoister.made_by)
+        map_ = hoister.source_map(candidate.value, split, source.batch, (source.tokens,))
+        shape, pixels = candidate.value.known_shape, pixels_read(candidate, split.tokens)
+        anchor = Anchor(candidate.value, shape, candidate.index, split, split.features, map_, pixels)
+        attention = self.maps.attention
+        stem = f"{attention.output.name}_{role}"
+        try:
+            found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
+            axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
+            result = hoister.features(found, spread(picked, axes).reshape(-1), stem)
+        except (NotHoistable, IndexingError) as error:
+            raise Declined(Decline(str(error), operand.value.name)) from error
+        tokens, features = hoister.laid_out(result, channels_first=False), maps.num_heads * channels
+        windows, extra = source.table.shape
+        if not np.array_equal(source.table.reshape(-1), np.arange(source.tokens)):
+            index = hoister.constant(source.table.reshape(-1), f"{stem}_index")
+            tokens = hoister.emit("Gather", [tokens, index], (source.batch, windows * extra, features), stem, axis=1)
+        tokens = hoister.reshape(tokens, (source.batch, windows, extra, features))
+        self.hoister.nodes.extend(n for n in hoister.nodes if not self._is_known(n))
+        return tokens
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether a new node has constant operands alone (learned tokens); its output becomes a constant."""
+        if not all(v is None or v.is_constant for v in node.inputs):
+            return False
+        arrays = [None if v is None else v.constant for v in node.inputs]
+        node.output.set_constant(evaluate(node, arrays, self.facts.graph.opset)[0])
+        return True
 
     def scaled_query(self, query: FeatureMap, head_dim: int) -> tuple[FeatureMap, float, np.ndarray | None]:
         """The query and the scalar scale; a scale that differs from head to head, float64 [nH], is multiplied into the
@@ -176,7 +220,8 @@ class SiteRewriter:
         tokens = tuple(a for a in range(len(attention.output_shape)) if a not in maps.features)
         own = identity(back.value.shape, channel_axis + 1)
         pixels = row_major(own, back.roles.tokens, back.value.known_shape)
-        anchor = Anchor(attention.output, attention.output_shape, back.index, Roles(tokens, order), order, map_, pixels)
+        index = attention.in_full(back.index)
+        anchor = Anchor(attention.output, attention.full_shape, index, Roles(tokens, order), order, map_, pixels)
         features = frozenset(back.roles.features) | {channel_axis}
         try:
             found, picked = hoister.hoist(back.value, own, channel_axis, features, anchor)

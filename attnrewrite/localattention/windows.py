@@ -43,11 +43,13 @@ class WindowMatch:
     key, value: the feature maps chosen. bias: float64 [1 or nW, nH or 1, N, M] or None; mask: float64 [nW, N or 1, M]
     or None; mask_value: the penalty where the mask is Swin's shift mask; relative_position: the query's
     own terms; computed: terms made from data. All in the geometry's own window and token order. shared: where one set
-    of queries serves all windows, the map of as many tokens that it comes from.
+    of queries serves all windows, the map of as many tokens that it comes from. order: how the grid's windows and
+    tokens become the op's. With `maps.extra`, bias and mask have its keys behind the M of the window.
     """
 
     maps: SiteMaps
     geometry: WindowGeometry
+    order: Order
     key: Source
     value: Source
     bias: np.ndarray | None
@@ -122,12 +124,11 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
                 f"the {name} tokens are rearranged before the windows in a way that the output does not undo", source
             )
     assert isinstance(settled_key, Source) and isinstance(settled_value, Source)
-    terms = _terms(maps, window_axes, query_axes, element)
+    order = Order(window_axes, query_axes, element, window_order, query_order, key_order)
+    terms = constant_terms(maps, order)
     if isinstance(terms, Decline):
         return terms
-    ordered = [_reordered(t, window_order, query_order, key_order) for t in terms]
-    bias, mask, mask_value = _split_terms(ordered, geometry, maps.attention.softmax_dtype)
-    order = Order(window_axes, query_axes, element, window_order, query_order, key_order)
+    bias, mask, mask_value = _split_terms(terms, geometry, maps.attention.softmax_dtype)
     merged = geometry.merged()
     key_window = merged.window_size if merged.keys is None else merged.keys.window_size
     relative = relative_position(maps, order, merged.window_size, key_window)
@@ -143,6 +144,7 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
     return WindowMatch(
         replace(maps, query=query, shared=() if shared is None else (shared,)),
         geometry,
+        order,
         settled_key,
         settled_value,
         bias,
@@ -338,31 +340,29 @@ def _is_stripe(extents: tuple[int, ...], window: tuple[int, ...]) -> bool:
     return len(extents) == 2 or all(w == 1 for w, spans in zip(window, whole, strict=True) if not spans)
 
 
-def _terms(
-    maps: SiteMaps, window_axes: list[int], query_axes: list[int], element: np.ndarray
-) -> list[np.ndarray] | Decline:
-    """The constant terms as arrays [nW or 1, nH or 1, N or 1, M or 1] of one batch element."""
+def constant_terms(maps: SiteMaps, order: Order) -> list[np.ndarray] | Decline:
+    """The constant terms as arrays [nW or 1, nH or 1, N or 1, M or 1] of one batch element, in the op's order."""
     attention = maps.attention
     if any(t.lowest for t in attention.terms) and has_fully_masked_row(attention.terms, attention.key_axis):
         return Decline("a query has all its keys masked by a finite number", attention.softmax.label)
     found = []
     for term in attention.terms:
         arrays = term.values.reshape(term.values.shape + (1,) * (attention.grid_rank - term.values.ndim))
-        groups = [window_axes, list(maps.heads), query_axes, [attention.key_axis]]
+        groups = [list(order.windows), list(maps.heads), list(order.queries), [attention.key_axis]]
         flat = grouped(arrays, groups, attention)
         if flat.shape[0] > 1:
-            elements = flat[element]
+            elements = flat[order.element]
             if (elements != elements[:1]).any():
                 return Decline("the mask differs between batch elements", term.node.label)
             flat = elements[0]
-        found.append(reduced(flat))
+        found.append(_reordered(reduced(flat), order))
     return found
 
 
-def _reordered(term: np.ndarray, windows: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    for axis, order in ((0, windows), (2, queries), (3, keys)):
+def _reordered(term: np.ndarray, order: Order) -> np.ndarray:
+    for axis, positions in ((0, order.window), (2, order.query), (3, order.key)):
         if term.shape[axis] > 1:
-            term = term.take(order, axis=axis)
+            term = term.take(positions, axis=axis)
     return term
 
 

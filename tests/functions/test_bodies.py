@@ -21,6 +21,7 @@ from tests.passes.rewritten import ranks
 from tests.running import error, run
 
 HEADS, HEAD_DIM, VALUE_DIM = 3, 5, 7
+EXTRA_TOKENS = 3
 FLOAT32, FLOAT16 = 2e-6, 4e-3  # of max |reference|: sums of up to 49 terms, each rounded to 2**-24 or 2**-11
 
 
@@ -49,6 +50,12 @@ class Case:
             tokens, keys, windows = geometry.tokens_per_window, geometry.keys_per_window, geometry.num_windows
             per_window = windows if "bias per window" in self.optional else 1
             small = "small mask" in self.optional
+            extra = (
+                1 if "extra of one image" in self.optional else self.batch,
+                1 if "extra of one window" in self.optional else windows,
+                EXTRA_TOKENS,
+            )
+            keys += EXTRA_TOKENS if "extra_key" in self.optional else 0
             return {
                 "query": (self.batch, *(geometry.window_size if self.spec.shared_query else size), HEADS * HEAD_DIM),
                 "key": (self.batch, *geometry.key_size, HEADS * HEAD_DIM),
@@ -57,6 +64,8 @@ class Case:
                 "mask": (windows, 1 if small else tokens, keys),
                 "key_padding": (HEADS * HEAD_DIM,),
                 "value_padding": (HEADS * VALUE_DIM,),
+                "extra_key": (*extra, HEADS * HEAD_DIM),
+                "extra_value": (*extra, HEADS * VALUE_DIM),
                 "relative_position": (HEADS if "table per head" in self.optional else 1, self.table_rows(), HEAD_DIM),
                 "logit_bias": tuple(
                     1 if f"{letter} broadcast" in self.optional else extent
@@ -108,7 +117,9 @@ class Case:
         first = self.batch if batch is None else batch
 
         def declared(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
-            batched = name in ("query", "key", "value", "y") or (name == "logit_bias" and shape[0] == self.batch > 1)
+            batched = name in ("query", "key", "value", "y") or (
+                name in ("logit_bias", *EXTRA) and shape[0] == self.batch > 1
+            )
             own = [first, *shape[1:]] if batched else list(shape)
             return helper.make_tensor_value_info(name, kind, own)
 
@@ -160,6 +171,7 @@ HALVED = {"feature_size": (4, 6), "window_size": (2, 2), "stride": (2, 2)}
 DOUBLED = {"feature_size": (16, 24), "window_size": (8, 8), "stride": (8, 8)}
 PADS = ("key_padding", "value_padding")
 RELATIVE = ("relative_position",)
+EXTRA = ("extra_key", "extra_value")
 LEARNED = ("key_kernel", "key_bias", "value_kernel", "value_bias")
 
 CASES: dict[str, Case] = {
@@ -223,6 +235,14 @@ CASES: dict[str, Case] = {
     "computed-mask": Case(SHIFTED, ("bias", "logit_bias", "H broadcast")),
     "computed-bias": Case(masked(SHIFTED, -100.0), ("logit_bias", "B broadcast", "W broadcast")),
     "computed-for-keys": Case(keyed(PLAIN, halo=(2, 2)), ("logit_bias", "W broadcast", "H broadcast", "N broadcast")),
+    "extra-keys": Case(PLAIN, EXTRA),
+    "extra-keys-of-all-images": Case(SHIFTED, ("extra of one image", *EXTRA)),
+    "extra-keys-of-all-windows": Case(masked(SHIFTED, -100.0), ("bias", "extra of one window", *EXTRA)),
+    "extra-keys-everywhere-alike": Case(
+        windows((7, 10), (4, 4)), ("mask", "bias", "extra of one image", "extra of one window", *PADS, *EXTRA)
+    ),
+    "extra-keys-of-a-halo": Case(keyed(PLAIN, halo=(2, 1)), ("bias", "mask", *EXTRA)),
+    "extra-keys-and-relative": Case(masked(SHIFTED, -100.0), ("logit_bias", "M broadcast", *RELATIVE, *EXTRA)),
     "computed-everything": Case(windows((7, 10), (4, 4)), ("mask", "logit_bias", *RELATIVE)),
     "k3": Case(near((7, 11), (3, 3))),
     "k5-dilated": Case(near((13, 11), (5, 5), (2, 2)), ("bias",)),

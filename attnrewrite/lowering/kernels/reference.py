@@ -35,6 +35,9 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype
     key = _windows(operands["key"], key_pixels, heads, operands.get("key_padding"), dtype)
     value = _windows(operands["value"], key_pixels, heads, operands.get("value_padding"), dtype)
 
+    own = key.shape[2]
+    key, value = (_with_extra(x, operands.get(f"extra_{name}")) for x, name in ((key, "key"), (value, "value")))
+
     logits = spec.scale * np.einsum("bwnhi,bwmhi->bwhnm", query, key)
     if "bias" in operands:
         logits = logits + operands["bias"].astype(dtype)
@@ -45,12 +48,12 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype
     if "relative_position" in operands:
         key_window = geometry.window_size if geometry.keys is None else geometry.keys.window_size
         table = _relative_table(operands["relative_position"].astype(dtype), geometry.window_size, key_window)
-        logits = logits + spec.relative_scale * np.einsum(
+        logits[..., :own] += spec.relative_scale * np.einsum(
             "bwnhi,hnmi->bwhnm", query, table.repeat(heads // len(table), 0)
         )
     if spec.mask_value is not None:
         penalty = np.where(geometry.crosses_regions(), spec.mask_value, 0.0).astype(dtype)
-        logits = logits + penalty[:, None]
+        logits[..., :own] += penalty[:, None]
     tokens = np.einsum("bwhnm,bwmhi->bwnhi", softmax(logits, axis=-1), value)
 
     batch, *_, channels = operands["value"].shape
@@ -123,6 +126,15 @@ def _windows(
     outside = np.zeros(channels, dtype) if padding is None else padding.astype(dtype)
     tokens = np.where((pixels == PADDING)[None, :, :, None], outside, flat[:, pixels])
     return tokens.reshape(batch, *pixels.shape, heads, channels // heads)
+
+
+def _with_extra(windows: np.ndarray, extra: np.ndarray | None) -> np.ndarray:
+    """[B, nW, M, nH, d] and [B or 1, nW or 1, T, nH*d] -> [B, nW, M + T, nH, d]."""
+    if extra is None:
+        return windows
+    batch, count, _, heads, channels = windows.shape
+    beside = extra.astype(windows.dtype).reshape(*extra.shape[:3], heads, channels)
+    return np.concatenate([windows, np.broadcast_to(beside, (batch, count, *beside.shape[2:]))], axis=2)
 
 
 def _relative_table(table: np.ndarray, window: Sizes, key_window: Sizes) -> np.ndarray:
