@@ -43,7 +43,7 @@ def sam_meta() -> Any:
 
 
 def sam2_meta() -> Any:
-    module = imported_alone("sam2.modeling.backbones.hieradet", absent=("iopath", "iopath.common"))
+    module = imported_alone("sam2.modeling.backbones.hieradet")
     hiera = module.Hiera(
         embed_dim=16, stages=(1, 2, 2, 1), window_spec=(8, 4, 4, 2), global_att_blocks=(4,), return_interm_layers=False
     )
@@ -51,7 +51,7 @@ def sam2_meta() -> Any:
 
 
 def studiosr(module: str, name: str, **options: Any) -> Any:
-    return getattr(imported_alone(f"studiosr.models.{module}", absent=("gdown",)), name)(**options)
+    return getattr(imported_alone(f"studiosr.models.{module}", absent=("gdown", "requests")), name)(**options)
 
 
 def gmflow_transformer() -> Any:
@@ -212,7 +212,7 @@ MODELS = (
         "windows with a token of their own; among windows",
         partial(vp, "sep_vit", "SepViT", num_classes=5, dim=16, dim_head=8, heads=(1, 2), depth=(1, 1)),
         ((1, 3, 56, 56),),
-        {"window": 2},
+        {"window": 1},
         {"": 2},
     ),
     m(
@@ -408,15 +408,15 @@ MODELS = (
         PAIR,
         {"window": 2, "stripe": 2},
     ),
-    m("monai_swin_unetr", "monai", f"{SHIFTED}, U-Net", swin_unetr, ((1, 1, 64, 96),), {"window": 4}, {"": 4}),
+    m("monai_swin_unetr", "monai", f"{SHIFTED}, U-Net", swin_unetr, ((1, 1, 64, 96),), {"window": 6}, {GLOBAL: 2}),
     m(
         "monai_swin_unetr_3d",
         "monai",
         f"{SHIFTED} in 3-D, U-Net",
         swin_unetr_3d,
         ((1, 1, 32, 32, 64),),
-        {"window": 3},
-        {"": 2},
+        {"window": 3, "stripe": 1},
+        {GLOBAL: 1},
         exporters=(TORCHSCRIPT,),
     ),
     m(

@@ -78,7 +78,14 @@ MODELS = (
         {GLOBAL: 2},
         inputs=((1, 3, 64, 64),),
     ),
-    m("dctlsa", "linear attention in windows", partial(sp, "DCTLSA"), {"window": 24}, inputs=((1, 3, 64, 64),)),
+    m(
+        "dctlsa",
+        "linear attention in windows",
+        partial(sp, "DCTLSA"),
+        {},
+        {"not from a product of queries and keys": 24},
+        inputs=((1, 3, 64, 64),),
+    ),
     m(
         "ipt",
         "global on unfolded patches",
@@ -169,7 +176,7 @@ MODELS = (
         "rgt",
         "windows of two shapes; recursive global",
         partial(sp, "RGT", img_size=32, embed_dim=64, depth=[4], num_heads=[2], mlp_ratio=2, split_size=[4, 8]),
-        {"window": 6},
+        {"window": 4},
         {"": 2},
     ),
     m(
@@ -183,7 +190,8 @@ MODELS = (
         "scunet",
         "windows, shifted, beside convolutions",
         partial(sp, "SCUNet", in_nc=3, config=[2] * 7, dim=64, input_resolution=64),
-        {"window": 14},
+        {"window": 12},
+        {GLOBAL: 2},
         inputs=((1, 3, 64, 64),),
     ),
     m(
@@ -191,7 +199,7 @@ MODELS = (
         "windows; channels",
         partial(sp, "DITN", "DITN_Real", "DITN_Real", dim=12, ITL_blocks=1, SAL_blocks=1, upscale=2),
         {},
-        {"": 2},
+        {"": 1},
     ),
     m(
         "restormer",

@@ -89,6 +89,7 @@ def test_the_page_lists_every_model_that_was_not_measured() -> None:
     assert "absent (the-kind)." in text
 
 
+@pytest.mark.slow
 def test_a_child_that_takes_too_long_is_a_failed_row() -> None:
     with tempfile.TemporaryDirectory() as folder:
         name = next(iter(MODELS))
