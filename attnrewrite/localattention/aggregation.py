@@ -17,7 +17,7 @@ import numpy as np
 
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Node
+from attnrewrite.graph import Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, dependencies
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import RULES
@@ -106,10 +106,25 @@ def match_aggregation(facts: Facts, anchor: Node) -> Aggregation | Decline | Non
             match = _Matcher(found.facts, anchor, None, found.sum, weights).match()
             if isinstance(match, Aggregation):
                 return match
-            nearest = nearest or match
+            if not (_is_of_softmax(found.sum.weight) or _runs_into_softmax(facts, anchor)):  # of which that tells
+                nearest = nearest or match
         return nearest
     except IndexingError:
         return None
+
+
+def _is_of_softmax(weights: Value) -> bool:
+    node = weights.producer
+    while node is not None and not node.domain and node.op in RULES:
+        node = node.required(0).producer
+    return node is not None and node.op == "Softmax"
+
+
+def _runs_into_softmax(facts: Facts, node: Node) -> bool:
+    user = facts.only_user(node.outputs[0])
+    while user is not None and not user.domain and (user.op in RULES or user.op in POINTWISE):
+        user = facts.only_user(user.outputs[0])
+    return user is not None and user.op == "Softmax"
 
 
 def _compares_tokens(softmax: Node) -> bool:
@@ -208,7 +223,9 @@ class _Matcher:
         if _is_computed_from_pairs(weight_way) or self._is_computed_from_neighbours(weight_way, tokens):
             return None
         if not moving:
-            told = self.softmax is not None and any(self._moves(c.index, tokens) for c in way)
+            told = self.softmax is not None and any(
+                self._moves(c.index, tokens) and not self._reads_once(c.index, tokens) for c in way
+            )
             return self._decline("the neighbours read differ from head to head or channel to channel") if told else None
         weight_way = _numbered_by(summed.key_axis, weight_way)
         weights = self._sources(weight_way, frozenset({*heads, *rows, summed.key_axis, spare}))
@@ -234,6 +251,14 @@ class _Matcher:
         """Whether the values summed for a pixel lie at places that depend on the pixel and on the summed position."""
         key = self.sum.key_axis
         return any(key in c.depends_on() and c.depends_on() & set(tokens) for c in index)
+
+    def _reads_once(self, index: Index, tokens: Sequence[int]) -> bool:
+        """Whether no element is summed for two pixels: then tokens are pooled, and no neighbours gathered."""
+        axes = {*tokens, self.sum.key_axis}
+        moving = [c.values for c in index if c.depends_on() & axes]
+        own = [v[tuple(slice(None) if a in axes else slice(0, 1) for a in range(v.ndim))] for v in moving]
+        reads = np.stack(np.broadcast_arrays(*own), -1).reshape(-1, len(own))
+        return len(np.unique(reads, axis=0)) == len(reads)
 
     def _is_computed_from_neighbours(self, way: Sequence[Candidate], tokens: Sequence[int]) -> bool:
         """Whether weights join a tensor of the pixels with one of their neighbours, as queries and keys are joined."""

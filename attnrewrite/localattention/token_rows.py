@@ -16,13 +16,14 @@ def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
     """The maps with the rows of one element of the model's batch as tokens of it, where its attention runs over more
     rows than the model has elements; None where it does not.
 
-    Tokens [B*n, N, C] are then a map [B, n*N, C], and attention within each row is attention in windows of N. Such a
-    map begins where something else reads its rows too (a shortcut): what moved tokens before that is not the site's.
+    Tokens [B*n, N, C] are then a map [B, n*N, C], and attention within each row is attention in windows of N; not so
+    where the rows are the frames of a video, for all of a frame attends all of it. Such a map begins where something
+    else reads its rows too (a shortcut): what moved tokens before that is not the site's.
     """
     batch = model_batch(facts)
     counted = (_rows_per_element(q, batch) for q in maps.queries)
     groups = next((g for g in counted if g is not None), None)
-    if groups is None:
+    if groups is None or groups in _frames(facts):
         return None
 
     def in_view(source: Source) -> Source:
@@ -50,6 +51,12 @@ def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
         values=listed(maps.values),
         sources={name: tuple(map(in_view, sources)) for name, sources in own.items()},
     )
+
+
+def _frames(facts: Facts) -> tuple[Extent, ...]:
+    """How many frames a video [B, C, T, H, W] or [B, T, C, H, W] may have, by the model's inputs of five axes."""
+    shapes = [v.shape for v in facts.graph.inputs if v.shape is not None]
+    return tuple(e for shape in shapes if len(shape) == 5 for e in shape[1:3])
 
 
 def _ancestors(value: Value) -> set[Node]:

@@ -311,26 +311,25 @@ class LocalLinearAttention(nn.Module):
 
 class UniFormerV2(nn.Module):
     """UniFormerV2: a ViT over the frames of a video, with local temporal convolution before it, and a global block in
-    which one learned query gathers from all tokens of all frames (arXiv 2211.09552). The frames are bands of the image.
+    which one learned query gathers from all tokens of all frames (arXiv 2211.09552). Input [B, 3, T, H, W].
     """
 
-    def __init__(self, size: tuple[int, int] = (64, 48), dim: int = 24, frames: int = 2) -> None:
+    def __init__(self, size: tuple[int, int] = (32, 48), dim: int = 24) -> None:
         super().__init__()
-        self.frames = frames
-        self.tokens = Tokens(dim, (size[0] // frames, size[1]), class_token=True)
+        self.tokens = Tokens(dim, size, class_token=True)
         self.temporal = nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0), groups=dim)
-        self.grid = (size[0] // frames // 8, size[1] // 8)
+        self.grid = (size[0] // 8, size[1] // 8)
         self.norm, self.attention, self.mlp = nn.LayerNorm(dim), Attention(dim, 3), Mlp(dim)
         self.query = nn.Parameter(torch.randn(1, 1, dim))
         self.gather, self.join = Attention(dim, 3), nn.Linear(dim, 10)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        batch, frames = image.shape[0], self.frames
-        x = self.tokens(image.reshape(batch, 3, frames, -1, image.shape[3]).transpose(1, 2).flatten(0, 1))
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        batch, frames = video.shape[0], video.shape[2]
+        x = self.tokens(video.transpose(1, 2).flatten(0, 1))
         dim = x.shape[2]
         first, patches = x[:, :1], x[:, 1:]
-        video = patches.reshape(batch, frames, *self.grid, dim).permute(0, 4, 1, 2, 3)
-        patches = patches + self.temporal(video).permute(0, 2, 3, 4, 1).reshape(patches.shape)
+        maps = patches.reshape(batch, frames, *self.grid, dim).permute(0, 4, 1, 2, 3)
+        patches = patches + self.temporal(maps).permute(0, 2, 3, 4, 1).reshape(patches.shape)
         x = torch.cat([first, patches], dim=1)
         y = self.norm(x)
         x = x + self.attention(y, y)
@@ -409,7 +408,7 @@ ARCHITECTURES = (
     Architecture(
         "UniFormerV2",
         UniFormerV2,
-        (1, 3, 64, 48),
+        (1, 3, 2, 32, 48),
         (
             left("global", reason="each of the 25 queries attends the same 25 keys"),
             left("global", reason="the one query attends all 50 keys"),
