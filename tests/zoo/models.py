@@ -12,11 +12,6 @@ assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES)
 # Models whose verdicts are not reached yet: what is missing.
 PENDING: dict[str, str] = {
     "timm_halonet": "blocks unfolded with their surroundings",
-    "timm_sam2_hiera": "queries pooled inside their window",
-    "hf_sam2_vision": "queries pooled inside their window",
-    "sam2_meta": "queries pooled inside their window",
-    "timm_hiera": "queries pooled inside their window; mask units kept in token order",
-    "hf_hiera": "queries pooled inside their window; mask units kept in token order",
     "timm_mvitv2": "logits written in part (ScatterND at indices known from shapes) are said to be chosen from data",
     "hf_longt5_tglobal": "global summaries beside overlapping blocks: what is rewritten keeps their copies",
     "gmflow_transformer": "halves of the batch that attend each other",
@@ -24,7 +19,6 @@ PENDING: dict[str, str] = {
     "unimatch_stereo": "halves of the batch that attend each other",
     "timm_repvit": "rounding of the folded branches is a little above what is allowed",
     "timm_mobilevitv2": "linear attention is told to be an outlook",
-    "sp_craft": "windows whose keys are several pixels each",
     "sp_srformer": "keys of several pixels' channels each",
     "vp_twins_svt": "the logits of a global attention are told to be an outlook, too",
     "vp_scalablevit": "the logits of a global attention are told to be an outlook, too",

@@ -102,9 +102,10 @@ MODELS = (
     ),
     m(
         "craft",
-        "cross-shaped and shifted windows",
+        "windows of two shapes; channels",
         partial(sp, "CRAFT", embed_dim=64, depths=[2], num_heads=[2], window_size=16, upscale=2),
-        {"window": 4},
+        {"window": 8},
+        {CHANNEL: 2},
         inputs=((1, 3, 32, 48),),
     ),
     m(

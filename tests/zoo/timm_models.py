@@ -266,8 +266,8 @@ MODELS = (
             stages=(1, 2, 2, 1),
             num_classes=5,
         ),
-        rewritten={"window": 3},
-        left={GLOBAL: 3},
+        rewritten={"window": 2, "stripe": 2},
+        left={GLOBAL: 2},
     ),
     m(
         "samvit",

@@ -316,7 +316,7 @@ MODELS = (
             num_heads=[1, 2, 4, 8],
             depths=[1, 2, 2, 1],
         ),
-        rewritten={"window": 3},
-        left={GLOBAL: 3},
+        rewritten={"window": 2, "stripe": 2},
+        left={GLOBAL: 2},
     ),
 )
