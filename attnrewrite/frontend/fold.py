@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnrewrite.dims import Dim, Extent, NonAffine, Shape, elements, is_static
-from attnrewrite.frontend.branches import taken_branch
+from attnrewrite.frontend.branches import names_in_several_branches, taken_branch
 from attnrewrite.frontend.evaluate import NOT_FOLDED, NUMPY_OPS, evaluate
 from attnrewrite.frontend.shapes import Contents, infer
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
@@ -33,11 +33,12 @@ def fold(graph: Graph) -> None:
     replaced: dict[Value, Value] = {}
     kept: list[Node] = []
     waiting = graph.nodes[::-1]
+    ambiguous = names_in_several_branches(graph)
     while waiting:
         node = waiting.pop()
         node.inputs = [replaced.get(v, v) if v is not None else None for v in node.inputs]
         condition = content(node.input(0)) if node.op == "If" else None
-        if condition is not None and condition.size == 1 and (taken := taken_branch(graph, node, condition)):
+        if condition is not None and condition.size == 1 and (taken := taken_branch(graph, node, condition, ambiguous)):
             waiting += taken[::-1]
             continue
         if outputs.isdisjoint(node.outputs) and _fold_node(node, content, contents, graph.opset):

@@ -216,6 +216,24 @@ def test_branches_of_one_if_after_another_keep_their_names_apart() -> None:
     assert [n.op for n in graph.nodes] == ["Neg", "Exp", "Add", "Identity"]
 
 
+def test_a_taken_branch_leaves_their_names_to_the_branches_that_stay() -> None:
+    """The second If, of unknown condition, has an `a` and a weight `w` of its own, as the first one does."""
+    first = if_of(
+        branch("then", [node("Add", ["x", "w"], ["a"])], w=TWO), branch("else", [node("Neg", ["x"], ["b"])]), "h"
+    )
+    total = [node("ReduceSum", ["x"], ["s"], keepdims=0), node("Greater", ["s", "zero"], ["positive"])]
+    bodies = [branch(n, [node(op, ["h", "w"], ["a"])], w=3 * TWO) for n, op in (("then", "Mul"), ("else", "Sub"))]
+    second = node("If", ["positive"], ["y"], then_branch=bodies[0], else_branch=bodies[1])
+    model = model_of([first, *total, second], zero=np.float32(0))
+    expected = run(model, {"x": X, "flag": np.array(True)})["y"]
+    graph = read(with_known_flag(model, True))
+    assert [n.op for n in graph.nodes].count("If") == 1
+    np.testing.assert_array_equal(run(to_model(graph), {"x": X})["y"], expected)
+    outer = {o.name for n in graph.nodes for o in n.outputs}
+    for body in next(n for n in graph.nodes if n.op == "If").attributes.values():
+        assert outer.isdisjoint(o.name for n in body.nodes for o in n.outputs)
+
+
 def test_an_unknown_if_inside_a_taken_branch_stays() -> None:
     """Its own branches read what the taken one computes, under the name it has now."""
     inner = node(
