@@ -35,10 +35,26 @@ def run_time_choice(node: Node) -> str | None:
     """
     position = INDEX_INPUT.get(node.op) if node.domain == STANDARD_DOMAIN else None
     index = None if position is None else node.input(position)
-    if index is None or index.is_constant:
+    if index is None or index.is_constant or not _comes_from_data(index):
         return None
     origin = _origin(index)
     return f"{node.op}, at indices that {origin} computes" if origin else f"{node.op}, at indices given to the model"
+
+
+def _comes_from_data(index: Value) -> bool:
+    """Whether it takes more than the shapes of tensors to compute it."""
+    pending, seen = [index], {id(index)}
+    while pending:
+        node = pending.pop().producer
+        if node is None:
+            return True
+        if node.op in ("Shape", "Size"):
+            continue
+        for value in node.reads():
+            if not value.is_constant and id(value) not in seen:
+                seen.add(id(value))
+                pending.append(value)
+    return False
 
 
 def _origin(index: Value) -> str | None:
