@@ -23,7 +23,7 @@ from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import RULES
 from attnrewrite.localattention.aggregation_return import Result, Returning, Rows
 from attnrewrite.localattention.attention import WeightedSum, read_weighted_sum
-from attnrewrite.localattention.contraction import Operand, is_contraction
+from attnrewrite.localattention.contraction import Operand, is_contraction, is_weighted_sum
 from attnrewrite.localattention.gathered_sums import is_gathered_sum, read_chain, read_gathered_sums
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, Sizes, by
 from attnrewrite.localattention.maps import Source, as_source, count, flat_pixels
@@ -128,20 +128,22 @@ def _runs_into_softmax(facts: Facts, node: Node) -> bool:
 
 
 def _compares_tokens(softmax: Node) -> bool:
-    """Whether the logits are products of computed tensors (queries and keys), as far as they are read: then what can be
-    said of predicted weights is not about them.
+    """Whether the logits are products of computed tensors (queries and keys), those of several heads mixed or not, as
+    far as they are read: then what can be said of predicted weights is not about them.
     """
-    pending = [softmax.required(0)]
+    pending = [(softmax.required(0), False)]
     seen: set[Node] = set()
     while pending and len(seen) < CHAIN_LIMIT:
-        node = pending.pop(0).producer
+        value, mixed = pending.pop(0)
+        node = value.producer
         if node is None or node in seen:
             continue
         seen.add(node)
         if is_contraction(node):
             return True
-        if not node.domain and (node.op in RULES or node.op in POINTWISE):
-            pending += [v for v in node.inputs if v is not None and not v.is_constant]
+        mixes = is_weighted_sum(node) and not mixed
+        if not node.domain and (mixes or node.op in RULES or node.op in POINTWISE):
+            pending += [(v, mixed or mixes) for v in node.inputs if v is not None and not v.is_constant]
     return False
 
 
