@@ -377,6 +377,8 @@ def _sizes(queries: Sizes, keys: Sizes) -> Iterator[Sizes]:
 
 def _of_one_element(table: np.ndarray, pixels: int, key_pixels: int) -> np.ndarray | None:
     """int64 [P, K] of the first batch element, where it reads its own map and every other one the same of its own."""
+    if len(table) % pixels:
+        return None
     elements = table.reshape(-1, pixels, table.shape[1])
     offset = np.arange(len(elements))[:, None, None] * key_pixels
     local = np.where(elements < 0, elements, elements - offset)

@@ -117,8 +117,11 @@ class Hoister:
         return self.emit("Reshape", [value, self.ints(target, f"{value.name}_shape")], shape, f"{value.name}_map")
 
     def transpose(self, value: Value, permutation: Sequence[int]) -> Value:
-        """Transpose; of several in a row only one is left, or none."""
+        """Transpose; of several in a row only one is left, or none. A padded map stays: its padding is known there."""
+        padded = {map_.value for map_ in self.padded}
         while (node := value.producer) is not None and node.op == "Transpose" and node.domain == STANDARD_DOMAIN:
+            if value in padded:
+                break
             value = node.required(0)
             inner = node.attributes.get("perm") or list(range(len(permutation)))[::-1]
             permutation = [inner[p] for p in permutation]
