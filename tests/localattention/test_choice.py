@@ -95,3 +95,16 @@ def test_a_choice_that_all_operands_share_is_no_reason() -> None:
     outcome = optimize(g.model({"y": all_by_the_same_choice(g, g.input("x", [2, TOKENS, CHANNELS]))}))
     (site,) = outcome.sites
     assert (site.kind, site.verdict, site.window_size) == ("stripe", "rewrite", (1, TOKENS // 4))
+
+
+def test_indices_computed_from_shapes_are_no_choice() -> None:
+    """Logits written over, element by element of a symbolic batch: no data chooses where."""
+    g = Builder()
+    x = g.input("x", ["batch", TOKENS, CHANNELS])
+    logits = g.op("MatMul", x, g.transpose(x, 0, 2, 1))
+    batch = g.op("Gather", g.op("Shape", x), g.constant(np.int64(0)), axis=0)
+    elements = g.op("Range", g.constant(np.int64(0)), batch, g.constant(np.int64(1)))
+    written = g.op("ScatterND", logits, g.unsqueeze(elements, 1), g.mul(logits, 0.5))
+    (site,) = optimize(g.model({"y": g.op("MatMul", g.op("Softmax", written, axis=-1), x)})).sites
+    assert site.verdict == "leave"
+    assert site.reason.endswith("the logits come from ScatterND, not from a product of queries and keys")
