@@ -120,7 +120,7 @@ class Hoister:
         """Transpose; of several in a row only one is left, or none. A padded map stays: its padding is known there."""
         padded = {map_.value for map_ in self.padded}
         while (node := value.producer) is not None and node.op == "Transpose" and node.domain == STANDARD_DOMAIN:
-            if value in padded:
+            if value in padded or node.required(0).shape is None:
                 break
             value = node.required(0)
             inner = node.attributes.get("perm") or list(range(len(permutation)))[::-1]
