@@ -1,7 +1,7 @@
 """The whole run: `python -m tests.property [SPELLINGS [NEAR_MISSES]]` (5,000 and 10,000 unless told); `make property`.
 
-Prints how often every part was drawn, what share was recognised, and every case that was missed or wrong. With
-`spelling SEED` or `near-miss SEED` it shows one case.
+Prints how often every part was drawn, what share was recognised, and every case that was missed, wrong or ended in an
+exception (which counts as wrong). With `spelling SEED` or `near-miss SEED` it shows one case.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.property import check
 from tests.property.check import Result, check_near_miss, check_spelling
 
 
@@ -27,6 +28,18 @@ def test_random_near_misses_are_left_or_right(block: int) -> None:
     for result in results:
         if result.fault == "second-consumer":
             assert not result.rewritten, result.drawn.seed
+
+
+def test_an_exception_is_a_wrong_case_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: object) -> None:
+        raise ValueError("no such\naxis")
+
+    monkeypatch.setattr(check, "optimize", fails)
+    result = check_spelling(0)
+    assert not result.rewritten
+    assert result.wrong is not None
+    assert result.wrong.startswith("ValueError at test_random_spellings.py:")
+    assert result.wrong.endswith("no such axis")
 
 
 def _nothing_wrong(results: list[Result]) -> None:
