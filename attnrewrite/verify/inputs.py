@@ -136,11 +136,13 @@ def nudged(inputs: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[s
     """The inputs with every float moved by one unit in the last place, up or down at random."""
     moved = {}
     for name, array in inputs.items():
-        if np.issubdtype(array.dtype, np.floating):
-            direction = np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype)
-            array = np.nextafter(array, direction)
-        moved[name] = array
+        moved[name] = one_ulp_off(array, rng) if np.issubdtype(array.dtype, np.floating) else array
     return moved
+
+
+def one_ulp_off(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Every element of a float array moved by one unit in the last place, up or down at random."""
+    return np.nextafter(array, np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype))
 
 
 def _fill(spec: InputSpec, shape: tuple[int, ...], case: str, rng: np.random.Generator, amplitude: float) -> np.ndarray:

@@ -83,6 +83,31 @@ def test_reordered_sums_pass(tmp_path):
     assert {c.case for c in verification.comparisons} == set(CASES)
 
 
+@pytest.mark.parametrize(("off_by", "passes"), [(0.0, True), (3e-4, False)])
+def test_rounding_of_weights_that_cancel_is_allowed_for(tmp_path, off_by, passes):
+    """x @ W - x @ V, W and V nearly equal, loses digits that x @ (W - V) keeps; x's own last bit hardly counts."""
+    rng = np.random.default_rng(3)
+    near = rng.standard_normal((64, 64)).astype(np.float32)
+    far = (near + 0.01 * rng.standard_normal(near.shape)).astype(np.float32)
+    ports = {"x": (TensorProto.FLOAT, [1, 4, 64])}, {"y": (TensorProto.FLOAT, [1, 4, 64])}
+    two = [
+        helper.make_node("MatMul", ["x", "far"], ["a"]),
+        helper.make_node("MatMul", ["x", "near"], ["b"]),
+        helper.make_node("Sub", ["a", "b"], ["y"]),
+    ]
+    original = tiny.model_of(two, *ports, weights={"far": far, "near": near})
+    merged = (1 + off_by) * (far.astype(np.float64) - near)
+    one = tiny.model_of(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], *ports, weights={"w": merged.astype(np.float32)}
+    )
+    paths = tiny.save(tmp_path / "original.onnx", original), tiny.save(tmp_path / "rewritten.onnx", one)
+    verification = verify_models(*paths, trials=1, threads=1)
+    (row,) = verification.comparisons
+    assert row.error > TOLERANCE["rewritten", "fp32"]
+    assert row.tolerance < CEILING["fp32"] / 4
+    assert verification.passed == passes
+
+
 def test_symbolic_batch_is_tried_at_1_2_and_3(tmp_path):
     path = tiny.save(tmp_path / "model.onnx", tiny.linear(batch="batch"))
     assert [c.batch for c in verify_models(path, path, threads=1).comparisons] == [1, 2, 3]

@@ -17,7 +17,6 @@ PENDING: dict[str, str] = {
     "gmflow_transformer": "halves of the batch that attend each other",
     "unimatch_swin": "halves of the batch that attend each other",
     "unimatch_stereo": "halves of the batch that attend each other",
-    "timm_repvit": "rounding of the folded branches is a little above what is allowed",
     "timm_mobilevitv2": "linear attention is told to be an outlook",
     "sp_srformer": "keys of several pixels' channels each",
     "vp_twins_svt": "the logits of a global attention are told to be an outlook, too",
