@@ -6,7 +6,7 @@ Operators carry their ONNX names (opset 13 and later), whatever the frontend; `o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -274,6 +274,18 @@ class Graph:
             made = f"  made by {node.made_by}" if node.made_by else ""
             yield f"    {', '.join(identifier(o) for o in node.outputs)} = {call}  # {comment}{made}"
         yield f"    return {', '.join(identifier(v) for v in self.outputs)}"
+
+
+def ancestors(values: Iterable[Value], stop: Callable[[Value], bool] | None = None) -> set[Value]:
+    """What these values are computed from, themselves included; neither what `stop` is true of nor what lies before."""
+    found: set[Value] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if value not in found and not (stop is not None and stop(value)):
+            found.add(value)
+            pending += value.producer.reads() if value.producer is not None else ()
+    return found
 
 
 def _short(attribute: Any) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Graph, Node, Value
+from attnrewrite.graph import Graph, Node, Value, ancestors
 
 
 def copy_between(facts: Facts, entries: Sequence[Value], exits: Iterable[Value]) -> tuple[Graph, dict[Value, Value]]:
@@ -15,7 +15,7 @@ def copy_between(facts: Facts, entries: Sequence[Value], exits: Iterable[Value])
     Its inputs are the graph's and what the part reads beside the entries, its outputs what is read behind it.
     """
     first = min(facts.positions.get(v, -1) for v in entries)
-    before = _reached(exits, lambda v: v.producer.reads() if v.producer is not None else ())
+    before = ancestors(exits)
     nodes = [n for n in facts.graph.nodes[first + 1 :] if any(o in before for o in n.outputs)]
     copied_nodes = set(nodes)
     own = {o for n in nodes for o in n.outputs}
@@ -39,14 +39,3 @@ def copy_between(facts: Facts, entries: Sequence[Value], exits: Iterable[Value])
     seen = [o for o in own if o in facts.graph.outputs or any(u not in copied_nodes for u in facts.users(o))]
     inputs = [copy_of(v) for v in dict.fromkeys([*facts.graph.inputs, *read])]
     return Graph(inputs, [copy_of(v) for v in seen], copied, facts.graph.opset), copies
-
-
-def _reached(start: Iterable[Value], step: Callable[[Value], Iterable[Value]]) -> set[Value]:
-    found = set(start)
-    pending = list(found)
-    while pending:
-        for value in step(pending.pop()):
-            if value not in found:
-                found.add(value)
-                pending.append(value)
-    return found

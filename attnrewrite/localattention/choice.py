@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from attnrewrite.facts import Facts
-from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+from attnrewrite.graph import STANDARD_DOMAIN, Node, Value, ancestors
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import candidates
 
@@ -43,18 +43,11 @@ def run_time_choice(node: Node) -> str | None:
 
 def _comes_from_data(index: Value) -> bool:
     """Whether it takes more than the shapes of tensors to compute it."""
-    pending, seen = [index], {id(index)}
-    while pending:
-        node = pending.pop().producer
-        if node is None:
-            return True
-        if node.op in ("Shape", "Size"):
-            continue
-        for value in node.reads():
-            if not value.is_constant and id(value) not in seen:
-                seen.add(id(value))
-                pending.append(value)
-    return False
+    return any(v.producer is None and not v.is_constant for v in ancestors([index], _is_of_shapes))
+
+
+def _is_of_shapes(value: Value) -> bool:
+    return value.producer is not None and value.producer.op in ("Shape", "Size")
 
 
 def _origin(index: Value) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from attnrewrite.dims import Dim
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Node, Value
+from attnrewrite.graph import Node, Value, ancestors
 from attnrewrite.localattention.site import Decline
 
 
@@ -19,7 +19,7 @@ def or_symbolic(facts: Facts, softmax: Node, decline: Decline) -> Decline:
     shape = softmax.output.shape
     if shape is not None and _symbols(softmax.output, range(len(shape))) <= batches:
         return decline
-    read = _read_by(softmax)
+    read = ancestors([softmax.output])
     for value in inputs:
         rank = value.rank or 0
         symbols = _symbols(value, range(1, rank))
@@ -37,15 +37,3 @@ def or_symbolic(facts: Facts, softmax: Node, decline: Decline) -> Decline:
 def _symbols(value: Value, axes: range) -> set[str]:
     shape = value.shape or ()
     return {symbol for a in axes if a < len(shape) and isinstance(e := shape[a], Dim) for symbol, _ in e.terms}
-
-
-def _read_by(node: Node) -> set[Value]:
-    """The values that a node is computed from."""
-    found: set[Value] = set()
-    pending = list(node.reads())
-    while pending:
-        value = pending.pop()
-        if value not in found:
-            found.add(value)
-            pending += value.producer.reads() if value.producer is not None else ()
-    return found

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from attnrewrite.dims import Dim, Extent, proportion
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Node, Value
+from attnrewrite.graph import Node, Value, ancestors
 from attnrewrite.localattention.maps import SiteMaps, Source, model_batch
 
 
@@ -38,7 +38,7 @@ def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
         return tuple(sorted(views, key=lambda s: (s.candidate.joins, s.roles.features[:1] < s.roles.tokens[-1:])))
 
     queries = listed(maps.queries)
-    cone = _ancestors(maps.attention.output)
+    cone = {v.producer for v in ancestors([maps.attention.output])}
     own = {}
     for name, sources in maps.sources.items():
         shared = (k for k, s in enumerate(sources) if _is_read_beside(facts, s.value, cone))
@@ -59,19 +59,7 @@ def _frames(facts: Facts) -> tuple[Extent, ...]:
     return tuple(e for shape in shapes if len(shape) == 5 for e in shape[1:3])
 
 
-def _ancestors(value: Value) -> set[Node]:
-    """The nodes that a value is computed by."""
-    found: set[Node] = set()
-    pending = [value]
-    while pending:
-        node = pending.pop().producer
-        if node is not None and node not in found:
-            found.add(node)
-            pending += node.reads()
-    return found
-
-
-def _is_read_beside(facts: Facts, value: Value, cone: set[Node]) -> bool:
+def _is_read_beside(facts: Facts, value: Value, cone: set[Node | None]) -> bool:
     """Whether something outside a cone of nodes reads a value, or another piece of it that a node of the cone splits
     off.
     """
