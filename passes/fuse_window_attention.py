@@ -20,20 +20,22 @@ Source
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import FlashWindowAttention
-from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
+from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.extra_tokens import match_with_extra_tokens
 from attnrewrite.localattention.geometry import WindowGeometry, by
+from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.head_groups import heads_apart
-from attnrewrite.localattention.maps import SiteMaps, count
+from attnrewrite.localattention.maps import SiteMaps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.shared_query import queries_asked_again, queries_made_inside, read_window_maps
@@ -42,7 +44,7 @@ from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.localattention.terms import relative_table
 from attnrewrite.localattention.token_rows import in_rows
 from attnrewrite.localattention.windows import Seen, WindowMatch, match_windows, seen_on_map
-from attnrewrite.pipeline import Declined, Pass
+from attnrewrite.pipeline import Declined, Pass, Pipeline
 
 NAME = "fuse-window-attention"
 
@@ -222,3 +224,9 @@ def _in_words(geometry: WindowGeometry, seen: Seen) -> str:
 fuse_window_attention = Pass(
     NAME, match_window_attention, rewrite_window_attention, record_window_attention, after=("move-partitions",)
 )
+
+
+def fuses_away(graph: Graph, movement: Iterable[Node]) -> bool:
+    """Whether attentions of the graph are rewritten by this pass and nothing of `movement` is left; edits the graph."""
+    outcome = Pipeline([fuse_window_attention]).run(graph)
+    return any(s.verdict == "rewrite" for s in outcome.sites) and not set(movement) & set(graph.nodes)

@@ -25,8 +25,8 @@ from attnrewrite.facts import Facts
 from attnrewrite.graph import Node
 from attnrewrite.localattention.blocks import Block, find_block
 from attnrewrite.localattention.relocate import relocate
-from attnrewrite.passes.fuse_window_attention import fuse_window_attention
-from attnrewrite.pipeline import Pass, Pipeline
+from attnrewrite.passes.fuse_window_attention import fuses_away
+from attnrewrite.pipeline import Pass
 from attnrewrite.subgraph import copy_between
 
 NAME = "move-partitions"
@@ -53,12 +53,10 @@ def _cancels(facts: Facts, node: Node, block: Block) -> bool:
     found = find_block(trial, anchor)
     if found is None:
         return False
-    movement = set(relocate(trial, found, NAME))
+    movement = relocate(trial, found, NAME)
     copy.remove_dead()
     copy.sort()
-    outcome = Pipeline([fuse_window_attention]).run(copy)
-    left = movement | {anchor}
-    return any(s.verdict == "rewrite" for s in outcome.sites) and not any(n in left for n in copy.nodes)
+    return fuses_away(copy, [*movement, anchor])
 
 
 move_partitions = Pass(NAME, match_block, rewrite_block)

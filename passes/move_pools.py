@@ -25,8 +25,8 @@ from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.hoist import NotHoistable
 from attnrewrite.localattention.pool_on_map import behind, is_made_of, return_outputs, write_pool
 from attnrewrite.localattention.pools import Pool, find_pools, reduction
-from attnrewrite.passes.fuse_window_attention import fuse_window_attention
-from attnrewrite.pipeline import Pass, Pipeline
+from attnrewrite.passes.fuse_window_attention import fuses_away
+from attnrewrite.pipeline import Pass
 from attnrewrite.subgraph import copy_between
 
 NAME = "move-pools"
@@ -68,10 +68,7 @@ def _cancels(facts: Facts, pool: Pool, region: list[Value]) -> bool:
         except (NotHoistable, IndexingError):
             return False
         movement += return_outputs(Facts(copy), on_map, found, NAME)
-        outcome = Pipeline([fuse_window_attention]).run(copy)
-        if not any(s.verdict == "rewrite" for s in outcome.sites) or any(n in movement for n in copy.nodes):
-            return False
-        return found.is_whole or _only_asks(copy, on_map)
+        return fuses_away(copy, movement) and (found.is_whole or _only_asks(copy, on_map))
     return False
 
 

@@ -22,11 +22,12 @@ from attnrewrite.indexing.map import Index, IndexingError, dependencies
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import RULES
 from attnrewrite.localattention.aggregation_return import Result, Returning, Rows
-from attnrewrite.localattention.attention import WeightedSum, read_weighted_sum
+from attnrewrite.localattention.attention import NOT_OVER_KEYS, WeightedSum, read_weighted_sum
 from attnrewrite.localattention.contraction import Operand, is_contraction, is_weighted_sum
 from attnrewrite.localattention.gathered_sums import is_gathered_sum, read_chain, read_gathered_sums
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, Sizes, by
-from attnrewrite.localattention.maps import Source, as_source, count, flat_pixels
+from attnrewrite.localattention.grid import count, flat_pixels
+from attnrewrite.localattention.maps import Source, as_source
 from attnrewrite.localattention.neighborhood_fit import fit_neighborhood
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import (
@@ -160,7 +161,7 @@ def _around_softmax(facts: Facts, softmax: Node) -> Aggregation | Decline | None
         if read is None or read.value is not softmax.output or read.domain is not None:
             continue
         if not _runs_over_keys(softmax, read.index, found.sum.key_axis, found.sum.num_keys):
-            return Decline("the softmax does not run over the keys that are summed", softmax.label, "outlook")
+            return Decline(NOT_OVER_KEYS, softmax.label, "outlook")
         summed = replace(found.sum, weight=softmax.output, weights=read.index)
         return _Matcher(found.facts, softmax, softmax, summed, Operand(softmax.required(0), read.index)).match()
     return None
@@ -308,8 +309,8 @@ class _Matcher:
         assert nearest is not None
         return nearest
 
-    def _decline(self, reason: str, node: str | None = None) -> Decline:
-        return Decline(reason, node or self.anchor.label, "outlook")
+    def _decline(self, reason: str) -> Decline:
+        return Decline(reason, self.anchor.label, "outlook")
 
     def _fit(
         self, weights: list[Source], value: Source, tokens: list[int]

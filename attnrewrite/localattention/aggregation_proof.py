@@ -23,7 +23,7 @@ from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.indexing.sums import summands
 from attnrewrite.localattention.aggregation import Aggregation
 from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.maps import count, flat_pixels
+from attnrewrite.localattention.grid import count, flat_pixels
 from attnrewrite.localattention.proof import NotProved
 
 

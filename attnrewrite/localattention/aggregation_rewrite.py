@@ -15,9 +15,11 @@ from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.aggregation import Aggregation
 from attnrewrite.localattention.aggregation_proof import prove_aggregation
 from attnrewrite.localattention.contraction import Operand
+from attnrewrite.localattention.feature_map import FeatureMap
 from attnrewrite.localattention.geometry import Sizes
-from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
-from attnrewrite.localattention.maps import Source, count, pixels_read, spread
+from attnrewrite.localattention.grid import count, pixels_read, spread
+from attnrewrite.localattention.hoist import Anchor, Hoister, NotHoistable
+from attnrewrite.localattention.maps import Source
 from attnrewrite.localattention.proof import NotProved
 from attnrewrite.localattention.site import Decline
 from attnrewrite.pipeline import Declined
@@ -101,9 +103,7 @@ class AggregationRewriter:
         except NotProved as error:
             reason = f"the replacement could not be proved equal: {error}"
             raise Declined(Decline(reason, match.anchor.label, "outlook")) from error
-        graph = self.facts.graph
-        graph.nodes.extend(hoister.nodes)
-        graph.replace_uses(result.value, returned)
+        hoister.replace(result.value, returned)
 
 
 def spec_of_match(match: Aggregation, weights: Value, values: Value) -> SlideAttention:

@@ -22,7 +22,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity, reduced
 from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.indexing.rules import RULES
-from attnrewrite.localattention.maps import count
+from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.tokens import Roles, channel_axis_of, roles
 from attnrewrite.ops import POINTWISE
 

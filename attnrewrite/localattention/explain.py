@@ -15,7 +15,8 @@ from attnrewrite.graph import Node
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING, Sizes
-from attnrewrite.localattention.maps import SiteMaps, Source, flat_pixels
+from attnrewrite.localattention.grid import flat_pixels
+from attnrewrite.localattention.maps import SiteMaps, Source
 from attnrewrite.localattention.proof import pixel_table
 from attnrewrite.localattention.reads import Table
 from attnrewrite.localattention.shared_query import read_window_maps

@@ -20,7 +20,8 @@ from attnrewrite.indexing.map import IndexingError
 from attnrewrite.indexing.rules import Read, sources
 from attnrewrite.localattention.attention import Attention, restricted
 from attnrewrite.localattention.contraction import Operand
-from attnrewrite.localattention.maps import ExtraSource, ExtraTokens, SiteMaps, count, flat_pixels, read_maps
+from attnrewrite.localattention.grid import count, flat_pixels
+from attnrewrite.localattention.maps import ExtraSource, ExtraTokens, SiteMaps, read_maps
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.terms import Order
 from attnrewrite.localattention.tokens import Candidate, Roles, candidates, roles

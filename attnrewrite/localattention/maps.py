@@ -14,25 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
-from attnrewrite.graph import STANDARD_DOMAIN, Value
-from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity, reshape
-from attnrewrite.indexing.rules import RULES
+from attnrewrite.graph import Value
+from attnrewrite.indexing.map import dependencies
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
-from attnrewrite.localattention.geometry import PADDING
+from attnrewrite.localattention.grid import count, flat_pixels
+from attnrewrite.localattention.returns import RETURNED, Return, nearest_return, returns_of, spelled_out
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Candidate, Roles, candidates, channel_axis_of, feature_axes, roles
-from attnrewrite.ops import POINTWISE, REDUCTIONS
-
-# How far behind the attention the way back to a feature map is followed, in operators.
-REGION_LIMIT = 160
-
-# Who made a node that begins to move an attention's output for the one that reads it next.
-FOR_THE_NEXT = "for the next attention"
-# Who made the map from which it is moved there: what lies before it is that attention's.
-RETURNED = "returned by an attention"
+from attnrewrite.ops import REDUCTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +53,6 @@ class Source:
     @property
     def spatial_axes(self) -> tuple[int, ...]:
         return self.roles.tokens[1:] if self.has_batch else self.roles.tokens
-
-
-@dataclass(frozen=True, eq=False)
-class Return:
-    """The feature map the output returns to, read back into the attention's output at `index` (grid: its own axes)."""
-
-    value: Value
-    index: Index
-    roles: Roles
-    depth: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +115,6 @@ class SiteMaps:
         same = [q for q in self.queries if q.spatial == other.spatial]
         same += [q for q in self.queries if len(q.spatial) == len(other.spatial)]
         return replace(self, query=same[0]) if same else self
-
-
-def count(extent: Extent) -> int:
-    """How many positions of an axis the grid enumerates: all, or those within one element of a symbolic batch."""
-    return extent.terms[0][1] if isinstance(extent, Dim) else extent
 
 
 def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
@@ -342,41 +319,8 @@ def _met(
     agreeing = [r for r in returns if _agree(attention, features, query, r)]
     batch = min(count(q.value.known_shape[0]) for q in same)
     chosen, moved_again = nearest_return(facts, attention, returns, agreeing, batch)
-    same.sort(key=lambda q: (q.candidate.depth, _spelled_out(len(q.spatial))))
+    same.sort(key=lambda q: (q.candidate.depth, spelled_out(len(q.spatial))))
     return tuple(same), chosen, moved_again
-
-
-def nearest_return(
-    facts: Facts, attention: Attention, returns: Sequence[Return], agreeing: Sequence[Return], batch: int
-) -> tuple[Return, str | None]:
-    """Of the returns that agree on one order of pixels the one to put the op's result at, and the name of a value
-    behind the last of them that is rearranged once more, if there is one. batch: elements that the map enumerates.
-    """
-    fitting = [r for r in agreeing if count(r.value.known_shape[0]) == batch] or agreeing
-    first = min(r.depth for r in fitting)
-    nearest = [r for r in fitting if r.depth == first]
-    moved = [r for r in returns if r not in agreeing and _follows(facts, nearest[0], r)]
-    moved_again = [r for r in moved if _follows(facts, fitting[-1], r)]
-    back_again = [r for r in nearest if not any(_follows(facts, r, m) for m in moved if m.depth == first)]
-    # The attention's own output has its heads apart: where it returns at once, what it becomes is the map.
-    chosen = min(
-        back_again or nearest,
-        key=lambda r: (r.value is attention.output, _spelled_out(len(r.roles.tokens) - 1), _heads_apart(r.roles)),
-    )
-    return chosen, moved_again[0].value.name if moved_again else None
-
-
-def _heads_apart(split: Roles) -> bool:
-    """Whether tokens lie between the features of a value: neither channels last nor channels first."""
-    first, *others = split.tokens
-    orders = [[first, *others, *split.features], [first, *split.features, *others]]
-    return not any(order == sorted(order) for order in orders) or len(split.features) > 1
-
-
-def _follows(facts: Facts, one: Return, other: Return) -> bool:
-    """Whether `other` lies behind `one` and holds as many tokens: then it is the same map, rearranged."""
-    tokens = [math.prod(count(r.value.known_shape[a]) for a in r.roles.tokens) for r in (one, other)]
-    return facts.positions[other.value] > facts.positions[one.value] and tokens[0] == tokens[1]
 
 
 def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
@@ -419,82 +363,6 @@ def tokens_of(source: Source) -> int:
     return math.prod(count(source.value.shape[a]) for a in source.roles.tokens)
 
 
-def _spelled_out(axes: int) -> tuple[bool, int]:
-    """Order views of one map: height and width as axes of their own first, then the fewest axes."""
-    return axes < 2, axes
-
-
-def returns_of(facts: Facts, attention: Attention, features: frozenset[int]) -> list[Return]:
-    """Values behind the attention that are made of its output alone, per token; in topological order."""
-    region: dict[Value, None] = {attention.output: None}
-    start = facts.positions[attention.output]
-    for node in facts.graph.nodes[start + 1 : start + 1 + REGION_LIMIT]:
-        computed = [v for v in node.inputs if v is not None and not v.is_constant]
-        if not computed or any(v not in region for v in computed) or node.domain != STANDARD_DOMAIN:
-            continue
-        if node.made_by == FOR_THE_NEXT:
-            continue
-        if node.op in RULES or node.op in POINTWISE or channel_axis_of(node) is not None:
-            region.update(dict.fromkeys(node.outputs))
-    found = []
-    for value in region:
-        back = _read_back(facts, attention, features, value)
-        if back is not None:
-            found.append(back)
-    return found
-
-
-def _read_back(facts: Facts, attention: Attention, features: frozenset[int], value: Value) -> Return | None:
-    if value.shape is None:
-        return None
-    channel_axis = len(value.shape)
-    try:
-        own = identity(value.shape, channel_axis + 1)
-    except IndexingError:
-        return None
-    own_features: frozenset[int] = frozenset()
-    for candidate in candidates(value, own, channel_axis, facts.positions):
-        if candidate.domain is not None:
-            return None
-        if candidate.value is attention.output:
-            assert attention.output.shape is not None
-            try:
-                read = reshape(candidate.index, attention.output.shape, attention.full_shape)
-            except IndexingError:
-                return None
-            index = attention.among_kept(read)
-            if index is None:
-                return None
-            tokens = dependencies([c for a, c in enumerate(index) if a not in features])
-            own_features |= dependencies([c for a, c in enumerate(index) if a in features]) - {channel_axis}
-            split = _roles_of_return(value, tokens, own_features)
-            return (
-                None
-                if split is None or not _passes_batch(attention.output_shape, index)
-                else Return(value, index, split, candidate.depth)
-            )
-        node = candidate.value.producer
-        axis = None if node is None else channel_axis_of(node)
-        if node is not None and axis is not None and node.op not in REDUCTIONS:
-            own_features |= candidate.index[axis].depends_on() - {channel_axis}
-    return None
-
-
-def _roles_of_return(value: Value, tokens: frozenset[int], features: frozenset[int]) -> Roles | None:
-    if tokens & features:
-        return None
-    featured = [a for a, e in enumerate(value.known_shape) if a in features]
-    if any(isinstance(value.known_shape[a], Dim) for a in featured):
-        return None  # channels folded into the batch
-    rest = [a for a, e in enumerate(value.known_shape) if a not in features and (a in tokens or e != 1 or a == 0)]
-    return Roles(tuple(rest), tuple(featured))
-
-
-def _passes_batch(shape: tuple[Extent, ...], index: Index) -> bool:
-    """Every symbolic axis is read with its own stride, so element b of the batch reads element b."""
-    return all(c.batch == (count(e) if isinstance(e, Dim) else 0) for c, e in zip(index, shape, strict=True))
-
-
 def _agree(attention: Attention, features: frozenset[int], query: Source, back: Return) -> bool:
     """For every pixel of the returned map: the query computed for it came from that pixel."""
     shape = back.value.shape
@@ -524,66 +392,3 @@ def _agree(attention: Attention, features: frozenset[int], query: Source, back: 
 
 def _broadcastable(a: np.ndarray, b: np.ndarray) -> bool:
     return all(x == y or 1 in (x, y) for x, y in zip(a.shape, b.shape, strict=True))
-
-
-def flat_pixels(
-    candidate: Candidate,
-    tokens: Sequence[int],
-    shape: Sequence[Extent],
-    axes: Sequence[int],
-    extra: Sequence[tuple[int, int]] = (),
-) -> np.ndarray:
-    """Row-major position among the token axes that each grid point reads, PADDING outside the domain.
-
-    axes: the grid axes to keep, in order, with extents from `shape`; extra: further (axis, extent) pairs after them.
-    Every other grid axis must not matter. Returns int64 with one axis per kept grid axis.
-    """
-    flat = pixels_read(candidate, tokens)
-    kept = [(a, count(shape[a])) for a in axes] + list(extra)
-    return spread(flat, kept)
-
-
-def pixels_read(candidate: Candidate, tokens: Sequence[int]) -> np.ndarray:
-    """int64 over the grid: row-major position among the token axes, PADDING outside the domain."""
-    flat = row_major(candidate.index, tokens, candidate.value.known_shape)
-    return flat if candidate.domain is None else np.where(candidate.domain, flat, PADDING)
-
-
-def row_major(index: Index, axes: Sequence[int], shape: Shape) -> np.ndarray:
-    """int64 over the grid: position among these axes of a tensor, within one element of a symbolic batch."""
-    flat: np.ndarray = np.zeros((1,) * index[0].rank, np.int64)
-    for axis in axes:
-        flat = flat * count(shape[axis]) + index[axis].values
-    return flat
-
-
-def spread(array: np.ndarray, kept: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Keep these (grid axis, extent) pairs, in this order, broadcast to their extents; all other axes must have extent
-    1.
-    """
-    order = [a for a, _ in kept]
-    rest = [a for a in range(array.ndim) if a not in order]
-    if any(array.shape[a] != 1 for a in rest):
-        raise IndexingError("the tokens read differ from channel to channel or head to head")
-    moved = array.transpose(order + rest).reshape([array.shape[a] for a in order])
-    return np.broadcast_to(moved, [e for _, e in kept])
-
-
-def grouped(array: np.ndarray, groups: list[list[int]], attention: Attention) -> np.ndarray:
-    """Collect grid axes into one axis per group; a group the array does not depend on keeps extent 1."""
-    kept = []
-    result_shape = []
-    for group in groups:
-        extents = [array.shape[a] for a in group]
-        if all(e == 1 for e in extents):
-            result_shape.append(1)
-            kept += [(a, 1) for a in group]
-            continue
-        full = [_grid_extent(attention, a) for a in group]
-        result_shape.append(math.prod(full))
-        kept += list(zip(group, full, strict=True))
-    return spread(array, kept).reshape(result_shape)
-
-
-def _grid_extent(attention: Attention, axis: int) -> int:
-    return attention.num_keys if axis == attention.key_axis else count(attention.output_shape[axis])

@@ -15,7 +15,8 @@ from attnrewrite.facts import Facts
 from attnrewrite.indexing.map import IndexingError, first_difference
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry, by
-from attnrewrite.localattention.maps import SiteMaps, Source, flat_pixels, read_maps, settled
+from attnrewrite.localattention.grid import flat_pixels
+from attnrewrite.localattention.maps import SiteMaps, Source, read_maps, settled
 from attnrewrite.localattention.neighborhood_fit import NO_RECTANGLE, Fit, fit_neighborhood
 from attnrewrite.localattention.rows import DROPPED, Exclusion, QueryRows, exclusion, query_rows, terms_at
 from attnrewrite.localattention.shifts import Shifted, peel_shifts, per_slot

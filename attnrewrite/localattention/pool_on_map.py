@@ -18,18 +18,11 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING, Sizes
+from attnrewrite.localattention.grid import count, flat_pixels, pixels_read, spread
 from attnrewrite.localattention.hoist import Anchor, Hoister, NotHoistable
-from attnrewrite.localattention.maps import (
-    FOR_THE_NEXT,
-    RETURNED,
-    count,
-    flat_pixels,
-    meet,
-    pixels_read,
-    read_ways,
-    spread,
-)
+from attnrewrite.localattention.maps import meet, read_ways
 from attnrewrite.localattention.pools import Pool
+from attnrewrite.localattention.returns import FOR_THE_NEXT, RETURNED
 from attnrewrite.localattention.site import Decline
 
 # How many operators behind a pool are looked at for the attentions that it is for.

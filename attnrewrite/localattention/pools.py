@@ -20,7 +20,8 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, identity
 from attnrewrite.localattention.blocks import feature_axis_behind
 from attnrewrite.localattention.geometry import PADDING, Sizes
-from attnrewrite.localattention.maps import Source, count, flat_pixels, sources_of
+from attnrewrite.localattention.grid import count, flat_pixels
+from attnrewrite.localattention.maps import Source, sources_of
 from attnrewrite.localattention.tokens import candidates, feature_axes
 
 # Reductions whose result over a product of axes is that over one axis after the other.

@@ -25,16 +25,8 @@ from attnrewrite.localattention.attention import Attention, read_attention, rest
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.extra_tokens import beside_the_map
 from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.maps import (
-    ExtraSource,
-    ExtraTokens,
-    SiteMaps,
-    Source,
-    count,
-    flat_pixels,
-    grouped,
-    spread,
-)
+from attnrewrite.localattention.grid import count, flat_pixels, grouped, spread
+from attnrewrite.localattention.maps import ExtraSource, ExtraTokens, SiteMaps, Source
 from attnrewrite.localattention.reads import Reads, Table
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline

@@ -15,8 +15,8 @@ from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value
 from attnrewrite.localattention.blocks import Block, Moved, Order, TokenMap, home_of
-from attnrewrite.localattention.hoist import Hoister
-from attnrewrite.localattention.maps import count
+from attnrewrite.localattention.feature_map import MapWriter
+from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.tokens import channel_axis_of
 from attnrewrite.ops import REDUCTIONS
 
@@ -32,7 +32,7 @@ class _Relocation:
     def __init__(self, facts: Facts, block: Block, made_by: str) -> None:
         self.facts, self.graph, self.block = facts, facts.graph, block
         self.batch, self.spatial = block.entry.batch, block.entry.spatial
-        self.hoister = Hoister(facts, self.spatial, made_by)
+        self.hoister = MapWriter(facts, self.spatial, made_by)
         self.on_map: dict[Value, Value] = {}
         self.movement: list[Node] = []
 

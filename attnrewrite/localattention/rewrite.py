@@ -17,17 +17,10 @@ from attnrewrite.graph import Node, Value
 from attnrewrite.indexing.map import IndexingError, identity
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
-from attnrewrite.localattention.hoist import Anchor, FeatureMap, Hoister, NotHoistable
-from attnrewrite.localattention.maps import (
-    ExtraSource,
-    SiteMaps,
-    Source,
-    count,
-    grouped,
-    pixels_read,
-    row_major,
-    spread,
-)
+from attnrewrite.localattention.feature_map import FeatureMap
+from attnrewrite.localattention.grid import count, grouped, pixels_read, row_major, spread
+from attnrewrite.localattention.hoist import Anchor, Hoister, NotHoistable
+from attnrewrite.localattention.maps import ExtraSource, SiteMaps, Source
 from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.site import Decline, Site
 from attnrewrite.localattention.terms import PlacedTerm
@@ -195,22 +188,13 @@ class SiteRewriter:
         attributes: dict[str, Any] = spec.attributes()
         output = hoister.emit(spec.op_type, operands, shape, f"{attention.output.name}_local", DOMAIN, **attributes)
         returned = self._return(FeatureMap(output, channels_first))
-        graph = self.facts.graph
         assert output.producer is not None
         try:
-            prove(proved, output.producer, graph.opset)
+            prove(proved, output.producer, self.facts.graph.opset)
         except NotProved as error:
             reason = f"the replacement could not be proved equal: {error}"
             raise Declined(Decline(reason, attention.softmax.label)) from error
-        graph.nodes.extend(hoister.nodes)
-        readers = self.facts.users(maps.back.value)
-        graph.replace_uses(maps.back.value, returned)
-        view = returned.producer
-        if view is not None and view.op == "Reshape" and returned not in graph.outputs:
-            for reader in readers:
-                target = reader.constant(1) if reader.op == "Reshape" else None
-                if target is not None and target.all():  # a 0 would copy the extent of the view
-                    reader.inputs[0] = view.inputs[0]
+        hoister.replace(maps.back.value, returned)
 
     def _return(self, map_: FeatureMap) -> Value:
         hoister, maps, attention, back = self.hoister, self.maps, self.maps.attention, self.maps.back

@@ -14,7 +14,8 @@ import numpy as np
 
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.maps import SiteMaps, Source, count, flat_pixels
+from attnrewrite.localattention.grid import count, flat_pixels
+from attnrewrite.localattention.maps import SiteMaps, Source
 
 # A slot that holds no key: one that a mask excludes.
 DROPPED = -2

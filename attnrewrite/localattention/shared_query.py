@@ -15,24 +15,20 @@ from attnrewrite.facts import Facts
 from attnrewrite.indexing.map import Coordinate, IndexingError, dependencies
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import PADDING
+from attnrewrite.localattention.grid import count, flat_pixels, pixels_read
 from attnrewrite.localattention.maps import (
-    Return,
     SiteMaps,
     Source,
     Ways,
     as_source,
-    count,
-    flat_pixels,
     made_inside,
     meet,
     model_batch,
-    nearest_return,
-    pixels_read,
     read_ways,
     reads_alike,
-    returns_of,
     tokens_of,
 )
+from attnrewrite.localattention.returns import Return, nearest_return, returns_of
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Candidate, Roles
 

@@ -18,8 +18,9 @@ from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
+from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.logits import constant_at
-from attnrewrite.localattention.maps import SiteMaps, count
+from attnrewrite.localattention.maps import SiteMaps
 
 
 @dataclass(frozen=True, eq=False)

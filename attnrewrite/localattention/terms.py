@@ -15,12 +15,13 @@ import numpy as np
 
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Value
+from attnrewrite.graph import Value, ancestors
 from attnrewrite.indexing.map import Index, IndexingError, reduced
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import Sizes
+from attnrewrite.localattention.grid import count, grouped
 from attnrewrite.localattention.logits import ComputedTerm, QueryTerm, constant_at
-from attnrewrite.localattention.maps import SiteMaps, count, spread
+from attnrewrite.localattention.maps import SiteMaps
 from attnrewrite.localattention.site import Decline
 
 
@@ -126,23 +127,12 @@ def _in_order(table: np.ndarray, maps: SiteMaps, order: Order) -> np.ndarray:
     """A grid array as [nH or 1, N or 1, M or 1, d] in the op's order; IndexingError where windows differ."""
     attention = maps.attention
     groups = [list(maps.heads), list(order.queries), [attention.key_axis], [attention.channel_axis]]
-    kept, shape = [], []
-    for group in groups:
-        varies = any(table.shape[a] > 1 for a in group)
-        extents = [_extent(attention, a) if varies else 1 for a in group]
-        kept += list(zip(group, extents, strict=True))
-        shape.append(math.prod(extents))
-    flat = spread(reduced(table), kept).reshape(shape)
+    flat = grouped(reduced(table), groups, attention)
+    flat = np.broadcast_to(flat, (*flat.shape[:-1], attention.head_dim))
     for axis, positions in ((1, order.query), (2, order.key)):
         if flat.shape[axis] > 1:
             flat = flat.take(positions, axis=axis)
     return flat
-
-
-def _extent(attention: Attention, axis: int) -> int:
-    if axis == attention.key_axis:
-        return attention.num_keys
-    return attention.head_dim if axis == attention.channel_axis else count(attention.output_shape[axis])
 
 
 def _per_axis(tables: list[np.ndarray], window: Sizes, key_window: Sizes, epsilon: float) -> np.ndarray | None:
@@ -220,24 +210,10 @@ def _batch_extent(maps: SiteMaps) -> Extent:
 def _made_inside(facts: Facts, maps: SiteMaps, term: ComputedTerm) -> bool:
     """Whether the term is made of values between the feature maps and the attention: their movement would stay."""
     attention = maps.attention
-    cuts = {id(s.value) for s in (maps.query, *maps.keys[:1], *maps.values[:1])}
-    inside: set[int] = set()
-    for operand in (attention.query, attention.key, attention.value):
-        inside |= _ancestors(operand.value, cuts)
-    return not inside.isdisjoint(_ancestors(term.value, cuts))
-
-
-def _ancestors(value: Value, cuts: set[int]) -> set[int]:
-    """Ids of the computed values that a value is made of, itself included, not going beyond the cuts."""
-    found: set[int] = set()
-    pending = [value]
-    while pending:
-        one = pending.pop()
-        if id(one) in found or id(one) in cuts or one.producer is None:
-            continue
-        found.add(id(one))
-        pending.extend(v for v in one.producer.reads() if not v.is_constant)
-    return found
+    cuts = {s.value for s in (maps.query, *maps.keys[:1], *maps.values[:1])}
+    operands = (attention.query.value, attention.key.value, attention.value.value)
+    inside = ancestors(operands, cuts.__contains__) & ancestors([term.value], cuts.__contains__)
+    return any(v.producer is not None for v in inside)
 
 
 def _flat(value: Value, index: Index) -> tuple[np.ndarray, int]:
@@ -259,13 +235,7 @@ def _in_windows(array: np.ndarray, maps: SiteMaps, order: Order) -> np.ndarray:
     attention = maps.attention
     array = array.reshape(array.shape + (1,) * (attention.grid_rank - array.ndim))
     groups = [list(order.windows), list(maps.heads), list(order.queries), [attention.key_axis]]
-    kept, shape = [], []
-    for group in groups:
-        varies = any(array.shape[a] > 1 for a in group)
-        extents = [_extent(attention, a) if varies else 1 for a in group]
-        kept += list(zip(group, extents, strict=True))
-        shape.append(math.prod(extents))
-    flat = spread(array, kept).reshape(shape)
+    flat = grouped(array, groups, attention)
     flat = flat[order.element] if flat.shape[0] > 1 else flat[None]
     for axis, positions in ((1, order.window), (3, order.query), (4, order.key)):
         if flat.shape[axis] > 1:

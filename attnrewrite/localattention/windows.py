@@ -17,18 +17,9 @@ from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry
+from attnrewrite.localattention.grid import count, flat_pixels, grouped
 from attnrewrite.localattention.logits import has_fully_masked_row
-from attnrewrite.localattention.maps import (
-    SiteMaps,
-    Source,
-    count,
-    flat_pixels,
-    global_attention,
-    grouped,
-    made_inside,
-    reads_alike,
-    settled,
-)
+from attnrewrite.localattention.maps import SiteMaps, Source, global_attention, made_inside, reads_alike, settled
 from attnrewrite.localattention.site import Decline, Kind
 from attnrewrite.localattention.terms import Order, PlacedTerm, RelativePosition, computed_terms, relative_position
 from attnrewrite.localattention.tokens import channel_axis_of
