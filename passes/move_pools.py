@@ -21,8 +21,7 @@ from __future__ import annotations
 from attnrewrite.facts import Facts
 from attnrewrite.functions import is_local_op
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
-from attnrewrite.indexing.map import IndexingError
-from attnrewrite.localattention.hoist import NotHoistable
+from attnrewrite.localattention.hoist import NOT_ON_MAP
 from attnrewrite.localattention.pool_on_map import behind, is_made_of, return_outputs, write_pool
 from attnrewrite.localattention.pools import Pool, find_pools, reduction
 from attnrewrite.passes.fuse_window_attention import fuses_away
@@ -65,7 +64,7 @@ def _cancels(facts: Facts, pool: Pool, region: list[Value]) -> bool:
             continue
         try:
             on_map, movement = write_pool(trial, found, NAME)
-        except (NotHoistable, IndexingError):
+        except NOT_ON_MAP:
             return False
         movement += return_outputs(Facts(copy), on_map, found, NAME)
         return fuses_away(copy, movement) and (found.is_whole or _only_asks(copy, on_map))

@@ -156,8 +156,7 @@ class Returning:
         try:
             own = identity(shape)
             reads = summands(value, own, lambda v: v is self.sum.output, self.facts.positions)
-            assert self.sum.output.shape is not None
-            indices = [reshape(r.index, self.sum.output.shape, self.shape) for r in reads]
+            indices = [reshape(r.index, self.sum.output.known_shape, self.shape) for r in reads]
         except IndexingError as error:
             return str(error)
         featured: frozenset[int] = frozenset()

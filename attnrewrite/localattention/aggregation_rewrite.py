@@ -11,14 +11,13 @@ from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.functions.spec import DOMAIN, SlideAttention
 from attnrewrite.graph import Value
-from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.aggregation import Aggregation
 from attnrewrite.localattention.aggregation_proof import prove_aggregation
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.feature_map import FeatureMap
 from attnrewrite.localattention.geometry import Sizes
 from attnrewrite.localattention.grid import count, pixels_read, spread
-from attnrewrite.localattention.hoist import Anchor, Hoister, NotHoistable
+from attnrewrite.localattention.hoist import NOT_ON_MAP, Anchor, Hoister, NotHoistable
 from attnrewrite.localattention.maps import Source
 from attnrewrite.localattention.proof import NotProved
 from attnrewrite.localattention.site import Decline
@@ -82,7 +81,7 @@ class AggregationRewriter:
                 if padding is None or padding.any():
                     raise NotHoistable("values outside the map are not zero")
             return hoister.laid_out(laid, channels_first=True)
-        except (NotHoistable, IndexingError) as error:
+        except NOT_ON_MAP as error:
             raise Declined(Decline(str(error), operand.value.name, "outlook")) from error
 
     def finish(self, weights: Value, values: Value) -> None:

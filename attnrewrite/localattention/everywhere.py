@@ -110,5 +110,4 @@ def _key(facts: Facts, value: Value, index: Index, key_axis: int, channel_axis: 
 
 def _has_the_batch_of_the_model(facts: Facts, source: Source) -> bool:
     batches = {v.shape[0] for v in facts.graph.inputs if v.shape}
-    assert source.value.shape is not None
-    return source.has_batch and batches == {source.value.shape[0]}
+    return source.has_batch and batches == {source.value.known_shape[0]}

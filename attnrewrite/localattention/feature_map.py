@@ -25,9 +25,7 @@ class FeatureMap:
 
     @property
     def num_features(self) -> int:
-        shape = self.value.shape
-        assert shape is not None
-        extent = shape[1 if self.channels_first else -1]
+        extent = self.value.known_shape[1 if self.channels_first else -1]
         assert isinstance(extent, int)
         return extent
 
@@ -80,10 +78,9 @@ class MapWriter:
             value = node.required(0)
             inner = node.attributes.get("perm") or list(range(len(permutation)))[::-1]
             permutation = [inner[p] for p in permutation]
-        assert value.shape is not None
         if list(permutation) == list(range(len(permutation))):
             return value
-        shape = tuple(value.shape[p] for p in permutation)
+        shape = tuple(value.known_shape[p] for p in permutation)
         return self.emit("Transpose", [value], shape, f"{value.name}_t", perm=[int(p) for p in permutation])
 
     def laid_out(self, map_: FeatureMap, *, channels_first: bool) -> Value:
@@ -122,18 +119,17 @@ class MapWriter:
         key = (value, split.tokens, split.features, spatial)
         if key in self._maps:
             return self._maps[key]
-        assert value.shape is not None
-        features = elements(tuple(value.shape[a] for a in split.features))
+        features = elements(tuple(value.known_shape[a] for a in split.features))
         order = [*split.tokens, *split.features]
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
         if order == sorted(order):
             map_ = FeatureMap(self.reshape(value, (batch, *spatial, features)))
-        elif (first_order == sorted(first_order) and split.tokens[0] == 0 and value.shape[0] == batch) or (
+        elif (first_order == sorted(first_order) and split.tokens[0] == 0 and value.known_shape[0] == batch) or (
             batch == 1 and (features_first := [*split.features, *split.tokens]) == sorted(features_first)
         ):
             map_ = FeatureMap(self.reshape(value, (batch, features, *spatial)), channels_first=True)
         else:
-            moved = self.transpose(value, order + [a for a in range(len(value.shape)) if a not in order])
+            moved = self.transpose(value, order + [a for a in range(len(value.known_shape)) if a not in order])
             map_ = FeatureMap(self.reshape(moved, (batch, *spatial, features)))
         self._maps[key] = map_
         return map_
@@ -149,8 +145,7 @@ class MapWriter:
 
     def _pick(self, map_: FeatureMap, picked: np.ndarray, stem: str) -> FeatureMap:
         axis = 1 if map_.channels_first else len(self.spatial) + 1
-        assert map_.value.shape is not None
-        shape = (*map_.value.shape[:axis], len(picked), *map_.value.shape[axis + 1 :])
+        shape = (*map_.value.known_shape[:axis], len(picked), *map_.value.known_shape[axis + 1 :])
         if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
             bounds = [self.ints([v], f"{stem}_bound") for v in (int(picked[0]), int(picked[0]) + len(picked), axis)]
             return FeatureMap(self.emit("Slice", [map_.value, *bounds], shape, stem), map_.channels_first)
@@ -161,19 +156,18 @@ class MapWriter:
 
     def returned(self, map_: FeatureMap, value: Value, split: Roles) -> Value:
         """The map in the shape of a value whose tokens and features lie along these axes."""
-        assert value.shape is not None
         order = [*split.tokens, *split.features]
         first_order = [*split.tokens[:1], *split.features, *split.tokens[1:]]
-        batch_first = first_order == sorted(first_order) and value.shape[:1] == map_.value.known_shape[:1]
+        batch_first = first_order == sorted(first_order) and value.known_shape[:1] == map_.value.known_shape[:1]
         if map_.channels_first and batch_first:
-            return self.reshape(map_.value, value.shape)
+            return self.reshape(map_.value, value.known_shape)
         last = self.laid_out(map_, channels_first=False)
         if order == sorted(order):
-            return self.reshape(last, value.shape)
+            return self.reshape(last, value.known_shape)
         if batch_first:
-            return self.reshape(self.laid_out(map_, channels_first=True), value.shape)
-        spread_out = self.reshape(last, tuple(value.shape[a] for a in order))
-        return self.reshape(self.transpose(spread_out, list(np.argsort(order))), value.shape)
+            return self.reshape(self.laid_out(map_, channels_first=True), value.known_shape)
+        spread_out = self.reshape(last, tuple(value.known_shape[a] for a in order))
+        return self.reshape(self.transpose(spread_out, list(np.argsort(order))), value.known_shape)
 
     def replace(self, old: Value, new: Value) -> None:
         """Add the nodes to the graph, its readers of `old` reading `new`; a view of a view becomes one view."""

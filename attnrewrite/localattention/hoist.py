@@ -17,8 +17,8 @@ import numpy as np
 from attnrewrite.dims import Dim, Extent, Shape, elements, static
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.evaluate import evaluate
-from attnrewrite.graph import Node, Value
-from attnrewrite.indexing.map import Coordinate, Index, dependencies, reshape
+from attnrewrite.graph import Node, UnknownShape, Value
+from attnrewrite.indexing.map import Coordinate, Index, IndexingError, dependencies, reshape
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import Read, broadcast_index
 from attnrewrite.localattention.feature_map import FeatureMap, MapWriter
@@ -39,6 +39,10 @@ CONSTANT_MAP_LIMIT_BYTES = 1 << 28
 
 class NotHoistable(ValueError):
     """A per-token operator could not be written on the feature map; the message names it."""
+
+
+# What may be raised while a value is brought onto the feature map: then the site is left.
+NOT_ON_MAP = (NotHoistable, IndexingError, UnknownShape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +81,7 @@ class Hoister(MapWriter):
         last = None
         for last in provenances(value, index, self.facts.positions):
             if last.value is anchor.value:
-                assert anchor.value.shape is not None
-                seen = reshape(last.index, anchor.value.shape, anchor.shape)
+                seen = reshape(last.index, anchor.value.known_shape, anchor.shape)
                 self._same_tokens(seen, anchor, last.domain)
                 flat = _flat_features(anchor.shape, seen, anchor.feature_order)
                 self._note_padding(anchor.map, last.fills)
@@ -90,8 +93,7 @@ class Hoister(MapWriter):
         split = roles(last.value, last.index, features)
         if split is None:
             raise NotHoistable(f"{node.label} mixes tokens and channels")
-        assert last.value.shape is not None
-        flat = _flat_features(last.value.shape, last.index, split.features)
+        flat = _flat_features(last.value.known_shape, last.index, split.features)
         key = (last.value, anchor.map, anchor.roles.tokens)
         if key not in self._full:
             full = _all_features(last.value, last.index, split, channel_axis)
@@ -167,10 +169,9 @@ class Hoister(MapWriter):
 
     def _channelwise(self, node: Node, operand: FeatureMap, value: Value, split: Roles, axis: int) -> FeatureMap:
         tensor = self.laid_out(operand, channels_first=False)
-        assert tensor.shape is not None and node.required(0).shape is not None and value.shape is not None
         inner, outer = static(node.required(0).known_shape[axis]), static(value.known_shape[axis])
         groups = operand.num_features // inner
-        outside = tensor.shape[:-1]
+        outside = tensor.known_shape[:-1]
         stem = f"{value.name}_map"
         grouped = self.reshape(tensor, (*outside, groups, inner)) if groups > 1 else tensor
         shape = (*outside, groups, outer) if groups > 1 else (*outside, outer)
@@ -215,8 +216,7 @@ class Hoister(MapWriter):
                 repeated = group > 1 and _repeats(vector, group)
                 chosen = vector[::group] if repeated else vector
                 tensor = self.laid_out(self.features(map_, chosen, f"{operand.name}_map"), channels_first=False)
-                assert tensor.shape is not None
-                outside = tensor.shape[:-1]
+                outside = tensor.known_shape[:-1]
                 if group > 1:
                     tensor = self.reshape(tensor, (*outside, count // group, 1 if repeated else group))
                 operands.append(tensor)
@@ -229,9 +229,8 @@ class Hoister(MapWriter):
         self, operand: Value, full: Index, channel_axis: int, count: int, group: int, anchor: Anchor
     ) -> Value:
         """A constant per channel as a vector, one per token as a map; a scalar as it is."""
-        assert operand.shape is not None
-        if elements(operand.shape) == 1:
-            return operand if operand.shape == () else self.constant(operand.constant.reshape(()), operand.name)
+        if elements(operand.known_shape) == 1:
+            return operand if operand.known_shape == () else self.constant(operand.constant.reshape(()), operand.name)
         read = broadcast_index(full, operand)
         if dependencies(read) - {channel_axis}:
             return self._constant_map(operand, read, channel_axis, count, group, anchor)
@@ -239,7 +238,7 @@ class Hoister(MapWriter):
         vector = np.broadcast_to(operand.constant[at], (count,))
         if group > 1:
             return self.constant(np.ascontiguousarray(vector).reshape(count // group, group), operand.name)
-        if operand.shape == (count,) and np.array_equal(vector, operand.constant):
+        if operand.known_shape == (count,) and np.array_equal(vector, operand.constant):
             return operand
         return self.constant(np.ascontiguousarray(vector), operand.name)
 
@@ -301,8 +300,7 @@ class Hoister(MapWriter):
             ]
             if node.op == "Reshape":
                 data = known[node.required(0)]
-                assert node.output.shape is not None
-                outside = [e if k > len(self.spatial) else 1 for k, e in enumerate(node.output.shape)]
+                outside = [e if k > len(self.spatial) else 1 for k, e in enumerate(node.output.known_shape)]
                 known[node.output] = data.reshape([static(e) for e in outside])
             else:
                 known[node.output] = evaluate(node, arrays, self.graph.opset)[0]
@@ -353,8 +351,7 @@ def _flat_features(shape: Shape, index: Index, axes: Sequence[int]) -> np.ndarra
 
 def _all_features(value: Value, index: Index, split: Roles, channel_axis: int) -> Index:
     """The same tokens with all features of `value` laid out along the channel axis."""
-    assert value.shape is not None
-    extents = [static(value.shape[a]) for a in split.features]
+    extents = [static(value.known_shape[a]) for a in split.features]
     rank = index[0].rank
     whole = full_range(channel_axis, math.prod(extents), rank).values
     coordinates = list(index)

@@ -359,21 +359,19 @@ def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
 
 def tokens_of(source: Source) -> int:
     """Tokens of a source the grid enumerates, batch included."""
-    assert source.value.shape is not None
-    return math.prod(count(source.value.shape[a]) for a in source.roles.tokens)
+    return math.prod(count(source.value.known_shape[a]) for a in source.roles.tokens)
 
 
 def _agree(attention: Attention, features: frozenset[int], query: Source, back: Return) -> bool:
     """For every pixel of the returned map: the query computed for it came from that pixel."""
-    shape = back.value.shape
-    assert shape is not None and query.value.shape is not None
+    shape = back.value.known_shape
     enumerated = [count(shape[a]) for a in back.roles.tokens]
-    expected = [count(query.value.shape[a]) for a in query.roles.tokens]
+    expected = [count(query.value.known_shape[a]) for a in query.roles.tokens]
     if math.prod(enumerated) != math.prod(expected):
         return False
     if not back.roles.tokens or not query.roles.tokens:
         return False
-    if isinstance(shape[back.roles.tokens[0]], Dim) != isinstance(query.value.shape[query.roles.tokens[0]], Dim):
+    if isinstance(shape[back.roles.tokens[0]], Dim) != isinstance(query.value.known_shape[query.roles.tokens[0]], Dim):
         return False
     rows = [c.values for a, c in enumerate(back.index) if a not in features]
     axes = [a for a in range(len(attention.output_shape)) if a not in features]

@@ -19,7 +19,7 @@ from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING, Sizes
 from attnrewrite.localattention.grid import count, flat_pixels, pixels_read, spread
-from attnrewrite.localattention.hoist import Anchor, Hoister, NotHoistable
+from attnrewrite.localattention.hoist import NOT_ON_MAP, Anchor, Hoister
 from attnrewrite.localattention.maps import meet, read_ways
 from attnrewrite.localattention.pools import Pool
 from attnrewrite.localattention.returns import FOR_THE_NEXT, RETURNED
@@ -124,7 +124,7 @@ def is_made_of(facts: Facts, pool: Pool) -> bool:
     """Whether what is pooled is made of the pool's map by per-token operators alone."""
     try:
         pooled_map(Hoister(facts, pool.source.spatial, ""), pool)
-    except (NotHoistable, IndexingError):
+    except NOT_ON_MAP:
         return False
     return True
 

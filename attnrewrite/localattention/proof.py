@@ -176,7 +176,6 @@ def _terms(maps: SiteMaps, order: np.ndarray) -> Table:
 
 
 def _enumerated_batch(source: Source) -> int:
-    assert source.value.shape is not None
     return count(source.batch)
 
 
@@ -357,8 +356,7 @@ Step = tuple[Value, Index, np.ndarray | None]
 
 
 def _walk(value: Value, facts: Facts) -> Iterator[Step]:
-    assert value.shape is not None
-    for found in provenances(value, identity(value.shape), facts.positions):
+    for found in provenances(value, identity(value.known_shape), facts.positions):
         yield found.value, found.index, found.domain
 
 
@@ -375,8 +373,7 @@ def _pixels(index: Index, operand: Value, domain: np.ndarray | None, output: lis
 
 
 def _passes_channels(batch: Coordinate, channel: Coordinate, operand: Value) -> bool:
-    assert operand.shape is not None
-    enumerated, channels = count(operand.shape[0]), count(operand.shape[1])
+    enumerated, channels = count(operand.known_shape[0]), count(operand.known_shape[1])
     flat = batch.values * channels + channel.values
     return bool(np.array_equal(flat.reshape(-1), np.arange(enumerated * channels)))
 

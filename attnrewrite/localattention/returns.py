@@ -88,9 +88,8 @@ def _read_back(facts: Facts, attention: Attention, features: frozenset[int], val
         if candidate.domain is not None:
             return None
         if candidate.value is attention.output:
-            assert attention.output.shape is not None
             try:
-                read = reshape(candidate.index, attention.output.shape, attention.full_shape)
+                read = reshape(candidate.index, attention.output.known_shape, attention.full_shape)
             except IndexingError:
                 return None
             index = attention.among_kept(read)

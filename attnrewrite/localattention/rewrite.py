@@ -19,7 +19,7 @@ from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.feature_map import FeatureMap
 from attnrewrite.localattention.grid import count, grouped, pixels_read, row_major, spread
-from attnrewrite.localattention.hoist import Anchor, Hoister, NotHoistable
+from attnrewrite.localattention.hoist import NOT_ON_MAP, Anchor, Hoister, NotHoistable
 from attnrewrite.localattention.maps import ExtraSource, SiteMaps, Source
 from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.site import Decline, Site
@@ -60,9 +60,8 @@ class SiteRewriter:
         hoister, maps, attention = self.hoister, self.maps, self.maps.attention
         candidate, roles = source.candidate, source.roles
         map_ = hoister.source_map(source.value, roles, self.batch, spatial or self.spatial)
-        assert source.value.shape is not None
         pixels = pixels_read(candidate, roles.tokens)
-        anchor = Anchor(source.value, source.value.shape, candidate.index, roles, roles.features, map_, pixels)
+        anchor = Anchor(source.value, source.value.known_shape, candidate.index, roles, roles.features, map_, pixels)
         try:
             found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
             axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
@@ -72,7 +71,7 @@ class SiteRewriter:
                 padding = hoister.padding_vector(hoister.laid_out(result, channels_first=False))
                 if padding is None:
                     raise NotHoistable(f"what the padding of {operand.value.name} becomes is not known")
-        except (NotHoistable, IndexingError) as error:
+        except NOT_ON_MAP as error:
             raise Declined(Decline(str(error), operand.value.name)) from error
         return Emitted(result, padding if padding is not None and padding.any() else None)
 
@@ -91,7 +90,7 @@ class SiteRewriter:
             found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
             axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
             result = hoister.features(found, spread(picked, axes).reshape(-1), stem)
-        except (NotHoistable, IndexingError) as error:
+        except NOT_ON_MAP as error:
             raise Declined(Decline(str(error), operand.value.name)) from error
         tokens, features = hoister.laid_out(result, channels_first=False), maps.num_heads * channels
         windows, extra = source.table.shape
@@ -126,9 +125,9 @@ class SiteRewriter:
                 Decline("the logits are scaled differently from token to token", attention.softmax.label)
             ) from error
         tensor = self.hoister.laid_out(query, channels_first=False)
-        assert tensor.dtype is not None and tensor.shape is not None
+        assert tensor.dtype is not None
         vector = self.hoister.constant(np.repeat(per_head, head_dim).astype(tensor.dtype), f"{tensor.name}_scale")
-        scaled = self.hoister.emit("Mul", [tensor, vector], tensor.shape, f"{tensor.name}_scaled")
+        scaled = self.hoister.emit("Mul", [tensor, vector], tensor.known_shape, f"{tensor.name}_scaled")
         return FeatureMap(scaled), 1.0, per_head
 
     def constant_operand(self, array: np.ndarray | None, stem: str, dtype: np.dtype) -> Value | None:
@@ -182,8 +181,8 @@ class SiteRewriter:
         while operands and operands[-1] is None:
             operands.pop()
         value = operands[2]
-        assert value is not None and value.shape is not None
-        channels = value.shape[1 if channels_first else -1]
+        assert value is not None
+        channels = value.known_shape[1 if channels_first else -1]
         shape = (self.batch, channels, *self.spatial) if channels_first else (self.batch, *self.spatial, channels)
         attributes: dict[str, Any] = spec.attributes()
         output = hoister.emit(spec.op_type, operands, shape, f"{attention.output.name}_local", DOMAIN, **attributes)
@@ -198,20 +197,19 @@ class SiteRewriter:
 
     def _return(self, map_: FeatureMap) -> Value:
         hoister, maps, attention, back = self.hoister, self.maps, self.maps.attention, self.maps.back
-        assert back.value.shape is not None
-        channel_axis = len(back.value.shape)
+        channel_axis = len(back.value.known_shape)
         order = (*maps.heads, attention.value_axis)
         tokens = tuple(a for a in range(len(attention.output_shape)) if a not in maps.features)
-        own = identity(back.value.shape, channel_axis + 1)
+        own = identity(back.value.known_shape, channel_axis + 1)
         pixels = row_major(own, back.roles.tokens, back.value.known_shape)
         index = attention.in_full(back.index)
         anchor = Anchor(attention.output, attention.full_shape, index, Roles(tokens, order), order, map_, pixels)
         features = frozenset(back.roles.features) | {channel_axis}
         try:
             found, picked = hoister.hoist(back.value, own, channel_axis, features, anchor)
-            axes = [(a, count(back.value.shape[a])) for a in back.roles.features]
+            axes = [(a, count(back.value.known_shape[a])) for a in back.roles.features]
             found = hoister.features(found, spread(picked, axes).reshape(-1), back.value.name)
-        except (NotHoistable, IndexingError) as error:
+        except NOT_ON_MAP as error:
             raise Declined(Decline(str(error), back.value.name)) from error
         returned = hoister.returned(found, back.value, back.roles)
         if returned is maps.query.value or returned.producer is None:
@@ -235,5 +233,4 @@ def declined_site(softmax: Node, decline: Decline) -> Site:
 
 
 def _batch(source: Source) -> Extent:
-    assert source.value.shape is not None
     return source.batch

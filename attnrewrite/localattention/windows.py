@@ -207,7 +207,6 @@ def _overlap(maps: SiteMaps, window_axes: list[int], query_axes: list[int], elem
 
 def _static_batch(source: Source) -> int:
     """Batch elements the grid enumerates; 1 where the batch is symbolic (it passes through unenumerated)."""
-    assert source.value.shape is not None
     return count(source.batch)
 
 
