@@ -161,16 +161,15 @@ def fit_keys(table: np.ndarray, spatial: Sizes, geometry: WindowGeometry) -> tup
             return geometry, order
     nearest = None
     for size in _key_sizes(spatial, geometry):
-        for order in _key_orders(table, size, geometry):
-            ordered = table[:, order]
-            for tables in _axis_tables(ordered, size, geometry):
-                keys = _keys_of_axes(tables, size, geometry)
-                if isinstance(keys, str):
-                    nearest = nearest or keys
-                    continue
-                fitted = replace(geometry, keys=keys)
-                if np.array_equal(ordered, fitted.key_pixels()):
-                    return fitted, order
+        for tables in _axis_tables(table, size, geometry):
+            keys = _keys_of_axes(tables, size, geometry)
+            if isinstance(keys, str):
+                nearest = nearest or keys
+                continue
+            fitted = replace(geometry, keys=keys)
+            order = token_order_of(table, fitted.key_pixels())
+            if order is not None:
+                return fitted, order
     same_windows = table.shape == geometry.pixels().shape and math.prod(spatial) == math.prod(geometry.feature_size)
     return _key_difference(table, spatial, geometry) if nearest is None or same_windows else nearest
 
@@ -207,40 +206,61 @@ def _key_sizes(spatial: Sizes, geometry: WindowGeometry) -> Iterator[Sizes]:
                     yield size
 
 
-def _key_orders(table: np.ndarray, size: Sizes, geometry: WindowGeometry) -> Iterator[np.ndarray]:
-    """Orders of the key tokens to try: as they are, and row-major by the place each has in its window."""
-    yield np.arange(table.shape[1])
-    grid = np.indices(geometry.grid).reshape(len(size), -1, 1)
-    inside = table != PADDING
-    if not inside.any(axis=0).all():
-        return
-    places = []
-    for axis, coordinate in enumerate(np.unravel_index(np.where(inside, table, 0), size)):
-        stride = ceil_div(size[axis], geometry.grid[axis])
-        place = np.where(inside, coordinate - grid[axis] * stride, np.iinfo(np.int64).max)
-        places.append(place.min(axis=0))
-    order = np.lexsort(places[::-1])
-    if not np.array_equal(order, np.arange(len(order))):
-        yield order
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def _axis_tables(table: np.ndarray, size: Sizes, geometry: WindowGeometry) -> Iterator[list[np.ndarray]]:
-    """Tables per axis, int64 [windows, key tokens] each, whose product the table is; tokens row-major."""
-    grid, rank = geometry.grid, len(size)
-    inside = table != PADDING
-    coordinates = np.unravel_index(np.where(inside, table, 0), size)
-    for extents in _factorisations(table.shape[1], rank):
-        tables = []
-        for axis, coordinate in enumerate(coordinates):
-            marked = np.where(inside, coordinate, PADDING).reshape(*grid, *extents)
-            others = tuple(a for a in range(2 * rank) if a not in (axis, rank + axis))
-            tables.append(marked.max(axis=others))
-        if np.array_equal(product_of_axes(tables, size), table):
-            yield tables
+    """Tables per axis, int64 [windows, key tokens] each, whose product the table may be, up to the order of columns.
+
+    Each token is told apart by the coordinates it has along one axis in all windows. A token that is outside the map
+    everywhere (only one window along an axis) shows none: it is put where the others leave room.
+    """
+    grid, rank, tokens = geometry.grid, len(size), table.shape[1]
+    inside = (table != PADDING).reshape(*grid, tokens)
+    along = []
+    for axis, coordinate in enumerate(np.unravel_index(np.where(inside, table.reshape(inside.shape), 0), size)):
+        along.append(np.where(inside, coordinate, PADDING).max(axis=_others(rank, axis)))
+    flat = np.zeros_like(inside, np.int64)
+    for axis, coordinate in enumerate(along):
+        own = coordinate.reshape(*(grid[a] if a == axis else 1 for a in range(rank)), tokens)
+        flat = np.where((flat == PADDING) | (own == PADDING), PADDING, flat * size[axis] + own)
+    if not inside.any() or not np.array_equal(flat.reshape(table.shape), table):
+        return
+    seen = inside.any(axis=tuple(range(rank)))
+    distinct = [_distinct_columns(coordinate[:, seen]) for coordinate in along]
+    count = int(seen.sum())
+    for extents in _factorisations(tokens, rank):
+        rows = [c.reshape(-1, *extents).max(axis=_others(rank, a, 1)) for a, c in enumerate(along)]
+        if np.array_equal(product_of_axes(rows, size), table):
+            yield rows
+            continue
+        for shown in _factorisations(count, rank):
+            repeats = [count // e for e in shown]
+            if any(e < s for e, s in zip(extents, shown, strict=True)):
+                continue
+            if any((counts % times).any() for (_, counts), times in zip(distinct, repeats, strict=True)):
+                continue
+            columns = [
+                np.repeat(unique, counts // times, axis=1)
+                for (unique, counts), times in zip(distinct, repeats, strict=True)
+            ]
+            yield [
+                np.pad(c, [(0, 0), (0, e - s)], constant_values=PADDING)
+                for c, e, s in zip(columns, extents, shown, strict=True)
+            ]
+
+
+def _others(rank: int, axis: int, first: int = 0) -> tuple[int, ...]:
+    """All axes from `first` on but one, which is counted from there."""
+    return tuple(first + a for a in range(rank) if a != axis)
+
+
+def _distinct_columns(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The columns, each once, by first appearance, and how often each is there."""
+    columns, first, counts = np.unique(table, axis=1, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return columns[:, order], counts[order]
 
 
 def _factorisations(number: int, parts: int) -> Iterator[Sizes]:
@@ -282,20 +302,24 @@ def _keys_of_axes(tables: list[np.ndarray], size: Sizes, geometry: WindowGeometr
 
 
 def _placements(position: np.ndarray, extent: int, window: int, same_map: bool) -> dict[str, Placement] | str:
-    """For every border with which it can be told, the placement that gives these positions, int64 [windows, tokens].
+    """For every border with which it can be told, the placement that gives these positions, int64 [windows, tokens], in
+    this order of tokens if one does, else in another.
 
     The key windows must cover the map, one step apart, and contain the place of their query window.
     """
     windows, tokens = position.shape
     fallback = "the key windows are not evenly spaced"
     found: dict[str, Placement] = {}
+    wanted = _sorted_columns(position)
     strides = [window] if same_map else sorted({ceil_div(extent, windows), *_differences(position)})
     for border, stride in itertools.product(KEY_BORDERS, strides):
         if border in found or not (windows - 1) * stride < extent <= windows * stride:
             continue
-        for offset, dilation in _offsets(position, stride, tokens):
+        for offset, dilation in _offsets(position, stride):
             steps = np.arange(windows)[:, None] * stride + offset + np.arange(tokens) * dilation
-            if not np.array_equal(within(steps, extent, border), position):
+            reads = within(steps, extent, border)
+            in_order = np.array_equal(reads, position)
+            if not in_order and (border in found or not np.array_equal(_sorted_columns(reads), wanted)):
                 continue
             if offset >= dilation or offset + tokens * dilation < stride:
                 fallback = (
@@ -304,8 +328,13 @@ def _placements(position: np.ndarray, extent: int, window: int, same_map: bool) 
                 )
                 continue
             found[border] = (stride, offset, dilation)
-            break
+            if in_order:
+                break
     return found or fallback
+
+
+def _sorted_columns(table: np.ndarray) -> np.ndarray:
+    return table[:, np.lexsort(table)]
 
 
 def _differences(position: np.ndarray) -> set[int]:
@@ -314,17 +343,22 @@ def _differences(position: np.ndarray) -> set[int]:
     return {int(d) for d in np.unique((position[1:] - position[:-1])[both])}
 
 
-def _offsets(position: np.ndarray, stride: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """Offsets and dilations to try: read off two tokens inside the map, then all small ones."""
-    windows, slots = np.nonzero(position != PADDING)
+def _offsets(position: np.ndarray, stride: int) -> Iterator[tuple[int, int]]:
+    """Offsets and dilations to try: read off tokens inside the map, then all with which a window's keys can cover it.
+
+    position: int64 [windows, tokens], columns in no special order.
+    """
+    windows, tokens = position.shape
+    inside = position != PADDING
+    place = position - np.arange(windows)[:, None] * stride
+    place = np.sort(np.where(inside, place, np.iinfo(np.int64).max).min(axis=0)[inside.any(axis=0)])
+    steps = sorted({1, *(int(d) for d in np.unique(np.diff(place)) if d > 0)})[:4]
     tried = set()
-    if len(windows) > 1:
-        steps = {1, *(int(d) for d in np.unique(np.diff(position, axis=1)) if d > 0)}
-        for dilation in sorted(steps)[:4]:
-            starts = position[windows, slots] - windows * stride - slots * dilation
-            for offset in np.unique(starts)[:64].tolist():
-                tried.add((offset, dilation))
+    for dilation in steps:
+        for offset in np.unique(place - np.arange(len(place)) * dilation)[:64].tolist():
+            tried.add((offset, dilation))
+            yield offset, dilation
+    for dilation in steps:
+        for offset in range(dilation - 1, stride - tokens * dilation - 1, -1):
+            if (offset, dilation) not in tried:
                 yield offset, dilation
-    for offset in range(0, -tokens, -1):
-        if (offset, 1) not in tried:
-            yield offset, 1

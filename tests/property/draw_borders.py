@@ -53,14 +53,14 @@ def draw_halo(r: random.Random, opset: int) -> tuple[HaloSpelling, list[str]]:
     outside = bool((geometry.key_pixels() == PADDING).any())
     masked_by = r.choice([None, *EXCLUDED]) if outside else None
     gathering, values = r.choice(gatherings), r.choice([None, *gatherings])
-    if halos.tokens_by_columns in (gathering, values):  # keys in another order change what a bias is added to
-        gathering = values = r.choice([halos.by_im2col, halos.tokens_by_columns])
+    if halos.tokens_by_columns in (gathering, values):  # both in one order of tokens
+        gathering = values = halos.tokens_by_columns
     spelling = HaloSpelling(
         gathering,
         geometry,
         r.choice(["tokens", "map"]),
-        biased=gathering is not halos.tokens_by_columns and r.random() < 0.5,
-        masked_by=None if gathering is halos.tokens_by_columns else masked_by,
+        biased=r.random() < 0.5,
+        masked_by=masked_by,
         values=values,
         batch=r.choice([1, 2, "batch"]),
         opset=opset,
