@@ -126,6 +126,23 @@ def reduced(values: np.ndarray) -> np.ndarray:
     return values
 
 
+def reduced_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Values that are equal to these wherever `where` holds, with extent 1 along every axis that they need not vary
+    along for that. Both have the same rank; values: int64. Elsewhere they are among the values or 0.
+    """
+    alone = tuple(a for a, extent in enumerate(values.shape) if extent == 1)
+    where = where.any(axis=alone, keepdims=True)
+    limits = np.iinfo(np.int64)
+    for axis, extent in enumerate(values.shape):
+        if extent > 1:
+            lowest = np.where(where, values, limits.max).min(axis=axis, keepdims=True)
+            highest = np.where(where, values, limits.min).max(axis=axis, keepdims=True)
+            if bool((lowest >= highest).all()):
+                values = np.where(lowest == limits.max, 0, lowest)
+                where = where.any(axis=axis, keepdims=True)
+    return values
+
+
 def constant(value: int, grid_rank: int) -> Coordinate:
     return Coordinate(np.full((1,) * grid_rank, value, np.int64))
 

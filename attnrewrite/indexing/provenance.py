@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from attnrewrite.graph import Value
-from attnrewrite.indexing.map import Coordinate, Index, IndexingError, reduced
+from attnrewrite.indexing.map import Coordinate, Index, IndexingError, reduced, reduced_where
 from attnrewrite.indexing.rules import Fill, Read, sources
 
 
@@ -34,10 +34,14 @@ def provenances(value: Value, index: Index, positions: Mapping[Value, int]) -> I
     """
     reads: dict[Value, Read] = {value: Read(value, index)}
     fills: list[Fill] = []
+    merged = False
     while True:
         _constants_become_fills(reads, fills)
         if len(reads) == 1:
             (only,) = reads.values()
+            if merged and only.where is not None:
+                only = reads[only.value] = _reduced(only, only.where)
+            merged = False
             yield Provenance(only.value, only.index, only.where, tuple(fills))
         if not reads:
             return
@@ -57,6 +61,7 @@ def provenances(value: Value, index: Index, positions: Mapping[Value, int]) -> I
                 fills.append(Fill(source.number, where))
             else:
                 piece = Read(source.value, source.index, None if where is not None and where.all() else where)
+                merged = merged or source.value in reads
                 reads[source.value] = _merge(reads[source.value], piece) if source.value in reads else piece
 
 
@@ -77,6 +82,13 @@ def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
     if a is None or b is None:
         return a if b is None else b
     return a & b
+
+
+def _reduced(read: Read, where: np.ndarray) -> Read:
+    """The same read, with what merging left outside its elements no longer making it vary along an axis."""
+    where = reduced(where)
+    found = [c if len(c.parts) > 1 else Coordinate(reduced_where(c.values, where), c.batch) for c in read.index]
+    return Read(read.value, tuple(found), where)
 
 
 def _merge(a: Read, b: Read) -> Read:

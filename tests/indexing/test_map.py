@@ -14,6 +14,7 @@ from attnrewrite.indexing.map import (
     axis_groups,
     first_difference,
     identity,
+    reduced_where,
     reshape,
 )
 from attnrewrite.indexing.rules import sources
@@ -175,3 +176,16 @@ def test_parts_that_vary_along_one_axis_are_added_up() -> None:
     np.testing.assert_array_equal(coordinate.values, one + 5 + two)
     assert len(coordinate.parts) == 1
     assert Coordinate.total([one, 5 - one]).depends_on() == frozenset()
+
+
+def test_values_vary_only_along_the_axes_that_tell_them_apart_where_they_count() -> None:
+    """Of values [3, 4] that are the row wherever they count and anything elsewhere, the rows remain."""
+    where = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
+    values = np.where(where, np.array([[5], [7], [9]]), np.arange(12).reshape(3, 4))
+    rows = reduced_where(values, where)
+    assert rows.shape == (3, 1)
+    np.testing.assert_array_equal(np.where(where, rows, 0), np.where(where, values, 0))
+    values[1, 2] = 8
+    np.testing.assert_array_equal(reduced_where(values, where), values)
+    everywhere = np.ones((3, 2, 4), bool)
+    assert reduced_where(np.arange(3).reshape(3, 1, 1), everywhere).shape == (3, 1, 1)
