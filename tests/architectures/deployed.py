@@ -5,60 +5,51 @@ The sides of the images differ, and need padding where the model allows it.
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from examples.exporting import import_torchvision
 from tests.architectures.frame import BOTH, DYNAMO, TORCHSCRIPT, Architecture, Expect, left, rewritten
+from tests.zoo import timm_models
+from tests.zoo.model import imported
+
+ZOO = {m.name: m for m in timm_models.MODELS}
+
+
+def installed(package: str) -> None:
+    """Skip the test where a package is missing."""
+    import_torchvision()
+    pytest.importorskip(package)
 
 
 def timm(name: str, **options: Any) -> Any:
     """timm.create_model; skips the test where timm is missing."""
-    from examples.exporting import import_torchvision
-
-    import_torchvision()
-    return pytest.importorskip("timm").create_model(name, pretrained=False, num_classes=5, **options)
+    installed("timm")
+    return timm_models.create(name, **options)
 
 
 def timm_class(module: str, name: str) -> Any:
     """A class of timm.models, for options that its named models do not take; skips the test where timm is missing."""
-    from examples.exporting import import_torchvision
+    installed("timm")
+    return getattr(imported(f"timm.models.{module}"), name)
 
-    import_torchvision()
-    pytest.importorskip("timm")
-    return getattr(importlib.import_module(f"timm.models.{module}"), name)
+
+def zoo(name: str) -> Callable[[], Any]:
+    """A small timm model that the zoo has too; skips the test where timm is missing."""
+
+    def build() -> Any:
+        installed("timm")
+        return ZOO[f"timm_{name}"].build()
+
+    return build
 
 
 def torchvision(name: str) -> Any:
     """A module of torchvision.models; skips the test where torchvision is missing."""
-    from examples.exporting import import_torchvision
-
-    import_torchvision()
-    pytest.importorskip("torchvision")
-    return importlib.import_module(f"torchvision.models.{name}")
-
-
-def timm_swin() -> Any:
-    return timm(
-        "swin_tiny_patch4_window7_224",
-        img_size=(60, 88),
-        window_size=4,
-        embed_dim=24,
-        depths=(2, 2),
-        num_heads=(3, 6),
-    )
-
-
-def timm_swinv2() -> Any:
-    return timm(
-        "swinv2_tiny_window8_256",
-        img_size=(64, 96),
-        window_size=4,
-        embed_dim=24,
-        depths=(2, 2),
-        num_heads=(3, 6),
-    )
+    installed("torchvision")
+    return imported(f"torchvision.models.{name}")
 
 
 def timm_maxvit() -> Any:
@@ -75,66 +66,6 @@ def timm_maxvit() -> Any:
     )
 
 
-def timm_gcvit() -> Any:
-    return timm_class("gcvit", "GlobalContextVit")(
-        img_size=(64, 96),
-        window_size=((4, 6), (4, 6)),
-        num_classes=5,
-        embed_dim=16,
-        depths=(2, 2),
-        num_heads=(2, 4),
-    )
-
-
-def timm_davit() -> Any:
-    return timm(
-        "davit_tiny",
-        window_size=4,
-        embed_dims=(16, 32),
-        depths=(1, 1),
-        num_heads=(2, 4),
-    )
-
-
-def timm_twins() -> Any:
-    return timm(
-        "twins_svt_small",
-        img_size=(64, 96),
-        embed_dims=(16, 32),
-        depths=(2, 2),
-        num_heads=(2, 4),
-        wss=(4, 4),
-        sr_ratios=(4, 2),
-        mlp_ratios=(2, 2),
-    )
-
-
-def timm_volo() -> Any:
-    return timm_class("volo", "VOLO")(
-        img_size=(64, 96),
-        num_classes=5,
-        layers=(1, 1),
-        embed_dims=(16, 32),
-        num_heads=(2, 4),
-        mlp_ratio=2.0,
-        downsamples=(True, False),
-        outlook_attention=(True, False),
-        use_aux_head=False,
-    )
-
-
-def timm_tnt() -> Any:
-    return timm(
-        "tnt_s_patch16_224",
-        img_size=(48, 64),
-        embed_dim=32,
-        inner_dim=8,
-        depth=2,
-        num_heads_inner=2,
-        num_heads_outer=4,
-    )
-
-
 def timm_efficientvit() -> Any:
     return timm(
         "efficientvit_m0",
@@ -148,42 +79,8 @@ def timm_efficientvit() -> Any:
     )
 
 
-def timm_samvit() -> Any:
-    return timm(
-        "samvit_base_patch16",
-        img_size=(80, 112),
-        embed_dim=24,
-        depth=2,
-        num_heads=3,
-        window_size=3,
-        global_attn_indexes=(1,),
-        neck_chans=16,
-    )
-
-
-def timm_mobilevit() -> Any:
-    return timm("mobilevit_xxs")
-
-
 def timm_vit() -> Any:
     return timm("vit_tiny_patch16_224", img_size=(48, 64), embed_dim=24, depth=2, num_heads=3)
-
-
-def timm_convit() -> Any:
-    return timm("convit_tiny", img_size=48, embed_dim=16, depth=3, num_heads=4, local_up_to_layer=2)
-
-
-def timm_crossvit() -> Any:
-    return timm_class("crossvit", "CrossVit")(
-        img_size=48,
-        img_scale=(1.0, 64 / 48),
-        patch_size=(12, 16),
-        embed_dim=(16, 24),
-        depth=((1, 2, 0),),
-        num_heads=(2, 3),
-        mlp_ratio=(2.0, 2.0, 1.0),
-        num_classes=5,
-    )
 
 
 def swin(*, version: int = 1) -> Any:
@@ -241,12 +138,14 @@ EVEN = ((16, 24), (8, 12))
 # what the dynamo exporter says of scaled_dot_product_attention over other ranks
 ONLY_4D = "only 4D query, key, and value are supported"
 ARCHITECTURES = (
-    Architecture("deployed: timm swin", timm_swin, (1, 3, 60, 88), windows(PADDED, (4, 4), (2, 2)), exporters=BOTH),
-    Architecture("deployed: timm swinv2", timm_swinv2, (1, 3, 64, 96), windows(EVEN, (4, 4), (2, 2))),
+    Architecture(
+        "deployed: timm swin", zoo("swin_padded"), (1, 3, 60, 88), windows(PADDED, (4, 4), (2, 2)), exporters=BOTH
+    ),
+    Architecture("deployed: timm swinv2", zoo("swinv2"), (1, 3, 64, 96), windows(EVEN, (4, 4), (2, 2))),
     Architecture("deployed: timm maxvit", timm_maxvit, (1, 3, 64, 96), blocks_and_grids(*EVEN), exporters=BOTH),
     Architecture(
         "deployed: timm gcvit",
-        timm_gcvit,
+        zoo("gcvit"),
         (1, 3, 64, 96),
         tuple(
             rewritten("window", 2, num_heads=heads, feature_size=size, window_size=(4, 6), bias="constant")
@@ -255,7 +154,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "deployed: timm davit",
-        timm_davit,
+        zoo("davit"),
         (1, 3, 60, 88),
         (
             rewritten("window", feature_size=(15, 22), window_size=(4, 4), num_heads=2),
@@ -266,7 +165,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "deployed: timm twins_svt",
-        timm_twins,
+        zoo("twins_svt"),
         (1, 3, 64, 96),
         (
             rewritten("window", feature_size=(16, 24), window_size=(4, 4), num_heads=2),
@@ -279,7 +178,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "VOLO",
-        timm_volo,
+        zoo("volo"),
         (1, 3, 64, 96),
         (
             rewritten("outlook", num_heads=2, feature_size=(8, 12), kernel_size=(3, 3)),
@@ -291,7 +190,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Transformer in Transformer",
-        timm_tnt,
+        zoo("tnt"),
         (1, 3, 48, 64),
         (
             rewritten("window", 2, num_heads=2, head_dim=4, feature_size=(12 * 16,), window_size=(16,)),
@@ -315,7 +214,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "deployed: timm samvit",
-        timm_samvit,
+        zoo("samvit"),
         (1, 3, 80, 112),
         (
             rewritten("window", num_heads=3, feature_size=(5, 7), window_size=(3, 3), bias="tensor"),
@@ -325,7 +224,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "deployed: timm mobilevit",
-        timm_mobilevit,
+        zoo("mobilevit"),
         (1, 3, 64, 96),
         tuple(
             rewritten("grid", count, feature_size=size, window_size=window, dilation=dilation)
@@ -344,7 +243,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "ConViT",
-        timm_convit,
+        zoo("convit"),
         (1, 3, 48, 48),
         (
             left("global", 2, reason="each of the 9 queries attends the same 9 keys"),
@@ -354,7 +253,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Brain-Score dual-stream",
-        timm_crossvit,
+        zoo("crossvit"),
         (1, 3, 48, 48),
         (
             left("global", 3, reason="each of the 17 queries attends the same 17 keys"),

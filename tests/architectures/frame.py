@@ -81,7 +81,8 @@ class Architecture:
     def export(self, exporter: str) -> Path:
         """The ONNX file of the model, built at the first call."""
         here = Path(__file__).parent
-        sources = (Path(inspect.getfile(self.build)), here / "layers.py")
+        zoo = here.parent / "zoo" / "timm_models.py"  # where deployed.py has some of its models from
+        sources = (Path(inspect.getfile(self.build)), here / "layers.py", zoo)
         case = ModelCase(self.build, self.input_shape, sum(e.count for e in self.sites), sources=sources)
         return exported(self.name, exporter, opset=OPSETS[exporter], dynamic_batch=self.dynamic_batch, case=case)
 
