@@ -17,6 +17,10 @@ class Facts:
         self._users = graph.users()
         self._outputs = set(graph.outputs)
         self.apart: frozenset[Value] = frozenset()  # results of nodes that the graph does not hold
+        self._without_data: set[Value] = set()
+        for node in graph.nodes:
+            if all(self.is_without_data(v) for v in node.reads()):
+                self._without_data.update(node.outputs)
 
     def with_nodes(self, nodes: Sequence[Node]) -> Facts:
         """The same facts, with nodes behind the last one that belong to no graph (an analysis' own)."""
@@ -30,6 +34,10 @@ class Facts:
     def users(self, value: Value) -> list[Node]:
         """Nodes that read the value, once each."""
         return self._users.get(value, [])
+
+    def is_without_data(self, value: Value) -> bool:
+        """Whether the value is a constant or computed from constants alone: a mask too large to be folded, say."""
+        return value.is_constant or value in self._without_data
 
     def only_user(self, value: Value) -> Node | None:
         """The one node that reads the value; None where there are several, or it leaves the graph."""

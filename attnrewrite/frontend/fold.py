@@ -15,7 +15,7 @@ from attnrewrite.frontend.shapes import Contents, infer
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 
 # A folded result may be this much larger than what it was computed from; a broadcast mask must not fill the file.
-GROWTH_LIMIT_BYTES = 1 << 24
+GROWTH_LIMIT_BYTES = 1 << 25
 # Contents of computed (not initialiser) tensors are followed while they are this small: shapes and axes are.
 SYMBOLIC_LIMIT = 4096
 

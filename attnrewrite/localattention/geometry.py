@@ -339,3 +339,13 @@ class NeighborhoodGeometry:
     def pixels(self) -> np.ndarray:
         """int64 [P, K]: the flat pixel of the key map that each slot of each query reads, or PADDING; row-major."""
         return product_of_axes([self.axis_table(a) for a in range(len(self.feature_size))], self.key_size)
+
+    def pixels_of(self, queries: np.ndarray) -> np.ndarray:
+        """int64 [Q, K]: the rows of `pixels` of these query pixels (flat, int64 [Q]) alone."""
+        flat = np.zeros((len(queries), 1), np.int64)
+        for axis, positions in enumerate(np.unravel_index(queries, self.feature_size)):
+            along = self.axis_table(axis)[positions][:, None, :]
+            outside = (flat[:, :, None] == PADDING) | (along == PADDING)
+            joined = np.where(outside, PADDING, flat[:, :, None] * self.key_size[axis] + along)
+            flat = joined.reshape(len(queries), -1)
+        return flat

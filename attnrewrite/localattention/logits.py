@@ -32,7 +32,8 @@ SUMMANDS_LIMIT = 16
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A constant added to the logits: float64, one axis per grid axis, extent 1 where it does not vary.
+    """A constant added to the logits: one axis per grid axis, extent 1 where it does not vary. Of the constant's own
+    floating type where it is as stored (sums of terms are to be made in float64), else float64.
 
     lowest: the -inf stand for the dtype's lowest number, which is the same wherever a row keeps one key.
     """
@@ -156,11 +157,12 @@ class _Walk:
             if part.value.is_constant and part.path:  # expanded along a symbolic batch, say
                 maker = part.path[-1].producer
                 assert maker is not None
-                declined = self._constant(constant_at(part.value, part.index), part.factor, maker)
+                declined = self._constant(stored_at(part.value, part.index), part.factor, maker)
                 if declined is not None:
                     return declined
                 continue
-            if node is None or node.domain != STANDARD_DOMAIN or is_contraction(node):
+            without_data = self.facts.is_without_data(part.value)
+            if node is None or node.domain != STANDARD_DOMAIN or is_contraction(node) or without_data:
                 self.summands.append(part)
                 continue
             found = self._step(node, part)
@@ -203,7 +205,7 @@ class _Walk:
             if not operand.is_constant:
                 parts.append(Summand(operand, index, factor, path))
                 continue
-            declined = self._constant(constant_at(operand, index), factor, node)
+            declined = self._constant(stored_at(operand, index), factor, node)
             if declined is not None:
                 return declined
         return parts[::-1]
@@ -249,8 +251,8 @@ class _Walk:
             replaced = number
         if (replaced > np.finfo(data.dtype).min / 2).any():
             return Decline(
-                f"logits are replaced by {float(replaced.max()):g}, which does not exclude them: only -inf or the "
-                "lowest number of the type does",
+                f"masked logits are set to {float(replaced.max()):g}, which is no exclusion where others are as low: "
+                "only -inf or the lowest number of the type is one",
                 node.label,
             )
         if known is not None:
@@ -273,9 +275,14 @@ def scaled(term: np.ndarray, factor: np.ndarray) -> np.ndarray:
 
 def constant_at(value: Value, index: Index) -> np.ndarray:
     """float64 elements of a constant read at an index, one axis per grid axis."""
+    return stored_at(value, index).astype(np.float64, copy=False)
+
+
+def stored_at(value: Value, index: Index) -> np.ndarray:
+    """The same in the constant's own type, if that is a floating one: a mask of many windows is not doubled in size."""
     at = tuple(c.static(f"the constant {value.name}") for c in index)
-    elements = value.constant
-    return np.asarray(elements[at] if at else elements, np.float64)
+    elements = value.constant[at] if at else value.constant
+    return elements if elements.dtype.kind == "f" else np.asarray(elements, np.float64)
 
 
 def elements_at(value: Value, index: Index) -> np.ndarray | None:
@@ -461,7 +468,7 @@ def _first_along(coordinate: Coordinate, axis: int, extent: int) -> list[int]:
 
 def has_fully_masked_row(terms: tuple[Term, ...], key_axis: int) -> bool:
     """Whether some query has all its keys excluded; there -inf and a very low number differ."""
-    if not terms:
-        return False
-    total = sum((t.values for t in terms[1:]), terms[0].values)
-    return bool(np.isneginf(total).all(axis=key_axis).any())
+    excluded = np.zeros((1,) * (key_axis + 2), bool)
+    for term in terms:
+        excluded = excluded | np.isneginf(term.values)
+    return bool(excluded.all(axis=key_axis).any())

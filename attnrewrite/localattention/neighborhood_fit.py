@@ -52,15 +52,25 @@ def fit_neighborhood(table: np.ndarray, queries: Sizes, keys: Sizes, *, excludin
                 nearest = f"{NO_RECTANGLE}: {_seen(table[middle], middle, query_size, key_size)}"
             continue
         for geometry in _hypotheses(table, middle, query_size, key_size, excluding):
-            expected = geometry.pixels()
-            if (expected.shape[1] != table.shape[1] and not excluding) or expected.shape[1] < table.shape[1]:
+            slots = geometry.keys_per_query
+            if (slots != table.shape[1] and not excluding) or slots < table.shape[1]:
                 continue
-            columns = _columns(table, expected, middle, excluding)
-            if columns is not None:
-                return Fit(geometry, columns)
+            if _fits_some_rows(table, geometry, middle):
+                columns = _columns(table, geometry.pixels(), middle, excluding)
+                if columns is not None:
+                    return Fit(geometry, columns)
             if nearest.startswith(NO_RECTANGLE):
-                nearest = _difference(table, expected, middle, geometry)
+                nearest = _difference(table, geometry.pixels(), middle, geometry)
     return nearest
+
+
+def _fits_some_rows(table: np.ndarray, geometry: NeighborhoodGeometry, middle: int) -> bool:
+    """Whether the first, the middle and the last query read the pixels of the hypothesis, in any order: most fail."""
+    rows = np.array([0, middle, len(table) - 1])
+    expected = geometry.pixels_of(rows)
+    missing = expected.shape[1] - table.shape[1]
+    found = np.pad(table[rows], ((0, 0), (0, missing)), constant_values=PADDING)
+    return np.array_equal(np.sort(found, axis=1), np.sort(expected, axis=1))
 
 
 def _sizes(queries: Sizes, keys: Sizes) -> Iterator[tuple[Sizes, Sizes]]:

@@ -142,9 +142,9 @@ def exclusion(rows: QueryRows) -> Exclusion | None:
 
 
 def terms_at(rows: QueryRows, slots: np.ndarray | None = None) -> np.ndarray | None:
-    """float64 [nH or 1, rows or 1, K]: what the constant terms add to the logits at these slots; None without terms."""
+    """Floats [nH or 1, rows or 1, K]: what the constant terms add to the logits at these slots; None without terms."""
     total: np.ndarray | None = None
     for term in rows.maps.attention.terms:
         taken = rows.take(term.values, slots)
-        total = taken if total is None else total + taken
+        total = taken if total is None else np.add(total, taken, dtype=np.float64)
     return total

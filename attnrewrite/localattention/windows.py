@@ -16,7 +16,7 @@ import numpy as np
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
-from attnrewrite.localattention.geometry import PADDING, WindowGeometry
+from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
 from attnrewrite.localattention.grid import count, flat_pixels, grouped
 from attnrewrite.localattention.logits import has_fully_masked_row
 from attnrewrite.localattention.maps import SiteMaps, Source, global_attention, made_inside, reads_alike, settled
@@ -179,7 +179,10 @@ def _tables(maps: SiteMaps, key: Source, window_axes: list[int], query_axes: lis
         offset = np.arange(batch)[:, None, None] * math.prod(source.spatial)
         rows = table[element]
         local = np.where(rows == PADDING, PADDING, rows - offset)
-        if _static_batch(source) != batch or local.max() >= math.prod(source.spatial) or local.min() < PADDING:
+        if _static_batch(source) != batch:
+            ours, theirs = (f"{_static_batch(s)} x {by(s.spatial)} tokens" for s in (maps.query, source))
+            return Decline(f"no map holds both the queries (from {ours}) and the keys (from {theirs})", node)
+        if local.max() >= math.prod(source.spatial) or local.min() < PADDING:
             return Decline("windows reach from one batch element into another", node)
         if (local != local[:1]).any():
             return Decline("the windows of one batch element are not those of another", node)
@@ -341,10 +344,10 @@ def constant_terms(maps: SiteMaps, order: Order) -> list[np.ndarray] | Decline:
         groups = [list(order.windows), list(maps.heads), list(order.queries), [attention.key_axis]]
         flat = grouped(arrays, groups, attention)
         if flat.shape[0] > 1:
-            elements = flat[order.element]
-            if (elements != elements[:1]).any():
+            first, *others = order.element
+            if any((flat[rows] != flat[first]).any() for rows in others):
                 return Decline("the mask differs between batch elements", term.node.label)
-            flat = elements[0]
+            flat = flat[first]
         found.append(_reordered(reduced(flat), order))
     return found
 
@@ -354,6 +357,11 @@ def _reordered(term: np.ndarray, order: Order) -> np.ndarray:
         if term.shape[axis] > 1:
             term = term.take(positions, axis=axis)
     return term
+
+
+def _total(terms: list[np.ndarray]) -> np.ndarray:
+    """Their sum in float64; one alone as it is."""
+    return terms[0] if len(terms) == 1 else sum(terms[1:], terms[0].astype(np.float64))
 
 
 Split = tuple[np.ndarray | None, np.ndarray | None, float | None]
@@ -366,7 +374,7 @@ def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dt
     others = [t for t in terms if not (t.shape[0] > 1 and t.shape[1] == 1)]
     bias = None
     if others:
-        total = sum(others[1:], others[0])
+        total = _total(others)
         if (
             total.shape[0] > 1
             and not per_window
@@ -377,7 +385,7 @@ def _split_terms(terms: list[np.ndarray], geometry: WindowGeometry, dtype: np.dt
             bias = np.broadcast_to(total, (*total.shape[:2], tokens, keys))
     mask = None
     if per_window:
-        mask = sum(per_window[1:], per_window[0])[:, 0]
+        mask = _total(per_window)[:, 0]
         rows = tokens if geometry.keys is None else mask.shape[1]
         mask = np.broadcast_to(mask, (geometry.num_windows, rows, keys))
         mask_value = _shift_mask_value(mask, geometry)
@@ -394,7 +402,8 @@ def _shift_mask_value(mask: np.ndarray, geometry: WindowGeometry) -> float | Non
     if not crosses.any() or geometry.keys is not None:
         return None
     penalty = mask[crosses][0]
-    return float(penalty) if penalty and np.array_equal(mask, np.where(crosses, penalty, 0.0)) else None
+    same = penalty and np.array_equal(mask != 0, crosses) and (mask[crosses] == penalty).all()
+    return float(penalty) if same else None
 
 
 def _bias_and_shift_mask(

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from attnrewrite.frontend import fold
 from attnrewrite.functions import operands_of, spec_of
 from attnrewrite.functions.spec import FlashWindowAttention
 from tests.models import onnx_parts as parts
@@ -147,6 +148,27 @@ def test_a_bias_of_every_window_and_head() -> None:
     assert error(found, expected) <= TOLERANCE
 
 
+def computed_mask(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """logits + where(region[i] == region[j], 0, -100), of constants alone."""
+    region = CROSSES.argmin(axis=-1).astype(np.float64)  # the first token of the same region
+    rows, columns = g.constant(region[None, :, None, :, None]), g.constant(region[None, :, None, None, :])
+    same = g.op("Equal", g.op("Sub", rows, columns), g.constant(np.float64(0.0)))
+    mask = g.op("Where", same, g.constant(np.float64(0.0)), g.constant(np.float64(-100.0)))
+    return g.reshape(g.op("Add", g.reshape(logits, -1, 6, HEADS, 16, 16), mask), -1, HEADS, 16, 16)
+
+
+@pytest.mark.parametrize(("limit", "penalty"), [(1 << 25, -100.0), (0, None)])
+def test_a_mask_computed_from_constants(monkeypatch: pytest.MonkeyPatch, limit: int, penalty: float | None) -> None:
+    """One that is too large to be folded stays computed, and is an operand."""
+    monkeypatch.setattr(fold, "GROWTH_LIMIT_BYTES", limit)
+    spelling = written_by(computed_mask)
+    found, expected, spec = weights_of(spelling)
+    (node,) = local_ops(optimize(spelling.model()).graph)
+    assert spec.mask_value == penalty
+    assert ("logit_bias" in operands_of(node)) == (penalty is None)
+    assert error(found, expected) <= TOLERANCE
+
+
 # Scales.
 
 
@@ -235,7 +257,10 @@ def excluded_then_times_zero(g: Builder, logits: str, spelling: WindowSpelling) 
 
 
 LEFT: dict[str, tuple[WindowSpelling, str]] = {
-    "chosen-minus-100": (written_by(where(CROSSES, -100.0)), "logits are replaced by -100, which does not exclude"),
+    "chosen-minus-100": (
+        written_by(where(CROSSES, -100.0)),
+        "masked logits are set to -100, which is no exclusion",
+    ),
     "a-row-of-lowest-chosen": (
         written_by(where(ROW, LOWEST)),
         "a query has all its keys masked by a finite number",

@@ -158,4 +158,4 @@ def test_attention_whose_logits_are_replaced_is_told_so() -> None:
     back = g.reshape(g.transpose(attended, 0, 5, 1, 3, 2, 4), 2, CHANNELS, 16, 24)
     (site,) = optimize(g.model({"y": g.op("Conv", back, g.constant(rng.normal(size=(8, CHANNELS, 1, 1))))})).sites
     assert (site.verdict, site.kind) == ("leave", "other")
-    assert site.reason.startswith("logits are replaced by -1e+09")
+    assert site.reason.startswith("masked logits are set to -1e+09")

@@ -21,7 +21,6 @@ PENDING: dict[str, str] = {
     "sp_srformer": "keys of several pixels' channels each",
     "vp_twins_svt": "the logits of a global attention are told to be an outlook, too",
     "vp_scalablevit": "the logits of a global attention are told to be an outlook, too",
-    "monai_swin_unetr_3d": "a shift mask of 20 MB computed in the graph is not folded",
     "vp_regionvit": "a regional token in every window: what is rewritten keeps its copies",
     "vp_maxvit_registers": "register tokens beside a grid",
 }
