@@ -226,7 +226,9 @@ fuse_window_attention = Pass(
 )
 
 
-def fuses_away(graph: Graph, movement: Iterable[Node]) -> bool:
-    """Whether attentions of the graph are rewritten by this pass and nothing of `movement` is left; edits the graph."""
-    outcome = Pipeline([fuse_window_attention]).run(graph)
+def fuses_away(graph: Graph, movement: Iterable[Node], *before: Pass) -> bool:
+    """Whether attentions of the graph are rewritten by this pass, behind those before it, and nothing of `movement` is
+    left; edits the graph.
+    """
+    outcome = Pipeline([*before, fuse_window_attention]).run(graph)
     return any(s.verdict == "rewrite" for s in outcome.sites) and not set(movement) & set(graph.nodes)

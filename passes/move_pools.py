@@ -25,6 +25,7 @@ from attnrewrite.localattention.hoist import NOT_ON_MAP
 from attnrewrite.localattention.pool_on_map import behind, is_made_of, return_outputs, write_pool
 from attnrewrite.localattention.pools import Pool, find_pools, reduction
 from attnrewrite.passes.fuse_window_attention import fuses_away
+from attnrewrite.passes.move_merges import move_merges
 from attnrewrite.pipeline import Pass
 from attnrewrite.subgraph import copy_between
 
@@ -67,7 +68,7 @@ def _cancels(facts: Facts, pool: Pool, region: list[Value]) -> bool:
         except NOT_ON_MAP:
             return False
         movement += return_outputs(Facts(copy), on_map, found, NAME)
-        return fuses_away(copy, movement) and (found.is_whole or _only_asks(copy, on_map))
+        return fuses_away(copy, movement, move_merges) and (found.is_whole or _only_asks(copy, on_map))
     return False
 
 

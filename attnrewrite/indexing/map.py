@@ -131,7 +131,7 @@ def reduced_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     along for that. Both have the same rank; values: int64. Elsewhere they are among the values or 0.
     """
     alone = tuple(a for a, extent in enumerate(values.shape) if extent == 1)
-    where = where.any(axis=alone, keepdims=True)
+    where = np.asarray(where.any(axis=alone, keepdims=True))
     limits = np.iinfo(np.int64)
     for axis, extent in enumerate(values.shape):
         if extent > 1:
@@ -139,7 +139,7 @@ def reduced_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
             highest = np.where(where, values, limits.min).max(axis=axis, keepdims=True)
             if bool((lowest >= highest).all()):
                 values = np.where(lowest == limits.max, 0, lowest)
-                where = where.any(axis=axis, keepdims=True)
+                where = np.asarray(where.any(axis=axis, keepdims=True))
     return values
 
 

@@ -12,7 +12,7 @@ import contextlib
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,9 +80,10 @@ class Moved:
 class Block:
     """What may be written on the map.
 
-    entry: the map; first: its tokens moved, the first value in another order. orders: every value of the block. steps:
-    what makes each value that the exits need, `first` aside, in topological order. operands: computed values that the
-    steps join to the block's, and how they lay out their tokens. exits: values in the map's order.
+    entry: the map; first: the first value in another order, the map's tokens moved or (made_inside) computed in that
+    order. orders: every value of the block. steps: what makes each value that the exits need, `first` aside, in
+    topological order. operands: computed values that the steps join to the block's, and how they lay out their tokens.
+    exits: values in the map's order.
     """
 
     entry: TokenMap
@@ -91,6 +92,7 @@ class Block:
     steps: dict[Value, Node | Moved]
     operands: dict[Value, Order]
     exits: tuple[Value, ...]
+    made_inside: bool = False
 
 
 def find_block(facts: Facts, node: Node) -> Block | None:
@@ -112,6 +114,23 @@ def find_block(facts: Facts, node: Node) -> Block | None:
             return None if farther and any(_moves_on(facts, v) for v in block.exits) else block
         farther = True
     return None
+
+
+def block_behind(facts: Facts, entry: TokenMap, first: Value) -> Block | None:
+    """The block from a value that is computed in another order of the map's tokens to where it is merged."""
+    block = None if entry.order.in_place else _Walk(facts, entry, first).block()
+    return None if block is None else replace(block, made_inside=True)
+
+
+def token_order(value: Value, position: np.ndarray, features: frozenset[int], total: int) -> Order | None:
+    """The order of a value with its tokens at these positions; None unless it has each of the map's tokens once."""
+    shape = value.known_shape
+    tokens = tuple(a for a in range(len(shape)) if a not in features)
+    if any(position.shape[a] != (1 if a in features else count(e)) for a, e in enumerate(shape)):
+        return None
+    if position.size != total or not np.array_equal(np.sort(position.reshape(-1)), np.arange(total)):
+        return None
+    return Order(position, tokens, tuple(sorted(features)))
 
 
 def _moves_on(facts: Facts, value: Value) -> bool:
@@ -185,7 +204,7 @@ def as_map(reader: Value, way: Provenance, features: frozenset[int]) -> TokenMap
     if position is None or picked is None or not np.array_equal(picked.reshape(-1), np.arange(picked.size)):
         return None
     spatial = tuple(count(e) for e in extents)
-    order = _ordered(reader, position, features, count(batch) * math.prod(spatial))
+    order = token_order(reader, position, features, count(batch) * math.prod(spatial))
     return None if order is None else TokenMap(way.value, split, batch, spatial, order)
 
 
@@ -198,17 +217,6 @@ def _flat(index: Index, shape: Shape, axes: Sequence[int]) -> np.ndarray | None:
             return None
         flat = flat * count(extent) + index[axis].values
     return reduced(flat)
-
-
-def _ordered(value: Value, position: np.ndarray, features: frozenset[int], total: int) -> Order | None:
-    """The order of a value with its tokens at these positions; None unless it has each of the map's tokens once."""
-    shape = value.known_shape
-    tokens = tuple(a for a in range(len(shape)) if a not in features)
-    if any(position.shape[a] != (1 if a in features else count(e)) for a, e in enumerate(shape)):
-        return None
-    if position.size != total or not np.array_equal(np.sort(position.reshape(-1)), np.arange(total)):
-        return None
-    return Order(position, tokens, tuple(sorted(features)))
 
 
 class _Walk:
@@ -299,7 +307,7 @@ class _Walk:
         if tokens is None or picked is None:
             return None
         features = dependencies([way.index[a] for a in source.features])
-        order = _ordered(output, source.table[tokens], features, source.table.size)
+        order = token_order(output, source.table[tokens], features, source.table.size)
         return None if order is None else (order, picked.reshape(-1))
 
     def _operator(self, node: Node) -> None:

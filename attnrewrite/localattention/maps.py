@@ -17,10 +17,10 @@ import numpy as np
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Value
-from attnrewrite.indexing.map import dependencies
+from attnrewrite.indexing.map import dependencies, identity
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
-from attnrewrite.localattention.grid import count, flat_pixels
+from attnrewrite.localattention.grid import count, flat_pixels, row_major
 from attnrewrite.localattention.returns import RETURNED, Return, nearest_return, returns_of, spelled_out
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Candidate, Roles, candidates, channel_axis_of, feature_axes, roles
@@ -365,27 +365,33 @@ def tokens_of(source: Source) -> int:
 def _agree(attention: Attention, features: frozenset[int], query: Source, back: Return) -> bool:
     """For every pixel of the returned map: the query computed for it came from that pixel."""
     shape = back.value.known_shape
+    read = pixels_asked(attention, features, query, back)
+    if read is None:
+        return False
+    # the grid of `back` has one axis per axis of the returned value, and one for channels it mixes
+    own = row_major(identity(shape, len(shape) + 1), back.roles.tokens, shape)
+    return bool((read == own).all()) if _broadcastable(read, own) else False
+
+
+def pixels_asked(attention: Attention, features: frozenset[int], query: Source, back: Return) -> np.ndarray | None:
+    """int64 over the grid of `back`: which pixel of the query's map each of its tokens was asked for by; None unless
+    they are as many.
+    """
+    shape = back.value.known_shape
     enumerated = [count(shape[a]) for a in back.roles.tokens]
     expected = [count(query.value.known_shape[a]) for a in query.roles.tokens]
     if math.prod(enumerated) != math.prod(expected):
-        return False
+        return None
     if not back.roles.tokens or not query.roles.tokens:
-        return False
+        return None
     if isinstance(shape[back.roles.tokens[0]], Dim) != isinstance(query.value.known_shape[query.roles.tokens[0]], Dim):
-        return False
+        return None
     rows = [c.values for a, c in enumerate(back.index) if a not in features]
     axes = [a for a in range(len(attention.output_shape)) if a not in features]
     if not axes:
-        return False
+        return None
     flat = flat_pixels(query.candidate, query.roles.tokens, attention.output_shape, axes)
-    read = flat[tuple(np.minimum(r, flat.shape[k] - 1) for k, r in enumerate(rows))]
-    # the grid of `back` has one axis per axis of the returned value, and one for channels it mixes
-    own = np.zeros((1,) * (len(shape) + 1), np.int64)
-    for axis in back.roles.tokens:
-        extent = count(shape[axis])
-        position = np.arange(extent).reshape([-1 if a == axis else 1 for a in range(len(shape) + 1)])
-        own = own * extent + position
-    return bool((read == own).all()) if _broadcastable(read, own) else False
+    return np.asarray(flat[tuple(np.minimum(r, flat.shape[k] - 1) for k, r in enumerate(rows))])
 
 
 def _broadcastable(a: np.ndarray, b: np.ndarray) -> bool:

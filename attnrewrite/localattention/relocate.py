@@ -38,8 +38,11 @@ class _Relocation:
 
     def run(self) -> list[Node]:
         block = self.block
-        features = _extents(block.first, block.orders[block.first])
-        self.on_map[block.first] = self._laid_out(block.entry, features)
+        first, order = block.first, block.orders[block.first]
+        if block.made_inside:
+            self.on_map[first] = self._onto_map(first, order)
+        else:
+            self.on_map[first] = self._laid_out(block.entry, _extents(first, order))
         for value, step in block.steps.items():
             self.on_map[value] = self._moved(value, step) if isinstance(step, Moved) else self._operator(value, step)
         made = {s for s in block.steps.values() if isinstance(s, Node)}

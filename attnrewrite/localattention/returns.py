@@ -49,7 +49,7 @@ def returns_of(facts: Facts, attention: Attention, features: frozenset[int]) -> 
             region.update(dict.fromkeys(node.outputs))
     found = []
     for value in region:
-        back = _read_back(facts, attention, features, value)
+        back = read_back(facts, attention, features, value)
         if back is not None:
             found.append(back)
     return found
@@ -75,7 +75,8 @@ def nearest_return(
     return chosen, moved_again[0].value.name if moved_again else None
 
 
-def _read_back(facts: Facts, attention: Attention, features: frozenset[int], value: Value) -> Return | None:
+def read_back(facts: Facts, attention: Attention, features: frozenset[int], value: Value) -> Return | None:
+    """A value behind the attention, read back into its output; None where it is not made of that, token by token."""
     if value.shape is None:
         return None
     channel_axis = len(value.shape)

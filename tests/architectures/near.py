@@ -338,6 +338,29 @@ def tic_apart() -> nn.Module:
     return TiC(whole=True)
 
 
+class CrossShaped(nn.Module):
+    """CSWin's cross-shaped windows: half of the channels attend columns of stripes, half rows of them, each added to a
+    depthwise convolution of its values inside every stripe (arXiv 2107.00652).
+    """
+
+    def __init__(self, dim: int = 24, stripe: int = 2) -> None:
+        super().__init__()
+        self.stem, self.stripe = nn.Conv2d(3, dim, 4, 4), stripe
+        self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.local = nn.ModuleList(nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2) for _ in range(2))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image).permute(0, 2, 3, 1)
+        size = (x.shape[1], x.shape[2])
+        halves = []
+        for half, window in enumerate(((size[0], self.stripe), (self.stripe, size[1]))):
+            parts = [t.chunk(2, dim=-1)[half] for t in self.qkv(self.norm(x)).chunk(3, dim=-1)]
+            q, k, v = (partition(t, window) for t in parts)
+            local = self.local[half](v.transpose(1, 2).reshape(-1, v.shape[2], *window)).flatten(2).transpose(1, 2)
+            halves.append(merge(windowed(q, k, v, 2) + local, window, size))
+        return x + self.proj(torch.cat(halves, dim=-1))
+
+
 def agent_swin_plain() -> nn.Module:
     """Without the convolution of the values, which would keep the windows of these."""
     return AgentSwin(convolved=False)
@@ -409,7 +432,18 @@ ARCHITECTURES = (
         (1, 3, 48, 72),
         (rewritten("window", 4, num_heads=3, bias="constant"),),
         variant="windows with a convolution of the values",
-        clean=False,
+        beside=True,
+    ),
+    Architecture(
+        "deployed: CSWin",
+        CrossShaped,
+        (1, 3, 48, 64),
+        (
+            rewritten("stripe", feature_size=(12, 16), window_size=(12, 2), num_heads=2),
+            rewritten("stripe", feature_size=(12, 16), window_size=(2, 16), num_heads=2),
+        ),
+        exporters=BOTH,
+        beside=True,
     ),
     Architecture(
         "Agent Attention",

@@ -46,7 +46,6 @@ ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 # Rows whose verdict is not reached yet: what is missing.
 PENDING: dict[str, str] = {
     "styleswin_in_one_softmax": "a shift per group of heads",
-    "agent_attention_windows_with_a_convolution_of_the_values": "queries averaged inside their window",
 }
 
 

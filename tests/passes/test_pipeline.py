@@ -26,6 +26,7 @@ NAMES = [
     "fold-reparam-branches",
     "move-pools",
     "move-partitions",
+    "move-merges",
     "fuse-window-attention",
     "unfold-to-slide-attention",
     "fuse-outlook-attention",
