@@ -16,6 +16,7 @@ from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, UnknownShape
 from attnrewrite.indexing.map import IndexingError
+from attnrewrite.localattention.joins import add_behind_concat
 from attnrewrite.localattention.linears import einsum_to_matmul
 from attnrewrite.localattention.site import Decline, Reparam, Site
 from attnrewrite.localattention.softmax import join_softmax
@@ -85,6 +86,7 @@ class Pipeline:
         outcome = Outcome(graph, nodes_before=len(graph.nodes))
         einsum_to_matmul(graph)
         join_softmax(graph)
+        add_behind_concat(graph)
         softmaxes = [n for n in graph.nodes if n.op == "Softmax" and n.domain == STANDARD_DOMAIN]
         said: dict[Node, list[Record]] = {n: [] for n in softmaxes}
         order = list(graph.nodes)

@@ -283,7 +283,7 @@ class _Matcher:
         tokens: list[int],
         weights: list[Source],
         values: list[Source],
-    ) -> Aggregation | Decline:
+    ) -> Aggregation | Decline | None:
         nearest: Decline | None = None
         # Behind equally many operators the furthest map: what is nearer is padded or gathered from it already.
         furthest_first = list(reversed(values))
@@ -293,6 +293,8 @@ class _Matcher:
                 nearest = nearest or self._decline("values outside the map are not zero")
                 continue
             fitted = self._fit(weights, value, tokens)
+            if fitted is None:
+                return None
             if isinstance(fitted, Decline):
                 nearest = nearest or fitted
                 continue
@@ -314,8 +316,10 @@ class _Matcher:
 
     def _fit(
         self, weights: list[Source], value: Source, tokens: list[int]
-    ) -> tuple[Source, NeighborhoodGeometry, np.ndarray] | Decline:
-        """The weights' map that fits the values' neighbourhoods, best laid out first."""
+    ) -> tuple[Source, NeighborhoodGeometry, np.ndarray] | Decline | None:
+        """The weights' map that fits the values' neighbourhoods, best laid out first; None where no value has a part in
+        two of them, and no softmax says that they are weighted.
+        """
         keys = self.sum.num_keys
         flat = flat_pixels(value.candidate, value.roles.tokens, self.shape, tokens, [(self.sum.key_axis, keys)])
         table = flat.reshape(-1, keys)
@@ -333,11 +337,19 @@ class _Matcher:
             for sizes in _sizes(source.spatial, value.spatial):
                 fitted = fit_neighborhood(rows, sizes, value.spatial)
                 if not isinstance(fitted, str) and fitted.ordered:
+                    if self.softmax is None and not _overlap(fitted.geometry):
+                        return None  # products summed group by group, as queries and keys are
                     return source, fitted.geometry, fitted.columns
                 reason = fitted if isinstance(fitted, str) else "the order of the neighbours differs between pixels"
                 nearest = nearest or self._decline(f"values: {reason}")
         reason = f"the weights lie on a {by(weights[0].spatial)} map, the values on a {by(value.spatial)} map"
         return nearest or self._decline(reason)
+
+
+def _overlap(geometry: NeighborhoodGeometry) -> bool:
+    """Whether the neighbourhoods of two pixels have a place in common."""
+    axes = zip(geometry.kernel_size, geometry.dilation, geometry.stride, strict=True)
+    return any((kernel - 1) * dilation >= stride for kernel, dilation, stride in axes)
 
 
 def _is_computed_from_pairs(way: Sequence[Candidate]) -> bool:

@@ -159,3 +159,13 @@ def test_attention_whose_logits_are_replaced_is_told_so() -> None:
     (site,) = optimize(g.model({"y": g.op("Conv", back, g.constant(rng.normal(size=(8, CHANNELS, 1, 1))))})).sites
     assert (site.verdict, site.kind) == ("leave", "other")
     assert site.reason.startswith("masked logits are set to -1e+09")
+
+
+def test_logits_of_a_neighbourhood_are_no_site() -> None:
+    """Products of queries with keys that have a constant per slot, summed over the channels of each head."""
+    rng, g = np.random.default_rng(0), Builder()
+    query = g.op("Conv", g.input("query", [1, 6, 5, 7]), g.constant(rng.normal(size=(6, 6, 1, 1))))
+    keys = g.add(g.input("keys", [1, 6, 5, 7, 9]), rng.normal(size=9))
+    products = g.op("Mul", g.reshape(query, 1, 2, 3, 5, 7, 1), g.reshape(keys, 1, 2, 3, 5, 7, 9))
+    outcome = optimize(g.model({"logits": g.reduce_sum(products, 2, keepdims=True)}))
+    assert not outcome.sites and not local_ops(outcome.graph)
