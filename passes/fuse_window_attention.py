@@ -35,7 +35,7 @@ from attnrewrite.localattention.extra_tokens import match_with_extra_tokens
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.head_groups import heads_apart
-from attnrewrite.localattention.maps import SiteMaps
+from attnrewrite.localattention.maps import SiteMaps, read_padded_maps
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.shared_query import queries_asked_again, queries_made_inside, read_window_maps
@@ -68,6 +68,10 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     extra = match_with_extra_tokens(facts, attention, lambda match: _is_made_of(facts, match))
     if isinstance(extra, WindowMatch):
         return extra
+    padded = read_padded_maps(facts, attention)  # a grid of a padded map has no closed form on the map before it
+    on_padded = None if padded is None or isinstance(padded, Decline) else match_windows(facts, padded)
+    if isinstance(on_padded, WindowMatch) and _is_made_of(facts, on_padded):
+        return on_padded
     rows = None if isinstance(maps, Decline) or maps.shared else in_rows(facts, maps)
     in_order_of_rows = None if rows is None else match_windows(facts, rows)
     if isinstance(in_order_of_rows, WindowMatch):

@@ -125,6 +125,17 @@ def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
     return ways if isinstance(ways, Decline) else meet(facts, attention, ways)
 
 
+def read_padded_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline | None:
+    """As read_maps, no map going back beyond its padding; None where the queries are not padded."""
+    ways = read_ways(facts, attention)
+    if isinstance(ways, Decline):
+        return None
+    sources = {name: tuple(s for s in found if s.candidate.domain is None) for name, found in ways.sources.items()}
+    if len(sources["query"]) == len(ways.sources["query"]) or not all(sources.values()):
+        return None
+    return meet(facts, attention, replace(ways, sources=sources))
+
+
 @dataclass(frozen=True, eq=False)
 class Ways:
     """The feature maps that query, key and value are made of, nearest first; features: as in SiteMaps."""

@@ -276,6 +276,40 @@ def super_tokens() -> nn.Module:
 
 
 GLOBAL = "every token attends|global attention"
+
+
+class SparseAttention(Attention):
+    """ART's sparse attention: tokens an interval apart attend each other, the map padded to a multiple of it and the
+    padded tokens masked (arXiv 2210.01427). `[B, H, W, C] -> [B, H, W, C]`.
+    """
+
+    def __init__(self, interval: int) -> None:
+        super().__init__(DIM, HEADS)
+        self.interval = interval
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, height, width, dim = x.shape
+        step = self.interval
+        below, right = -height % step, -width % step
+        rows, columns = (height + below) // step, (width + right) // step
+        x = F.pad(x, (0, 0, 0, right, 0, below))
+        padded = F.pad(torch.zeros(1, height, width, 1), (0, 0, 0, right, 0, below), value=1.0)
+        groups = [t.reshape(-1, rows, step, columns, step, t.shape[3]).permute(0, 2, 4, 1, 3, 5) for t in (x, padded)]
+        tokens, padded = (t.reshape(-1, rows * columns, t.shape[5]) for t in groups)
+        self.mask = torch.zeros_like(padded).masked_fill(padded > 0, -1e9).transpose(1, 2)
+        out = super().forward(tokens).reshape(batch, step, step, rows, columns, dim).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(batch, height + below, width + right, dim)[:, :height, :width]
+
+    def logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        logits = query @ key.transpose(-2, -1)
+        groups = (-1, len(self.mask), *logits.shape[1:])
+        return (logits.reshape(groups) + self.mask[:, None]).reshape(-1, *groups[2:])
+
+
+def art() -> nn.Module:
+    return network(DIM, block(DIM, SparseAttention(3)))
+
+
 ARCHITECTURES = (
     Architecture("L2ViT", l2vit, (1, 3, 32, 48), (rewritten("window", feature_size=MAP, window_size=WINDOW),)),
     Architecture(
@@ -316,5 +350,12 @@ ARCHITECTURES = (
         (1, 3, 32, 48),
         (left("other", reason="have 3 uses"), left("global", reason=GLOBAL)),
         clean=False,
+    ),
+    Architecture(
+        "deployed: ART",
+        art,
+        (1, 3, 32, 52),
+        (rewritten("grid", feature_size=(9, 15), window_size=(3, 5), dilation=(3, 3), num_heads=3),),
+        exporters=BOTH,
     ),
 )
