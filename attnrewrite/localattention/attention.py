@@ -24,7 +24,7 @@ from attnrewrite.localattention.contraction import (
     product_of,
     rearranges,
 )
-from attnrewrite.localattention.logits import ComputedTerm, QueryTerm, Term, read_logits, varies
+from attnrewrite.localattention.logits import ComputedTerm, Logits, QueryTerm, Term, read_logits, varies
 from attnrewrite.localattention.site import Decline
 
 NOT_OVER_KEYS = "the softmax does not run over the keys that are summed"
@@ -149,14 +149,32 @@ class WeightedSum:
         return self.key_axis + 1
 
 
-def read_weighted_sum(facts: Facts, softmax: Node, *, split: bool = True) -> WeightedSum | Decline:
+def guarded(facts: Facts, softmax: Node) -> Value:
+    """The probabilities, behind Where(IsNaN(softmax), 0, softmax) where that follows: exporters write it for masks that
+    may leave a row no key.
+    """
+    users = facts.users(softmax.output)
+    tests, chosen = ([u for u in users if u.op == op and u.domain == STANDARD_DOMAIN] for op in ("IsNaN", "Where"))
+    if len(users) != 2 or len(tests) != 1 or len(chosen) != 1 or facts.only_user(tests[0].output) is not chosen[0]:
+        return softmax.output
+    condition, zero, kept = (chosen[0].required(k) for k in range(3))
+    is_guard = condition is tests[0].output and kept is softmax.output and zero.is_constant
+    whole = chosen[0].output.shape == softmax.output.shape
+    return chosen[0].output if is_guard and whole and not zero.constant.any() else softmax.output
+
+
+def read_weighted_sum(
+    facts: Facts, softmax: Node, *, split: bool = True, probabilities: Value | None = None
+) -> WeightedSum | Decline:
     """The sum over values behind a softmax. Raises IndexingError where a map on the way cannot be expressed.
 
-    split: axes of the output that a reshape behind it divides are divided at once (`split_axes`).
+    split: axes of the output that a reshape behind it divides are divided at once (`split_axes`). probabilities: the
+    softmax's output where they are not that.
     """
     if softmax.output.shape is None or softmax.output.dtype is None:
         return Decline("the shape of the softmax is unknown", softmax.label)
-    consumer = _contraction_after(facts, softmax)
+    probabilities = softmax.output if probabilities is None else probabilities
+    consumer = _contraction_after(facts, softmax, probabilities)
     if isinstance(consumer, Decline):
         return consumer
     output = consumer.output
@@ -167,7 +185,7 @@ def read_weighted_sum(facts: Facts, softmax: Node, *, split: bool = True) -> Wei
     index = reshape(identity(output_shape, channel_axis + 1), output_shape, output.shape)
     weights, value = None, None
     for one, other in _both_ways(operands(consumer, index, key_axis)):
-        found = _pull_to(softmax.output, one.value, one.index)
+        found = _pull_to(probabilities, one.value, one.index)
         if found is not None:
             weights, value = found, other
             break
@@ -194,11 +212,12 @@ def read_weighted_sum(facts: Facts, softmax: Node, *, split: bool = True) -> Wei
 
 
 def _read(facts: Facts, softmax: Node) -> Attention | Decline:
-    summed = read_weighted_sum(facts, softmax)
+    probabilities = guarded(facts, softmax)
+    summed = read_weighted_sum(facts, softmax, probabilities=probabilities)
     if isinstance(summed, Decline):
         return summed
     if len(summed.value_axes) > 1:  # the values' own axis becomes several: pixels, where the softmax is over channels
-        summed = read_weighted_sum(facts, softmax, split=False)
+        summed = read_weighted_sum(facts, softmax, split=False, probabilities=probabilities)
         if isinstance(summed, Decline):
             return summed
     key_axis, channel_axis = summed.key_axis, summed.channel_axis
@@ -208,6 +227,8 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     logits = read_logits(facts, softmax.required(0), summed.weights, key_axis, channel_axis)
     if isinstance(logits, Decline):
         return logits
+    if probabilities is not softmax.output and not _every_row_has_a_key(logits, key_axis):
+        return Decline("a query that its mask leaves no key gives zeros here, which the op does not", softmax.label)
     query, key = logits.query, logits.key
     head_dim = max(_extent_along(query.index, channel_axis), _extent_along(key.index, channel_axis))
     assert softmax.output.dtype is not None
@@ -230,6 +251,17 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
         logits.query_terms,
         logits.computed,
     )
+
+
+def _every_row_has_a_key(logits: Logits, key_axis: int) -> bool:
+    """Whether what is added to the logits leaves every query a key, whatever the data."""
+    if any(term.excludes is None or not np.isfinite(term.excludes) for term in logits.computed):
+        return False
+    excluded = np.zeros((1,) * (key_axis + 1), bool)
+    for term in logits.constants:
+        values = term.values.reshape(term.values.shape[: key_axis + 1] + (1,) * (key_axis + 1 - term.values.ndim))
+        excluded = excluded | np.isneginf(values)
+    return not bool(excluded.all(axis=key_axis).any())
 
 
 def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
@@ -260,9 +292,8 @@ def _extent_along(index: Index, axis: int) -> int:
     return max((c.shape[axis] for c in index), default=1)
 
 
-def _contraction_after(facts: Facts, softmax: Node) -> Node | Decline:
+def _contraction_after(facts: Facts, softmax: Node, value: Value) -> Node | Decline:
     """The contraction that consumes the probabilities, through operators that only rearrange or cast them."""
-    value = softmax.output
     while True:
         user = facts.only_user(value)
         if user is None:

@@ -213,6 +213,15 @@ def roles(value: Value, index: Index, features: frozenset[int]) -> Roles | None:
             tokens.append(axis)
         elif depends or extent != 1:
             featured.append(axis)
-        elif axis == 0:
+        elif axis == 0 and not _is_cut(value):
             tokens.append(axis)  # a batch of one
     return Roles(tuple(tokens), tuple(featured))
+
+
+def _is_cut(value: Value) -> bool:
+    """Whether a value is one of several pieces along its first axis (of stacked q, k, v, say)."""
+    node = value.producer
+    if node is None or node.op not in ("Split", "Slice") or node.domain != STANDARD_DOMAIN:
+        return False
+    shape = node.required(0).shape
+    return shape is not None and shape[0] != value.known_shape[0]

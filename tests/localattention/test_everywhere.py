@@ -92,3 +92,19 @@ def test_what_is_said(case: str) -> None:
     assert site.reason.startswith(reason), site.reason
     assert site.reason_node
     assert not outcome.modified
+
+
+@pytest.mark.parametrize("batch", [1, "batch"])
+def test_pieces_of_stacked_tensors_have_no_batch_of_one(batch: int | str) -> None:
+    """q, k and v of a clip's frames as exporters unbind them: the axis that they were stacked along has extent 1."""
+    rng, g = np.random.default_rng(0), Builder()
+    images = g.reshape(g.input("x", [batch, 4, 3, 8, 12]), -1, 3, 8, 12)
+    patches = g.op("Conv", images, g.constant(rng.normal(size=(12, 3, 2, 2))), strides=[2, 2])
+    frames = g.transpose(g.reshape(patches, -1, 12, 24), 0, 2, 1)
+    qkv = g.linear(frames, rng.normal(size=(12, 36)), rng.normal(size=36))
+    stacked = g.transpose(g.reshape(qkv, -1, 24, 3, 3, 4), 2, 0, 3, 1, 4)
+    query, key, value = (g.squeeze(piece, 0) for piece in g.split(stacked, [1, 1, 1], 0))
+    weights = g.op("Softmax", g.op("MatMul", query, g.transpose(key, 0, 1, 3, 2)), axis=-1)
+    out = g.reshape(g.transpose(g.op("MatMul", weights, value), 0, 2, 1, 3), -1, 24, 12)
+    (site,) = optimize(g.model({"y": out})).sites
+    assert (site.verdict, site.kind) == ("leave", "global"), site.reason

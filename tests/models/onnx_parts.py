@@ -283,6 +283,12 @@ def softmax_then_identity(g: Builder, logits: str, spelling: WindowSpelling) -> 
     return g.op("Identity", softmax_last(g, logits, spelling))
 
 
+def softmax_guarded(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+    """Rows that the mask leaves no key become zeros: scaled_dot_product_attention with a boolean mask, as exported."""
+    weights = g.op("Softmax", logits, axis=-1)
+    return g.op("Where", g.op("IsNaN", weights), g.constant(0.0), weights)
+
+
 def _less_maximum(g: Builder, logits: str, axis: int = 3) -> str:
     return g.op("Sub", logits, g.reduce("ReduceMax", logits, axis))
 

@@ -256,7 +256,30 @@ def excluded_then_times_zero(g: Builder, logits: str, spelling: WindowSpelling) 
     return g.mul(where(CROSSES, -np.inf)(g, logits, spelling), 0.0)
 
 
+def guarded_otherwise(number: float, *, inverted: bool = False) -> OnLogits:
+    """The guard of rows without keys, but for one thing."""
+
+    def write(g: Builder, logits: str, spelling: WindowSpelling) -> str:
+        weights = g.op("Softmax", logits, axis=-1)
+        chosen = [g.constant(number), weights]
+        return g.op("Where", g.op("IsNaN", weights), *(reversed(chosen) if inverted else chosen))
+
+    return write
+
+
+NO_KEY = "a query that its mask leaves no key gives zeros here"
+TWICE = "the attention probabilities have 2 uses"
 LEFT: dict[str, tuple[WindowSpelling, str]] = {
+    "guarded-row-without-keys": (
+        replace(masked(np.where(ROW, -np.inf, 0.0)), softmax=parts.softmax_guarded),
+        NO_KEY,
+    ),
+    "guarded-data-dependent-mask": (
+        written_by(of_input(lambda g, logits, mask: g.op("Add", logits, mask)), softmax=parts.softmax_guarded),
+        NO_KEY,
+    ),
+    "guarded-by-ones": (replace(UNSHIFTED, softmax=guarded_otherwise(1.0)), TWICE),
+    "guarded-inverted": (replace(UNSHIFTED, softmax=guarded_otherwise(0.0, inverted=True)), TWICE),
     "chosen-minus-100": (
         written_by(where(CROSSES, -100.0)),
         "masked logits are set to -100, which is no exclusion",

@@ -81,6 +81,7 @@ SOFTMAXES = [
     parts.softmax_axis_3,
     parts.softmax_transposed,
     parts.softmax_then_identity,
+    parts.softmax_guarded,
     parts.softmax_of_exponentials,
     parts.softmax_of_plain_exponentials,
     parts.softmax_by_reciprocal,
