@@ -31,6 +31,7 @@ from attnrewrite.localattention.tokens import (
     per_token_inputs,
     roles,
 )
+from attnrewrite.localattention.twins import Twin, share
 from attnrewrite.ops import REDUCTIONS
 
 # A constant for every pixel of a map may take this much.
@@ -69,6 +70,11 @@ class Hoister(MapWriter):
         super().__init__(facts, spatial, made_by)
         self.of_padding: dict[Value, np.ndarray | None] = {}  # what a constant per pixel holds for padded tokens
         self._full: dict[tuple[Value, FeatureMap, tuple[int, ...]], FeatureMap] = {}
+        self._twins: dict[Value, Twin] = {}
+
+    def replace(self, old: Value, new: Value) -> None:
+        super().replace(old, new)
+        share(self.facts, self._twins, self.made_by)
 
     def hoist(
         self, value: Value, index: Index, channel_axis: int, features: frozenset[int], anchor: Anchor
@@ -98,6 +104,7 @@ class Hoister(MapWriter):
         if key not in self._full:
             full = _all_features(last.value, last.index, split, channel_axis)
             self._full[key] = self._operator(node, last.value, full, split, channel_axis, features, anchor)
+            self._twins[last.value] = Twin(self._full[key], split, last.index, anchor.pixels)
         map_ = self._full[key]
         self._note_padding(map_, last.fills)
         return map_, flat

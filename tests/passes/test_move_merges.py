@@ -52,6 +52,26 @@ def test_sum_merged_at_once() -> None:
     assert_same_numbers(model, written(outcome))
 
 
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize("spelling", ["windows", "windows by gather", "shifted", "grid"])
+def test_values_that_are_convolved_as_well_are_computed_once(spelling: str, sliced: bool) -> None:
+    """One linear layer in the windows makes q, k and v; its values are moved to where the windows convolve them."""
+    around = AROUND[spelling]
+    g, x, layers = open_model(around)
+    qkv = layers.linear(around.before(g, x), CHANNELS, 3 * CHANNELS)
+    if sliced:
+        q, k, v = (g.slice(qkv, part * CHANNELS, (part + 1) * CHANNELS, 2) for part in range(3))
+    else:
+        q, k, v = g.split(qkv, [CHANNELS] * 3, 2)
+    weights = g.op("Softmax", g.op("MatMul", q, g.transpose(k, 0, 2, 1)), axis=-1)
+    model = g.model({"y": around.behind(g, g.op("Add", g.op("MatMul", weights, v), mixed(g, layers, v)))})
+    outcome = optimize(model)
+    assert sites(outcome) == Counter({(around.kind, "rewrite"): 1}), [s.reason for s in outcome.sites]
+    assert [n.op for n in outcome.graph.nodes].count("MatMul") == 1
+    assert_same_numbers(model, written(outcome))
+    assert [c.passed for c in verify_exact(read(model), read(written(outcome)))] == [True]
+
+
 def mixed_output() -> onnx.ModelProto:
     """What is joined is computed from the attention's output: that is read in window order."""
     around = AROUND["windows"]
