@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent, static
+from attnrewrite.dims import Dim, Extent, proportion, static
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, identity, refined, reshape
@@ -223,6 +223,8 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
     key_axis, channel_axis = summed.key_axis, summed.channel_axis
     if len(summed.value_axes) != 1:
         return Decline("the values have no channel axis of their own", summed.consumer.label)
+    if summed.num_keys == 1:
+        return Decline("every query has one key alone, whose weight is 1 whatever it is", softmax.label, "global")
 
     logits = read_logits(facts, softmax.required(0), summed.weights, key_axis, channel_axis)
     if isinstance(logits, Decline):
@@ -273,6 +275,7 @@ def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
     while node is not None and node.op == "Transpose":
         axes = [axes[p] for p in node.attributes.get("perm") or list(range(len(axes)))[::-1]]
         node = facts.only_user(node.output)
+    behind = node
     splits: dict[int, tuple[Extent, ...]] = {}
     before = None if node is None or node.input(0) is None else node.required(0).shape
     while node is not None and node.op == "Reshape" and node.output.shape is not None and before is not None:
@@ -281,7 +284,25 @@ def split_axes(facts: Facts, output: Value) -> tuple[Extent, ...]:
             if axes[axis] not in splits or (isinstance(before[axis], Dim) and len(splits[axes[axis]]) == 1):
                 splits[axes[axis]] = parts
         node = facts.only_user(node.output)
+    if axes[:1] == [0] and len(splits.get(0, ())) <= 1:
+        splits[0] = _unfolded(facts, output.known_shape[0], behind)
     return tuple(e for a, extent in enumerate(output.known_shape) for e in splits.get(a, (extent,)))
+
+
+def _unfolded(facts: Facts, extent: Extent, node: Node | None) -> tuple[Extent, ...]:
+    """A symbolic first axis as (batch, folded into it), where a later view takes it apart; until then other axes may be
+    merged into it (8*batch, 32 -> 256*batch -> batch, 256).
+    """
+    while node is not None and isinstance(extent, Dim) and node.output.shape:
+        first = node.output.shape[0]
+        if node.op == "Reshape" and isinstance(first, Dim):
+            folded = proportion(extent, first)
+            if folded is not None and folded > 1:
+                return first, folded
+        elif node.op != "Transpose" or (node.attributes.get("perm") or [1])[0] != 0:
+            break
+        node = facts.only_user(node.output)
+    return (extent,)
 
 
 def _both_ways(pair: tuple[Operand, Operand]) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:

@@ -107,7 +107,7 @@ def read_logits(facts: Facts, value: Value, index: Index, key_axis: int, channel
     for summand in walk.summands:
         product = product or _product(summand, key_axis, channel_axis)
     if product is None:
-        return _no_product(facts, walk.summands[0], channel_axis)
+        return _no_product(facts, walk.summands[0], key_axis, channel_axis)
     summand, query, key, factor = product
     node = summand.value.producer
     assert node is not None
@@ -332,13 +332,15 @@ def varies(index: Index, axis: int) -> bool:
     return any(axis in c.depends_on() for c in index)
 
 
-def _no_product(facts: Facts, summand: Summand, channel_axis: int) -> Decline:
+def _no_product(facts: Facts, summand: Summand, key_axis: int, channel_axis: int) -> Decline:
     """Why a summand that is the logits is no product of queries and keys."""
     node = summand.value.producer
     if node is None:
         return Decline("the logits are an input of the model", summand.value.name)
     if is_contraction(node):
-        return Decline("no operand of the logits depends on the key alone", node.label)
+        if any(varies(o.index, key_axis) for o in operands(node, summand.index, channel_axis)):
+            return Decline("both factors of the logits differ from key to key, so neither is the query", node.label)
+        return Decline("the logits are the same for every key", node.label)
     if node.op in ("Mul", "Div"):
         if node.op == "Div" and node.required(0).is_constant:
             return Decline("the logits are the second operand of Div", node.label)
@@ -352,6 +354,8 @@ def _no_product(facts: Facts, summand: Summand, channel_axis: int) -> Decline:
     choice = run_time_choice(node)
     if choice is not None:
         return Decline(f"the logits are chosen from data: they come from {choice}", node.label)
+    if node.op in ("MatMul", "Gemm", "Einsum", "Conv"):
+        return Decline(f"the logits are a linear projection ({node.op}), not a product of queries and keys", node.label)
     return Decline(f"the logits come from {node.op}, not from a product of queries and keys", node.label)
 
 

@@ -11,7 +11,6 @@ assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES)
 
 # Models whose verdicts are not reached yet: what is missing.
 PENDING: dict[str, str] = {
-    "timm_halonet": "blocks unfolded with their surroundings",
     "timm_mvitv2": "logits written in part (ScatterND at indices known from shapes) are said to be chosen from data",
     "hf_longt5_tglobal": "global summaries beside overlapping blocks: what is rewritten keeps their copies",
     "gmflow_transformer": "halves of the batch that attend each other",

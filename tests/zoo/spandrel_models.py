@@ -83,7 +83,7 @@ MODELS = (
         "linear attention in windows",
         partial(sp, "DCTLSA"),
         {},
-        {"not from a product of queries and keys": 24},
+        {"a linear projection": 24},
         inputs=((1, 3, 64, 64),),
     ),
     m(

@@ -216,7 +216,8 @@ MODELS = (
         "halo windows",
         partial(create, "halonet26t", img_size=(256, 256)),
         ((1, 3, 256, 256),),
-        {"halo": 3},
+        {"halo": 2},
+        {GLOBAL: 1},
     ),
     m(
         "efficientvit_msra",

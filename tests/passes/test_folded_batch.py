@@ -1,0 +1,57 @@
+"""Heads folded into a symbolic batch, in a view that the output undoes only after more axes were merged (HaloNet)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.models.onnx_builder import Builder
+from tests.passes.rewritten import left_over, local_ops, optimize, written
+from tests.running import error, run
+
+HEADS, DIM, HEIGHT, WIDTH, WINDOW = 3, 5, 8, 12, 4
+CHANNELS, ROWS, COLUMNS = HEADS * DIM, HEIGHT // WINDOW, WIDTH // WINDOW
+TOKENS, WINDOWS = WINDOW * WINDOW, ROWS * COLUMNS
+TOLERANCE = 5e-6  # as in test_spellings
+
+
+def model(order: tuple[int, ...]) -> onnx.ModelProto:
+    """Window attention on [batch, C, H, W]. order: the axes (3 * batch * d, i, j, row, column) of the attention's
+    output as they return; [0, 3, 1, 4, 2] is the map.
+    """
+    g = Builder()
+    x = g.input("x", ["batch", CHANNELS, HEIGHT, WIDTH])
+    rng = np.random.default_rng(5)
+
+    def windows(kernel: np.ndarray) -> str:
+        """[3 * batch, nW, N, d] of a projection of the map."""
+        projected = g.op("Conv", x, g.constant(kernel))
+        view = g.reshape(projected, -1, DIM, ROWS, WINDOW, COLUMNS, WINDOW)
+        tokens = g.reshape(g.transpose(view, 0, 1, 3, 5, 2, 4), -1, DIM, TOKENS, WINDOWS)
+        return g.transpose(tokens, 0, 3, 2, 1)
+
+    q, k, v = (windows(rng.normal(size=(CHANNELS, CHANNELS, 1, 1)) / CHANNELS**0.5) for _ in range(3))
+    weights = g.op("Softmax", g.op("MatMul", q, g.transpose(k, 0, 1, 3, 2)), axis=-1)
+    out = g.transpose(g.op("MatMul", weights, v), 0, 3, 2, 1)  # [3 * batch, d, N, nW]
+    out = g.transpose(g.reshape(out, -1, WINDOW, WINDOW, ROWS, COLUMNS), *order)  # the channels join the batch
+    return g.model({"y": g.reshape(out, -1, CHANNELS, HEIGHT, WIDTH)})
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_folded_heads_are_found(batch: int) -> None:
+    original = model((0, 3, 1, 4, 2))
+    outcome = optimize(original)
+    (site,) = outcome.sites
+    assert (site.verdict, site.kind, site.num_heads, site.window_size) == ("rewrite", "window", HEADS, (WINDOW, WINDOW))
+    assert len(local_ops(outcome.graph)) == 1
+    assert not left_over(outcome.graph)
+    x = np.random.default_rng(batch).normal(size=(batch, CHANNELS, HEIGHT, WIDTH)).astype(np.float32)
+    assert error(run(written(outcome), {"x": x})["y"], run(original, {"x": x})["y"]) <= TOLERANCE
+
+
+def test_rows_and_columns_exchanged_on_the_way_back_are_left() -> None:
+    outcome = optimize(model((0, 1, 3, 4, 2)))
+    (site,) = outcome.sites
+    assert (site.verdict, outcome.modified) == ("leave", False)
+    assert site.reason == "the output does not return to the pixels its queries came from"
