@@ -21,7 +21,7 @@ from attnrewrite.indexing.map import dependencies, identity
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.grid import count, flat_pixels, row_major
-from attnrewrite.localattention.returns import RETURNED, Return, nearest_return, returns_of, spelled_out
+from attnrewrite.localattention.returns import RETURNED, Return, heads_behind, nearest_return, returns_of, spelled_out
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Candidate, Roles, candidates, channel_axis_of, feature_axes, roles
 from attnrewrite.ops import REDUCTIONS
@@ -160,6 +160,8 @@ def read_ways(facts: Facts, attention: Attention) -> Ways | Decline:
         if found != channels:
             features = found
             break
+    else:
+        features = channels | heads_behind(facts, attention)
     batch = model_batch(facts)
     found_sources = {name: tuple(_of_batch(sources_of(way, features), batch)) for name, way in ways.items()}
     for name, sources in found_sources.items():
@@ -361,11 +363,19 @@ def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
             if not same_size and (tokens < total or tokens == tokens_of(maps.query)):
                 return source.value.name
             continue
-        if not np.array_equal(flat_pixels(source.candidate, source.roles.tokens, shape, axes), own):
-            moved = moved or source.value.name
+        found = flat_pixels(source.candidate, source.roles.tokens, shape, axes)
+        if not np.array_equal(found, own):
+            if not (chosen.has_batch and _same_places(found, own, math.prod(chosen.spatial))):
+                moved = moved or source.value.name
         elif moved is not None:
             chosen, moved = source, None
     return moved or chosen
+
+
+def _same_places(one: np.ndarray, other: np.ndarray, extent: int) -> bool:
+    """Whether two tables of flat pixels differ by the batch element alone: images that attend each other, say."""
+    inside = one >= 0
+    return np.array_equal(inside, other >= 0) and np.array_equal((one % extent)[inside], (other % extent)[inside])
 
 
 def tokens_of(source: Source) -> int:

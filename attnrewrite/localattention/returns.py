@@ -19,6 +19,9 @@ from attnrewrite.ops import POINTWISE, REDUCTIONS
 # How far behind the attention the way back to a feature map is followed, in operators.
 REGION_LIMIT = 160
 
+# How far the first operator that mixes channels is looked for, in operators.
+HEADS_LIMIT = 16
+
 # Who made a node that begins to move an attention's output for the one that reads it next.
 FOR_THE_NEXT = "for the next attention"
 # Who made the map from which it is moved there: what lies before it is that attention's.
@@ -53,6 +56,38 @@ def returns_of(facts: Facts, attention: Attention, features: frozenset[int]) -> 
         if back is not None:
             found.append(back)
     return found
+
+
+def heads_behind(facts: Facts, attention: Attention) -> frozenset[int]:
+    """Output axes that number attentions of their own and are joined with the channels by the first operator behind it
+    that mixes channels: heads. For operands that are normalised head by head, and so do not tell.
+    """
+    reached = {attention.output}
+    start = facts.positions[attention.output]
+    for node in facts.graph.nodes[start + 1 : start + 1 + HEADS_LIMIT]:
+        if node.domain != STANDARD_DOMAIN or reached.isdisjoint(v for v in node.inputs if v is not None):
+            continue
+        axis = channel_axis_of(node)
+        if axis is not None and node.op not in REDUCTIONS:
+            return _heads_among(facts, attention, node.required(0), axis)
+        if node.op in RULES or node.op in POINTWISE:
+            reached.update(node.outputs)
+    return frozenset()
+
+
+def _heads_among(facts: Facts, attention: Attention, mixed: Value, axis: int) -> frozenset[int]:
+    """The heads of a value whose channels, along `axis`, are mixed."""
+    operands = (attention.query, attention.key, attention.value)
+    apart = frozenset.intersection(*(dependencies(operand.index) for operand in operands))
+    rank = len(mixed.known_shape)
+    try:
+        for candidate in candidates(mixed, identity(mixed.known_shape, rank + 1), rank, facts.positions):
+            if candidate.value is attention.output:
+                index = reshape(candidate.index, attention.output.known_shape, attention.full_shape)
+                return frozenset(a for a in apart if a < len(index) and index[a].depends_on() == {axis})
+    except IndexingError:
+        pass
+    return frozenset()
 
 
 def nearest_return(

@@ -55,7 +55,8 @@ def match_windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
     """The window geometry of a site, or the reason why it is none."""
     node = maps.attention.softmax.label
     nearest: Decline | None = None
-    for key in maps.keys:
+    # Keys on a map of another batch fit no query: what stops the others tells more.
+    for key in sorted(maps.keys, key=lambda k: _static_batch(k) != _static_batch(maps.facing(k).query)):
         try:
             found = _match_key(facts, maps.facing(key), key)
         except IndexingError as error:

@@ -11,15 +11,11 @@ assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES)
 
 # Models whose verdicts are not reached yet: what is missing.
 PENDING: dict[str, str] = {
-    "timm_mvitv2": "logits written in part (ScatterND at indices known from shapes) are said to be chosen from data",
     "hf_longt5_tglobal": "global summaries beside overlapping blocks: what is rewritten keeps their copies",
     "gmflow_transformer": "halves of the batch that attend each other",
     "unimatch_swin": "halves of the batch that attend each other",
     "unimatch_stereo": "halves of the batch that attend each other",
-    "timm_mobilevitv2": "linear attention is told to be an outlook",
     "sp_srformer": "keys of several pixels' channels each",
-    "vp_twins_svt": "the logits of a global attention are told to be an outlook, too",
-    "vp_scalablevit": "the logits of a global attention are told to be an outlook, too",
     "vp_regionvit": "a regional token in every window: what is rewritten keeps its copies",
     "vp_maxvit_registers": "register tokens beside a grid",
 }

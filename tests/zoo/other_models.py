@@ -120,7 +120,7 @@ MODELS = (
         ),
         SQUARE,
         {"window": 3, "grid": 3},
-        {"": 2},
+        {"one key alone": 2},
     ),
     m(
         "vp_nest",
@@ -188,7 +188,7 @@ MODELS = (
         ),
         SQUARE,
         {"window": 6},
-        {"": 10},
+        {f"{GLOBAL}|one key alone": 8},
     ),
     m(
         "vp_mobilevit",

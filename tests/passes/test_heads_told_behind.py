@@ -1,4 +1,8 @@
-"""Heads folded into a symbolic batch, in a view that the output undoes only after more axes were merged (HaloNet)."""
+"""Heads that only what lies behind the attention tells.
+
+Folded into a symbolic batch, in a view that the output undoes after more axes were merged (HaloNet); or with operands
+that are normalised head by head, so that no operator before the attention joins them with the channels (MViT).
+"""
 
 from __future__ import annotations
 
@@ -55,3 +59,26 @@ def test_rows_and_columns_exchanged_on_the_way_back_are_left() -> None:
     (site,) = outcome.sites
     assert (site.verdict, outcome.modified) == ("leave", False)
     assert site.reason == "the output does not return to the pixels its queries came from"
+
+
+def test_heads_normalised_one_by_one_are_no_windows() -> None:
+    """softmax(norm(q) norm(k)^T) norm(v) + norm(q) over all tokens of [batch, nH, N, d]: nothing is local."""
+    g = Builder()
+    x = g.input("x", ["batch", TOKENS, CHANNELS])
+    rng = np.random.default_rng(6)
+
+    def head_by_head() -> str:
+        view = g.reshape(g.matmul(x, rng.normal(size=(CHANNELS, CHANNELS))), -1, TOKENS, HEADS, DIM)
+        weight, bias = g.constant(np.ones(DIM)), g.constant(np.zeros(DIM))
+        return g.op("LayerNormalization", g.transpose(view, 0, 2, 1, 3), weight, bias, axis=-1)
+
+    q, k, v = (head_by_head() for _ in range(3))
+    weights = g.op("Softmax", g.op("MatMul", q, g.transpose(k, 0, 1, 3, 2)), axis=-1)
+    pooled = g.op("Add", g.op("MatMul", weights, v), q)
+    out = g.matmul(
+        g.reshape(g.transpose(pooled, 0, 2, 1, 3), -1, TOKENS, CHANNELS), rng.normal(size=(CHANNELS, CHANNELS))
+    )
+    outcome = optimize(g.model({"y": out}))
+    (site,) = outcome.sites
+    assert (site.verdict, site.kind) == ("leave", "global")
+    assert site.reason == "global attention: each of the 16 queries attends the same 16 keys"
