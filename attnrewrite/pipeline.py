@@ -14,9 +14,9 @@ from typing import Any
 
 from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
+from attnrewrite.frontend.joins import add_behind_concat
 from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, UnknownShape
 from attnrewrite.indexing.map import IndexingError
-from attnrewrite.localattention.joins import add_behind_concat
 from attnrewrite.localattention.linears import einsum_to_matmul
 from attnrewrite.localattention.site import Decline, Reparam, Site
 from attnrewrite.localattention.softmax import join_softmax

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
+from attnrewrite.frontend.joins import add_behind_concat
 from attnrewrite.frontend.onnx import read, to_model
-from attnrewrite.localattention.joins import add_behind_concat
 from tests.models.onnx_builder import Builder
 from tests.running import run
 
