@@ -221,7 +221,10 @@ def _read(facts: Facts, softmax: Node) -> Attention | Decline:
         if isinstance(summed, Decline):
             return summed
     key_axis, channel_axis = summed.key_axis, summed.channel_axis
-    if len(summed.value_axes) != 1:
+    if len(summed.value_axes) > 1:
+        axes = len(summed.value_axes)
+        return Decline(f"the value of a key has {axes} axes (tokens and channels), not one", summed.consumer.label)
+    if not summed.value_axes:
         return Decline("the values have no channel axis of their own", summed.consumer.label)
     if summed.num_keys == 1:
         return Decline("every query has one key alone, whose weight is 1 whatever it is", softmax.label, "global")
