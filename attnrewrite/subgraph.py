@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Graph, Node, Value, ancestors
 
 
-def copy_between(facts: Facts, entries: Sequence[Value], exits: Iterable[Value]) -> tuple[Graph, dict[Value, Value]]:
+def copy_between(facts: Facts, entries: Sequence[Value], exits: Sequence[Value]) -> tuple[Graph, dict[Value, Value]]:
     """The part of the graph between these values as a graph of its own, and the copies by value; with what is computed
-    beside them, behind the first entry, for the exits.
+    beside them, behind the first entry, for the exits; and the cuts (Slice, Split) that somebody else makes of a value
+    before the exits.
 
     Its inputs are the graph's and what the part reads beside the entries, its outputs what is read behind it.
     """
     first = min(facts.positions.get(v, -1) for v in entries)
     before = ancestors(exits)
-    nodes = [n for n in facts.graph.nodes[first + 1 :] if any(o in before for o in n.outputs)]
+    inside = before - set(exits)
+    nodes = [
+        n
+        for n in facts.graph.nodes[first + 1 :]
+        if any(o in before for o in n.outputs) or (n.op in ("Slice", "Split") and n.required(0) in inside)
+    ]
     copied_nodes = set(nodes)
     own = {o for n in nodes for o in n.outputs}
     copies: dict[Value, Value] = {}

@@ -6,13 +6,15 @@ from attnrewrite.passes.fuse_window_attention import fuse_window_attention
 from attnrewrite.passes.move_merges import move_merges
 from attnrewrite.passes.move_partitions import move_partitions
 from attnrewrite.passes.move_pools import move_pools
+from attnrewrite.passes.part_joined_tokens import part_joined_tokens
 from attnrewrite.passes.unfold_to_slide_attention import unfold_to_slide_attention
 
 # The default pipeline, in order: folding comes first, it turns trained pairs of branches into one shift convolution;
-# pools, partitions and merges are moved to the attentions that they are for before these are looked at.
+# pools, extra tokens, partitions and merges are moved to the attentions that they are for before these are looked at.
 ALL = (
     fold_reparam_branches,
     move_pools,
+    part_joined_tokens,
     move_partitions,
     move_merges,
     fuse_window_attention,
@@ -28,5 +30,6 @@ __all__ = [
     "move_merges",
     "move_partitions",
     "move_pools",
+    "part_joined_tokens",
     "unfold_to_slide_attention",
 ]

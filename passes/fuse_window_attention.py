@@ -31,7 +31,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.choice import chosen_at_run_time
 from attnrewrite.localattention.everywhere import or_global
-from attnrewrite.localattention.extra_tokens import match_with_extra_tokens
+from attnrewrite.localattention.extra_tokens import ends_where_joined, match_with_extra_tokens
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.head_groups import heads_apart
@@ -63,11 +63,14 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
         return or_global(facts, softmax, attention)
     maps = read_window_maps(facts, attention)
     found = maps if isinstance(maps, Decline) else match_windows(facts, maps)
-    if isinstance(found, WindowMatch) and (found.shared is not None or _is_made_of(facts, found)):
+    plain = isinstance(found, WindowMatch) and (found.shared is not None or _is_made_of(facts, found))
+    if plain and isinstance(found, WindowMatch) and not ends_where_joined(facts, attention, found.key):
         return found
     extra = match_with_extra_tokens(facts, attention, lambda match: _is_made_of(facts, match))
     if isinstance(extra, WindowMatch):
         return extra
+    if plain:
+        return found
     padded = read_padded_maps(facts, attention)  # a grid of a padded map has no closed form on the map before it
     on_padded = None if padded is None or isinstance(padded, Decline) else match_windows(facts, padded)
     if isinstance(on_padded, WindowMatch) and _is_made_of(facts, on_padded):
@@ -126,11 +129,22 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
 
     extra: list[Value | None] = []
     if maps.extra is not None:
-        beside, more = maps.extra.attention, maps.extra
+        beside, more = maps.extra.beside, maps.extra
         extra = [
             site.extra_operand("extra_key", beside.key, more.key, attention.channel_axis, channels),
             site.extra_operand("extra_value", beside.value, more.value, attention.value_axis, value_dim),
         ]
+        if (asking := more.asking) is not None:
+            extra.append(
+                site.extra_operand(
+                    "extra_query",
+                    asking.query,
+                    asking.source,
+                    attention.channel_axis,
+                    channels,
+                    per_head,
+                )
+            )
 
     heads = maps.num_heads
     tensors = [site.hoister.laid_out(m, channels_first=False) for m in (query_map, key.map, value.map)]
@@ -185,6 +199,7 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     if (extra := found.maps.extra) is not None:
         count = extra.key.table.shape[1]
         beside += f", {count} token{'s' if count > 1 else ''} beside each"
+        beside += "" if extra.asking is None else " asking as well"
     return Site(
         "",
         softmax.label,

@@ -14,7 +14,7 @@ import onnx
 
 from attnrewrite.dims import Dim, Extent, NonAffine, Shape, product
 from attnrewrite.frontend.evaluate import python_slice, to_attribute
-from attnrewrite.functions.spec import DOMAIN, SPECS, SlideAttention
+from attnrewrite.functions.spec import DOMAIN, SPECS, FlashWindowAttention, SlideAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node, UnknownShape, Value
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -276,15 +276,24 @@ def _multi_head_attention(node: Node) -> Shape:
 
 
 def _local_op(node: Node) -> Inferred:
-    """The two ops return a map like the query's (of the windows' feature_size), with the channels of the value."""
+    """The two ops return a map like the query's (of the windows' feature_size), with the channels of the value; extra
+    queries of windows a second tensor with what they attend.
+    """
     if node.op == SlideAttention.op_type and node.input(0) is None:
         return [_predicted(node)]
     query, value = node.required(0), node.required(2)
     if query.shape is None or value.shape is None or node.op not in SPECS:
-        return [(None, query.dtype)]
+        return [(None, query.dtype)] * len(node.outputs)
     if node.op == SlideAttention.op_type:
         return [((query.shape[0], value.shape[1], *query.shape[2:]), query.dtype)]
-    return [((value.shape[0], *node.attributes["feature_size"], value.shape[-1]), query.dtype)]
+    batch, *_, channels = value.shape
+    found: Inferred = [((batch, *node.attributes["feature_size"], channels), query.dtype)]
+    extra = node.input(FlashWindowAttention.operands.index("extra_query"))
+    if extra is not None:
+        windows = FlashWindowAttention.from_attributes(node.attributes).geometry.num_windows
+        shape = None if extra.shape is None else (batch, windows, extra.shape[2], channels)
+        found.append((shape, query.dtype))
+    return found
 
 
 def _predicted(node: Node) -> tuple[Shape | None, np.dtype | None]:

@@ -90,7 +90,7 @@ def _function_proto(node: Node, body: Graph, overload: str) -> onnx.FunctionProt
         DOMAIN,
         node.op,
         [n if n in present else f"{n}_absent" for n in names],
-        [body.outputs[0].name],
+        [o.name for o in body.outputs],
         protos,
         [onnx.helper.make_opsetid("", body.opset)],
         attributes=sorted(node.attributes),
@@ -112,17 +112,19 @@ def inlined(graph: Graph) -> Graph:
 def _written_out(node: Node, opset: int, taken: set[str]) -> list[Node]:
     body = body_of(node, opset)
     actual: dict[Value, Value] = dict(zip(body.inputs, operands_of(node).values(), strict=True))
+    actual |= dict(zip(body.outputs, node.outputs, strict=True))
     stem = node.output.name
     nodes = []
     for inner in body.nodes:
         inputs = [_renamed(v, actual, stem, taken) for v in inner.inputs]
-        outputs = [node.output if o is body.outputs[0] else _renamed(o, actual, stem, taken) for o in inner.outputs]
+        outputs = [_renamed(o, actual, stem, taken) for o in inner.outputs]
         written = Node(
             inner.op, inputs, [o for o in outputs if o is not None], dict(inner.attributes), f"{stem}_{inner.name}"
         )
         written.made_by = node.made_by
         nodes.append(written)
-    node.output.producer = node  # the op keeps its output; the written-out nodes are a view of it
+    for output in node.outputs:
+        output.producer = node  # the op keeps its outputs; the written-out nodes are a view of it
     return nodes
 
 

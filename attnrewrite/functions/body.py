@@ -103,9 +103,9 @@ class BodyBuilder:
         to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         return self.op("Cast", [value], value.shape, dtype, to=to)
 
-    def output(self, value: Value) -> Graph:
-        """Finish: the body computes this value."""
-        self.graph.outputs = [value]
+    def output(self, *values: Value) -> Graph:
+        """Finish: the body computes these values."""
+        self.graph.outputs = list(values)
         return self.graph
 
 

@@ -2,7 +2,8 @@
 
 pad and roll -> windows as rows -> softmax(scale q k^T + bias + mask) v -> merge -> unroll and crop. A partition of any
 number of spatial axes goes axis by axis, so no tensor has more axes than [rows, tokens, windows, rest]. Key windows of
-their own are gathered, axis by axis too, each pixel once for every window that holds it.
+their own are gathered, axis by axis too, each pixel once for every window that holds it. Extra tokens stand behind the
+window's, as queries as well as keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from attnrewrite.localattention.geometry import PADDING, Sizes, WindowGeometry
 
 
 def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> Graph:
-    """The op on these operands (docs/ops.md; `query`, `key`, `value` [B, *S, C] and any of the optional ones)."""
+    """The op on these operands (docs/ops.md; `query`, `key`, `value` [B, *S, C] and any of the optional ones).
+
+    With `extra_query` the body has the second output. Raises ValueError where there are shared queries as well.
+    """
     b = BodyBuilder(list(operands.values()), opset)
     geometry, heads = spec.geometry, spec.num_heads
     query, key, value = (operands[name] for name in ("query", "key", "value"))
@@ -27,10 +31,14 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     tokens, keys = geometry.tokens_per_window, geometry.keys_per_window
     if "extra_key" in operands:
         keys += static(operands["extra_key"].known_shape[2])
+    asking = 0 if "extra_query" not in operands else static(operands["extra_query"].known_shape[2])
+    if asking and spec.shared_query:
+        raise ValueError("queries shared by all windows have no extra ones beside them")
 
-    q = unscaled = _heads(
-        b, _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry), heads
-    )
+    own = _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry)
+    q = _heads(b, _with_extra(b, own, operands, "query"), heads)
+    unscaled = _heads(b, own, heads) if asking and "relative_position" in operands else q
+    tokens += asking
     if spec.scale != 1.0:
         q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.known_shape)
     k = _heads(b, _with_extra(b, _key_windows(b, key, operands.get("key_padding"), geometry), operands, "key"), heads)
@@ -49,7 +57,7 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
         table = b.cast(operands["relative_position"], unscaled.dtype or np.dtype(np.float32))
         key_window = geometry.window_size if geometry.keys is None else geometry.keys.window_size
         relative = relative_logits(b, unscaled, table, spec.relative_scale, geometry.window_size, key_window)
-        relative = _beside_extra(b, relative, keys)
+        relative = _beside_extra(b, relative, tokens, keys)
         logits = _added(b, logits, relative, (batch, geometry.num_windows, heads, tokens, keys))
     logits = b.cast(logits, softmax_dtype(spec.softmax_dtype, query))
     logits = _with_terms(b, logits, spec, operands, batch)
@@ -57,11 +65,17 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     value_dim = static(v.known_shape[3])
     attended = b.op("MatMul", [weights, v], (rows, heads, tokens, value_dim))
     attended = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (rows, tokens, heads * value_dim))
-    return b.output(_merge(b, attended, geometry, batch, heads * value_dim))
+    if not asking:
+        return b.output(_merge(b, attended, geometry, batch, heads * value_dim))
+    own, beside = (b.slice(attended, [1], [s], [e]) for s, e in ((0, tokens - asking), (tokens - asking, tokens)))
+    return b.output(
+        _merge(b, own, geometry, batch, heads * value_dim),
+        b.reshape(beside, (batch, geometry.num_windows, asking, heads * value_dim)),
+    )
 
 
 def _with_extra(b: BodyBuilder, windows: Value, operands: dict[str, Value], name: str) -> Value:
-    """Keys or values of windows [B*nW, M, C] and behind them their extra ones: [B*nW, M + T, C]."""
+    """Queries, keys or values of windows [B*nW, M, C] and behind them their extra ones: [B*nW, M + T, C]."""
     extra = operands.get(f"extra_{name}")
     if extra is None:
         return windows
@@ -78,11 +92,11 @@ def _with_extra(b: BodyBuilder, windows: Value, operands: dict[str, Value], name
     return b.concat([windows, b.reshape(extra, (rows, tokens, channels))], 1)
 
 
-def _beside_extra(b: BodyBuilder, term: Value, keys: int) -> Value:
-    """A term of the window's keys, nothing for the extra ones behind them."""
+def _beside_extra(b: BodyBuilder, term: Value, queries: int, keys: int) -> Value:
+    """A term of the window's queries and keys, nothing for the extra ones behind them."""
     shape = term.known_shape
-    missing = keys - static(shape[-1])
-    return b.pad(term, [0] * len(shape), [0] * (len(shape) - 1) + [missing])
+    missing = [queries - static(shape[-2]), keys - static(shape[-1])]
+    return b.pad(term, [0] * len(shape), [0] * (len(shape) - 2) + missing)
 
 
 def _added(b: BodyBuilder, logits: Value, term: Value, by_window: Shape) -> Value:
@@ -258,7 +272,7 @@ def _with_terms(
         )
         nothing, penalty = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
         shift = b.op("Where", [same_region, nothing, penalty], (windows, 1, tokens, tokens), logits.dtype)
-        per_window.append(_beside_extra(b, shift, static(logits.known_shape[-1])))
+        per_window.append(_beside_extra(b, shift, *map(static, logits.known_shape[-2:])))
     if "logit_bias" in operands:
         per_window.append(b.cast(operands["logit_bias"], dtype))
     if not per_window:

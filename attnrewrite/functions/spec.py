@@ -25,6 +25,7 @@ class FlashWindowAttention:
     softmax_dtype: ONNX TensorProto data type the logits are cast to for bias, mask and softmax; 0 = that of the inputs.
     shared_query: the query is [B, *window_size, nH*d], one set of queries for all windows.
     relative_scale multiplies the products of the query with `relative_position`, as scale those with the key.
+    With the operand extra_query the op has a second output, what those queries attend.
     """
 
     geometry: WindowGeometry
@@ -38,7 +39,7 @@ class FlashWindowAttention:
     op_type = "FlashWindowAttention"
     operands = (
         "query", "key", "value", "bias", "mask", "key_padding", "value_padding", "relative_position", "logit_bias",
-        "extra_key", "extra_value",
+        "extra_key", "extra_value", "extra_query",
     )  # fmt: skip
 
     def attributes(self) -> dict[str, Any]:

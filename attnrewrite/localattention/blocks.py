@@ -105,7 +105,7 @@ def find_block(facts: Facts, node: Node) -> Block | None:
     features = frozenset({feature_axis_behind(facts, first)})
     farther = False
     # the farthest first: a shift before the windows belongs to the block
-    for way in reversed(list(_ways(facts, first))):
+    for way in reversed(list(ways(facts, first))):
         entry = as_map(first, way, features)
         if entry is None or entry.order.in_place:
             continue
@@ -145,7 +145,7 @@ def _moves_on(facts: Facts, value: Value) -> bool:
 
 def home_of(facts: Facts, value: Value, order: Order, entry: TokenMap) -> TokenMap | None:
     """The map that the value is when its tokens are put where `order` says, if some value of the graph is that."""
-    for way in reversed(list(_ways(facts, value))):
+    for way in reversed(list(ways(facts, value))):
         found = as_map(value, way, frozenset(order.features))
         if found is None or count(found.batch) != count(entry.batch) or found.order.tokens != order.tokens:
             continue
@@ -161,7 +161,7 @@ def is_per_token(node: Node) -> bool:
     return node.op in POINTWISE or channel_axis_of(node) is not None
 
 
-def _ways(facts: Facts, value: Value) -> Iterator[Provenance]:
+def ways(facts: Facts, value: Value) -> Iterator[Provenance]:
     """Everything further back that the value is, moved; nearest first, looked for as it is asked for."""
     with contextlib.suppress(IndexingError):
         for way in provenances(value, identity(value.known_shape), facts.positions):
@@ -286,7 +286,7 @@ class _Walk:
         assert node is not None
         if not all(v is None or v.is_constant or v in self.orders or v in self.pieces for v in node.inputs):
             return
-        way = next((w for w in _ways(self.facts, output) if w.value in self.orders), None)
+        way = next((w for w in ways(self.facts, output) if w.value in self.orders), None)
         found = None if way is None else self._moved(output, way)
         if found is None:
             self.pieces.add(output)

@@ -71,12 +71,47 @@ class ExtraSource:
 
 
 @dataclass(frozen=True, eq=False)
-class ExtraTokens:
-    """Keys that every window has besides those of its map: the attention at these keys alone, and their sources."""
+class ExtraQueries:
+    """Queries that every window has besides those of its map.
+
+    attention: at these queries, positions along `axis` of the grid, and all keys. query: where they are read (a lone
+    one twice); source: where they come from. back: the value in which what they attend is read; place: int64, the row
+    of [B, nW, T] that each of its tokens is.
+    """
 
     attention: Attention
+    axis: int
+    query: Operand
+    source: ExtraSource
+    back: Return
+    place: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Extra queries of a window."""
+        return count(self.attention.output_shape[self.axis])
+
+
+@dataclass(frozen=True, eq=False)
+class ExtraTokens:
+    """Keys that every window has besides those of its map.
+
+    own, others: int64, which keys of the attention are the map's, and which these. beside: the attention at these keys
+    alone (a lone one twice), asked by the map's queries; key, value: where they come from. asking: those that are
+    queries, too, and whose result is used.
+    """
+
+    own: np.ndarray
+    others: np.ndarray
+    beside: Attention
     key: ExtraSource
     value: ExtraSource
+    asking: ExtraQueries | None = None
+
+    @property
+    def count(self) -> int:
+        """Extra keys of a window."""
+        return len(self.others)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ of the original. Pixels are compared as integers, the order of keys aside.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity, 
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.localattention.attention import Attention, read_attention, restricted
 from attnrewrite.localattention.contraction import Operand
-from attnrewrite.localattention.extra_tokens import beside_the_map
+from attnrewrite.localattention.extra_queries import rows_by_place, tokens_asking
+from attnrewrite.localattention.extra_sources import beside_the_map
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.grid import count, flat_pixels, grouped, spread
-from attnrewrite.localattention.maps import ExtraSource, ExtraTokens, SiteMaps, Source
+from attnrewrite.localattention.maps import ExtraQueries, ExtraSource, ExtraTokens, SiteMaps, Source
 from attnrewrite.localattention.reads import Reads, Table
+from attnrewrite.localattention.returns import returns_of
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.terms import grid_table
@@ -85,23 +87,65 @@ def _extra_difference(maps: SiteMaps, body: SiteMaps) -> str | None:
     original, emitted = _rows_of_pixels(maps), _rows_of_pixels(body)
     if len(original) != len(emitted):
         return "original and replacement have batches of different size"
-    tables: list[tuple[Table, Table]] = []
-    for source, operand in ((maps.extra.key, body.extra.key), (maps.extra.value, body.extra.value)):
-        held = source.table.reshape(-1)
-        read = pixel_table(replace(body, attention=body.extra.attention), operand, emitted)
-        elements, inside = read.values // held.size, read.values % held.size
-        placed = Table(elements * (0 if source.batch == 1 else source.tokens) + held[inside], read.row_of)
-        tables.append((pixel_table(replace(maps, attention=maps.extra.attention), source, original), placed))
-    (key, key_now), (value, value_now) = tables
-    terms = [
-        _terms(replace(m, attention=m.extra.attention), rows)
-        for m, rows in ((maps, original), (body, emitted))
-        if m.extra is not None
-    ]
-    difference = Reads(key, value, terms[0]).difference(
-        Reads(key_now, value_now, terms[1]), maps.attention.softmax_dtype
-    )
+    before = _extra_reads(replace(maps, attention=maps.extra.beside), original)
+    after = _extra_reads(replace(body, attention=body.extra.beside), emitted, maps.extra)
+    difference = before.difference(after, maps.attention.softmax_dtype)
     return None if difference is None else f"of the keys that are not on the map, {difference}"
+
+
+def _extra_reads(maps: SiteMaps, rows: np.ndarray, held: ExtraTokens | None = None) -> Reads:
+    """The reads, in these rows, of an attention at the extra keys alone. held: what the operands of the extra tokens
+    hold, where `maps` reads these operands.
+    """
+    assert maps.extra is not None
+    key, value = (pixel_table(maps, s, rows) for s in (maps.extra.key, maps.extra.value))
+    if held is not None:
+        key = replace(key, values=_in_operand(held.key, key.values))
+        value = replace(value, values=_in_operand(held.value, value.values))
+    return Reads(key, value, _terms(maps, rows))
+
+
+def _in_operand(source: ExtraSource, places: np.ndarray) -> np.ndarray:
+    """The tokens of the source that an operand made of it holds at these places, batch included in both."""
+    held = source.table.reshape(-1)
+    return places // held.size * (0 if source.batch == 1 else source.tokens) + held[places % held.size]
+
+
+def _extra_query_difference(maps: SiteMaps, body: SiteMaps) -> str | None:
+    """Where the queries that are not on the map part: row by row of the second output, the token that asks, the tokens
+    it reads and what is added to its logits.
+    """
+    own, now = (None if m.extra is None else m.extra.asking for m in (maps, body))
+    if own is None or now is None:
+        only = "the original" if now is None else "the replacement"
+        return None if own is now else f"only {only} has queries that are not on the map"
+    assert maps.extra is not None and body.extra is not None
+    original, emitted = rows_by_place(maps), rows_by_place(body)
+    if len(original) != len(emitted):
+        return f"{len(original)} queries that are not on the map ask in the original, {len(emitted)} now"
+    asked, asks_now = tokens_asking(maps, original), _in_operand(own.source, tokens_asking(body, emitted))
+    if (asked != asks_now).any():
+        row = int(np.argmax(asked != asks_now))
+        return f"row {row} of the second output is asked for by token {asked[row]} in the original, {asks_now[row]} now"
+    before, after = _at_own_keys(maps, original), _at_own_keys(body, emitted)
+    beside, beside_now = (
+        replace(m, attention=beside_the_map(a.attention, a.attention.key_axis, m.extra.others))
+        for m, a in ((maps, own), (body, now))
+        if m.extra is not None
+    )
+    difference = before.difference(after, maps.attention.softmax_dtype) or _extra_reads(beside, original).difference(
+        _extra_reads(beside_now, emitted, maps.extra), maps.attention.softmax_dtype
+    )
+    return None if difference is None else f"of the queries that are not on the map, {difference}"
+
+
+def _at_own_keys(maps: SiteMaps, rows: np.ndarray) -> Reads:
+    """The reads of the extra queries at the keys of the map, in these rows."""
+    assert maps.extra is not None and maps.extra.asking is not None
+    asking = maps.extra.asking.attention
+    maps = replace(maps, attention=restricted(asking, asking.key_axis, maps.extra.own))
+    key, value = (pixel_table(maps, s, rows) for s in (maps.keys[0], maps.values[0]))
+    return Reads(key, value, _terms(maps, rows))
 
 
 def _shared_queries(maps: SiteMaps, order: np.ndarray) -> np.ndarray | None:
@@ -182,7 +226,7 @@ def _enumerated_batch(source: Source) -> int:
 def _prove_windows(maps: SiteMaps, node: Node, opset: int) -> None:
     body = _window_maps(node, opset)
     difference = original_reads(maps).difference(original_reads(body), maps.attention.softmax_dtype)
-    difference = difference or _extra_difference(maps, body)
+    difference = difference or _extra_difference(maps, body) or _extra_query_difference(maps, body)
     if difference is not None:
         raise NotProved(difference)
 
@@ -207,11 +251,9 @@ def _window_maps(node: Node, opset: int) -> SiteMaps:
     facts = Facts(body)
     softmax = next(n for n in body.nodes if n.op == "Softmax")
     attention = read_attention(facts, softmax)
-    beside = None
-    if not isinstance(attention, Decline) and "extra_key" in formal:
-        extra = static(formal["extra_key"].known_shape[2])
-        own, others = np.split(np.arange(attention.num_keys), [attention.num_keys - extra])
-        attention, beside = restricted(attention, attention.key_axis, own), beside_the_map(attention, others)
+    extra = None if isinstance(attention, Decline) else _ExtraParts.of(attention, formal)
+    if extra is not None:
+        attention = extra.own
     maps = attention if isinstance(attention, Decline) else read_window_maps(facts, attention)
     if isinstance(maps, Decline):
         raise NotProved(f"the emitted body cannot be read: {maps.reason}")
@@ -236,13 +278,56 @@ def _window_maps(node: Node, opset: int) -> SiteMaps:
         raise NotProved("the emitted body adds other tensors to its logits")
     if body.outputs[0].known_shape[:-1] != asked.known_shape[:-1]:
         raise NotProved("the emitted body does not return to the map of its query")
-    if beside is not None:
-        more = [
-            _operand_source(facts, maps, beside, o, formal[n])
-            for n, o in (("extra_key", beside.key), ("extra_value", beside.value))
-        ]
-        maps = replace(maps, extra=ExtraTokens(beside, more[0], more[1]))
+    if extra is not None:
+        maps = replace(maps, extra=extra.read(facts, maps, formal, body.outputs))
     return replace(maps, query=chosen["query"], keys=(chosen["key"],), values=(chosen["value"],), shared=tuple(shared))
+
+
+@dataclass(frozen=True, eq=False)
+class _ExtraParts:
+    """The parts of the attention of an emitted body that has extra tokens: own, of the map alone; at its own queries
+    and the extra keys; the extra queries, with all keys, where there are such.
+    """
+
+    own: Attention
+    keys: tuple[np.ndarray, np.ndarray]
+    beside: Attention
+    whole: Attention
+    rows: np.ndarray | None
+
+    @staticmethod
+    def of(attention: Attention, formal: Mapping[str, Value]) -> _ExtraParts | None:
+        """None where there are no extra keys. formal: the body's inputs by name."""
+        if "extra_key" not in formal:
+            return None
+        extra = static(formal["extra_key"].known_shape[2])
+        own, others = np.split(np.arange(attention.num_keys), [attention.num_keys - extra])
+        of_map, rows = attention, None
+        if "extra_query" in formal:
+            axis = attention.value_axis - 1
+            total, asking = static(attention.output_shape[axis]), static(formal["extra_query"].known_shape[2])
+            on_map, rows = np.split(np.arange(total), [total - asking])
+            of_map = restricted(attention, axis, on_map)
+        beside = beside_the_map(of_map, attention.key_axis, others)
+        return _ExtraParts(restricted(of_map, attention.key_axis, own), (own, others), beside, attention, rows)
+
+    def read(self, facts: Facts, maps: SiteMaps, formal: Mapping[str, Value], outputs: Sequence[Value]) -> ExtraTokens:
+        """Raises NotProved where they are not the operands, or their result is not the second output."""
+        key, value = (
+            _operand_source(facts, maps, self.beside, operand, formal[name])
+            for name, operand in (("extra_key", self.beside.key), ("extra_value", self.beside.value))
+        )
+        extra = ExtraTokens(*self.keys, self.beside, key, value)
+        if self.rows is None:
+            return extra
+        axis = self.whole.value_axis - 1
+        alone, asking = restricted(self.whole, axis, self.rows), beside_the_map(self.whole, axis, self.rows)
+        source = _operand_source(facts, maps, asking, asking.query, formal["extra_query"])
+        back = next((r for r in returns_of(facts, alone, maps.features) if r.value is outputs[1]), None)
+        if back is None:
+            raise NotProved("the emitted body does not return what its extra queries attend")
+        place = np.arange(math.prod(count(e) for e in back.value.known_shape[:-1]))
+        return replace(extra, asking=ExtraQueries(alone, axis, asking.query, source, back, place))
 
 
 def _operand_source(facts: Facts, maps: SiteMaps, attention: Attention, read: Operand, operand: Value) -> ExtraSource:

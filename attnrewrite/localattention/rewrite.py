@@ -22,6 +22,7 @@ from attnrewrite.localattention.grid import count, grouped, pixels_read, row_maj
 from attnrewrite.localattention.hoist import NOT_ON_MAP, Anchor, Hoister, NotHoistable
 from attnrewrite.localattention.maps import ExtraSource, SiteMaps, Source
 from attnrewrite.localattention.proof import NotProved, prove
+from attnrewrite.localattention.returns import Return
 from attnrewrite.localattention.site import Decline, Site
 from attnrewrite.localattention.terms import PlacedTerm
 from attnrewrite.localattention.tokens import Roles
@@ -76,9 +77,17 @@ class SiteRewriter:
         return Emitted(result, padding if padding is not None and padding.any() else None)
 
     def extra_operand(
-        self, role: str, operand: Operand, source: ExtraSource, channel_axis: int, channels: int
+        self,
+        role: str,
+        operand: Operand,
+        source: ExtraSource,
+        channel_axis: int,
+        channels: int,
+        per_head: np.ndarray | None = None,
     ) -> Value:
-        """Keys or values that are not on the map, [B or 1, nW or 1, T, nH * channels]."""
+        """Queries, keys or values that are not on the map, [B or 1, nW or 1, T, nH * channels]; per_head: float64 [nH],
+        what each head's are multiplied with.
+        """
         maps, candidate, split = self.maps, source.candidate, source.roles
         hoister = Hoister(self.facts, (source.tokens,), self.hoister.made_by)
         map_ = hoister.source_map(candidate.value, split, source.batch, (source.tokens,))
@@ -98,6 +107,9 @@ class SiteRewriter:
             index = hoister.constant(source.table.reshape(-1), f"{stem}_index")
             tokens = hoister.emit("Gather", [tokens, index], (source.batch, windows * extra, features), stem, axis=1)
         tokens = hoister.reshape(tokens, (source.batch, windows, extra, features))
+        if per_head is not None:
+            vector = hoister.constant(np.repeat(per_head, channels).astype(tokens.dtype), f"{stem}_scale")
+            tokens = hoister.emit("Mul", [tokens, vector], tokens.known_shape, f"{stem}_scaled")
         self.hoister.nodes.extend(n for n in hoister.nodes if not self._is_known(n))
         return tokens
 
@@ -186,17 +198,42 @@ class SiteRewriter:
         shape = (self.batch, channels, *self.spatial) if channels_first else (self.batch, *self.spatial, channels)
         attributes: dict[str, Any] = spec.attributes()
         output = hoister.emit(spec.op_type, operands, shape, f"{attention.output.name}_local", DOMAIN, **attributes)
-        returned = self._return(FeatureMap(output, channels_first))
         assert output.producer is not None
+        returned = self._return(hoister, FeatureMap(output, channels_first), maps.back, attention)
+        beside = self._return_extra(output.producer, channels)
         try:
             prove(proved, output.producer, self.facts.graph.opset)
         except NotProved as error:
             reason = f"the replacement could not be proved equal: {error}"
             raise Declined(Decline(reason, attention.softmax.label)) from error
+        for old, new in beside:
+            self.facts.graph.replace_uses(old, new)
         hoister.replace(maps.back.value, returned)
 
-    def _return(self, map_: FeatureMap) -> Value:
-        hoister, maps, attention, back = self.hoister, self.maps, self.maps.attention, self.maps.back
+    def _return_extra(self, node: Node, channels: Extent) -> list[tuple[Value, Value]]:
+        """The op's second output, [B, nW, T, C], and the value that takes the place of what its tokens attended."""
+        extra = self.maps.extra
+        if extra is None or extra.asking is None:
+            return []
+        asking, hoister = extra.asking, self.hoister
+        elements = count(self.batch)
+        rows = len(asking.place) // elements
+        shape = (self.batch, rows // asking.count, asking.count, channels)
+        output = Value(self.facts.graph.fresh_name(f"{node.output.name}_extra"), shape, node.output.dtype)
+        output.producer = node
+        node.outputs.append(output)
+        beside = Hoister(self.facts, (rows,), hoister.made_by)
+        tokens = beside.reshape(output, (self.batch, rows, channels))
+        if not np.array_equal(asking.place[:rows], np.arange(rows)):
+            index = beside.constant(asking.place[:rows], f"{output.name}_index")
+            tokens = beside.emit("Gather", [tokens, index], tokens.known_shape, output.name, axis=1)
+        returned = self._return(beside, FeatureMap(tokens), asking.back, asking.attention)
+        hoister.nodes.extend(beside.nodes)
+        return [(asking.back.value, returned)]
+
+    def _return(self, hoister: Hoister, map_: FeatureMap, back: Return, attention: Attention) -> Value:
+        """What the op computes, in the place of the value that the model's attention returns to."""
+        maps = self.maps
         channel_axis = len(back.value.known_shape)
         order = (*maps.heads, attention.value_axis)
         tokens = tuple(a for a in range(len(attention.output_shape)) if a not in maps.features)

@@ -38,7 +38,7 @@ class Check:
 def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
     """One check per local attention op of the rewritten graph.
 
-    Folds the original's branches and moves its pools, partitions and merges in place, as the passes do.
+    Prepares the original in place, as the passes before the attentions' do.
     """
     pending = _sites(original)
     checks = []
@@ -75,7 +75,8 @@ def _prove(site: SiteMaps | Aggregation, node: Node, opset: int) -> None:
 def _sites(graph: Graph) -> list[tuple[Node, SiteMaps | Aggregation]]:
     """The local attention sites of a graph, in order, with what they are proved against."""
     passes = {p.name: p for p in select().passes}
-    select(["fold-reparam-branches", "move-pools", "move-partitions", "move-merges"]).run(graph)
+    prepare = ["fold-reparam-branches", "move-pools", "part-joined-tokens", "move-partitions", "move-merges"]
+    select(prepare).run(graph)
     facts = Facts(graph)
     found: list[tuple[Node, SiteMaps | Aggregation]] = []
     for node in graph.nodes:

@@ -21,7 +21,7 @@ from tests.passes.rewritten import ranks
 from tests.running import error, run
 
 HEADS, HEAD_DIM, VALUE_DIM = 3, 5, 7
-EXTRA_TOKENS = 3
+EXTRA_TOKENS, ASKING_TOKENS = 3, 2
 FLOAT32, FLOAT16 = 2e-6, 4e-3  # of max |reference|: sums of up to 49 terms, each rounded to 2**-24 or 2**-11
 
 
@@ -56,6 +56,7 @@ class Case:
                 EXTRA_TOKENS,
             )
             keys += EXTRA_TOKENS if "extra_key" in self.optional else 0
+            tokens += ASKING_TOKENS if "extra_query" in self.optional else 0
             return {
                 "query": (self.batch, *(geometry.window_size if self.spec.shared_query else size), HEADS * HEAD_DIM),
                 "key": (self.batch, *geometry.key_size, HEADS * HEAD_DIM),
@@ -66,6 +67,7 @@ class Case:
                 "value_padding": (HEADS * VALUE_DIM,),
                 "extra_key": (*extra, HEADS * HEAD_DIM),
                 "extra_value": (*extra, HEADS * VALUE_DIM),
+                "extra_query": (*extra[:2], ASKING_TOKENS, HEADS * HEAD_DIM),
                 "relative_position": (HEADS if "table per head" in self.optional else 1, self.table_rows(), HEAD_DIM),
                 "logit_bias": tuple(
                     1 if f"{letter} broadcast" in self.optional else extent
@@ -99,12 +101,13 @@ class Case:
         return sum(w * k for w, k in zip(geometry.window_size, keys, strict=True))
 
     def evaluate(self) -> np.ndarray:
-        compute = (
-            reference.flash_window_attention
-            if isinstance(self.spec, FlashWindowAttention)
-            else reference.slide_attention
-        )
-        return compute(self.spec, self.operands())  # type: ignore[arg-type]
+        return self.outputs()["y"]
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """What the op means: its outputs by the names they have in `model`."""
+        if isinstance(self.spec, SlideAttention):
+            return {"y": reference.slide_attention(self.spec, self.operands())}
+        return dict(zip(("y", "extra"), reference.window_outputs(self.spec, self.operands()), strict=False))
 
     def model(self, opset: int = 17, *, inline: bool = False, batch: int | str | None = None) -> onnx.ModelProto:
         """A model of the one node; every operand is an input, batch symbolic if it is a string."""
@@ -112,22 +115,22 @@ class Case:
         names = [n if n in operands else "" for n in self.spec.operands]
         while not names[-1]:
             names.pop()
-        node = helper.make_node(self.spec.op_type, names, ["y"], name="op", domain=DOMAIN, **self.spec.attributes())
+        outputs = self.outputs()
+        node = helper.make_node(
+            self.spec.op_type, names, list(outputs), name="op", domain=DOMAIN, **self.spec.attributes()
+        )
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
         first = self.batch if batch is None else batch
 
         def declared(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
-            batched = name in ("query", "key", "value", "y") or (
-                name in ("logit_bias", *EXTRA) and shape[0] == self.batch > 1
+            batched = name in ("query", "key", "value", *outputs) or (
+                name in ("logit_bias", *ASKING) and shape[0] == self.batch > 1
             )
             own = [first, *shape[1:]] if batched else list(shape)
             return helper.make_tensor_value_info(name, kind, own)
 
-        shape = (self.batch, *self.spec.geometry.feature_size, HEADS * VALUE_DIM)
-        if isinstance(self.spec, SlideAttention):
-            shape = (self.batch, HEADS * VALUE_DIM, *self.spec.geometry.feature_size)
         inputs = [declared(n, a.shape) for n, a in operands.items()]
-        graph = helper.make_graph([node], "op", inputs, [declared("y", shape)])
+        graph = helper.make_graph([node], "op", inputs, [declared(n, a.shape) for n, a in outputs.items()])
         imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
         return to_model(read(helper.make_model(graph, opset_imports=imports, ir_version=10)), inline=inline)
 
@@ -172,6 +175,7 @@ DOUBLED = {"feature_size": (16, 24), "window_size": (8, 8), "stride": (8, 8)}
 PADS = ("key_padding", "value_padding")
 RELATIVE = ("relative_position",)
 EXTRA = ("extra_key", "extra_value")
+ASKING = ("extra_query", *EXTRA)
 LEARNED = ("key_kernel", "key_bias", "value_kernel", "value_bias")
 
 CASES: dict[str, Case] = {
@@ -243,6 +247,14 @@ CASES: dict[str, Case] = {
     ),
     "extra-keys-of-a-halo": Case(keyed(PLAIN, halo=(2, 1)), ("bias", "mask", *EXTRA)),
     "extra-keys-and-relative": Case(masked(SHIFTED, -100.0), ("logit_bias", "M broadcast", *RELATIVE, *EXTRA)),
+    "extra-queries": Case(PLAIN, ASKING),
+    "extra-queries-alone": Case(PLAIN, ("bias", "extra_query")),
+    "extra-queries-of-all-windows": Case(
+        masked(SHIFTED, -100.0), ("bias", "extra of one image", "extra of one window", *ASKING)
+    ),
+    "extra-queries-and-padding": Case(windows((7, 10), (4, 4)), ("mask", "bias", *PADS, *ASKING)),
+    "extra-queries-of-a-halo": Case(keyed(PLAIN, halo=(2, 1)), ("bias", "small mask", "mask", *ASKING)),
+    "extra-queries-and-relative": Case(masked(SHIFTED, -100.0), ("logit_bias", "N broadcast", *RELATIVE, *ASKING)),
     "computed-everything": Case(windows((7, 10), (4, 4)), ("mask", "logit_bias", *RELATIVE)),
     "k3": Case(near((7, 11), (3, 3))),
     "k5-dilated": Case(near((13, 11), (5, 5), (2, 2)), ("bias",)),
@@ -294,8 +306,9 @@ def named(case: Case) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", CASES)
 def test_body_computes_what_the_op_means(name: str, inline: bool) -> None:
     case = CASES[name]
-    found = run(case.model(inline=inline), named(case))["y"]
-    assert error(found, case.evaluate()) <= FLOAT32
+    found, expected = run(case.model(inline=inline), named(case)), case.outputs()
+    assert found.keys() == expected.keys()
+    assert all(error(found[n], expected[n]) <= FLOAT32 for n in expected)
 
 
 SOME = (
@@ -303,6 +316,7 @@ SOME = (
     "shared-query-shifted",
     "shift-then-pad-with-vectors",
     "mask-and-bias-per-window",
+    "extra-queries-of-all-windows",
     "k5-dilated",
     "learned-shared-by-heads",
     "inward",
@@ -324,7 +338,8 @@ def test_bodies_are_written_in_the_opset_of_the_file(name: str, opset: int) -> N
 @pytest.mark.parametrize("name", SOME)
 def test_symbolic_batch(name: str, inline: bool, batch: int) -> None:
     case = replace(CASES[name], batch=batch)
-    assert error(run(case.model(batch="B", inline=inline), named(case))["y"], case.evaluate()) <= FLOAT32
+    found, expected = run(case.model(batch="B", inline=inline), named(case)), case.outputs()
+    assert all(error(found[n], expected[n]) <= FLOAT32 for n in expected)
 
 
 @pytest.mark.parametrize("softmax_dtype", [0, TensorProto.FLOAT])

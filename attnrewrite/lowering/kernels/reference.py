@@ -28,6 +28,13 @@ def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
 
 def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
     """operands: the operands of the op by name, absent ones left out. Returns [B, *S, nH*dv] in the type of query."""
+    return window_outputs(spec, operands, dtype)[0]
+
+
+def window_outputs(
+    spec: FlashWindowAttention, operands: Operands, dtype: DTypeLike = np.float64
+) -> tuple[np.ndarray, ...]:
+    """The outputs of the op: the map, and what extra queries attend, [B, nW, T, nH*dv], where there are such."""
     geometry, heads = spec.geometry, spec.num_heads
     pixels, key_pixels = geometry.pixels(), geometry.key_pixels()  # [nW, N], [nW, M]
     tokens_of_query = np.broadcast_to(np.arange(pixels.shape[1]), pixels.shape) if spec.shared_query else pixels
@@ -35,8 +42,11 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype
     key = _windows(operands["key"], key_pixels, heads, operands.get("key_padding"), dtype)
     value = _windows(operands["value"], key_pixels, heads, operands.get("value_padding"), dtype)
 
-    own = key.shape[2]
-    key, value = (_with_extra(x, operands.get(f"extra_{name}")) for x, name in ((key, "key"), (value, "value")))
+    asked, own = query, key.shape[2]
+    query, key, value = (
+        _with_extra(x, operands.get(f"extra_{name}")) for x, name in ((query, "query"), (key, "key"), (value, "value"))
+    )
+    rows = asked.shape[2]
 
     logits = spec.scale * np.einsum("bwnhi,bwmhi->bwhnm", query, key)
     if "bias" in operands:
@@ -48,19 +58,22 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, dtype
     if "relative_position" in operands:
         key_window = geometry.window_size if geometry.keys is None else geometry.keys.window_size
         table = _relative_table(operands["relative_position"].astype(dtype), geometry.window_size, key_window)
-        logits[..., :own] += spec.relative_scale * np.einsum(
-            "bwnhi,hnmi->bwhnm", query, table.repeat(heads // len(table), 0)
+        logits[..., :rows, :own] += spec.relative_scale * np.einsum(
+            "bwnhi,hnmi->bwhnm", asked, table.repeat(heads // len(table), 0)
         )
     if spec.mask_value is not None:
         penalty = np.where(geometry.crosses_regions(), spec.mask_value, 0.0).astype(dtype)
-        logits[..., :own] += penalty[:, None]
+        logits[..., :rows, :own] += penalty[:, None]
     tokens = np.einsum("bwhnm,bwmhi->bwnhi", softmax(logits, axis=-1), value)
 
     batch, *_, channels = operands["value"].shape
     out = np.zeros((batch, int(np.prod(geometry.feature_size)), channels), dtype)
     inside = pixels != PADDING
-    out[:, pixels[inside]] = tokens[:, inside].reshape(batch, -1, channels)
-    return out.reshape(batch, *geometry.feature_size, channels).astype(operands["query"].dtype)
+    out[:, pixels[inside]] = tokens[:, :, :rows][:, inside].reshape(batch, -1, channels)
+    outputs = [out.reshape(batch, *geometry.feature_size, channels)]
+    if "extra_query" in operands:
+        outputs.append(tokens[:, :, rows:].reshape(batch, len(pixels), -1, channels))
+    return tuple(o.astype(operands["query"].dtype) for o in outputs)
 
 
 def slide_attention(spec: SlideAttention, operands: Operands, dtype: DTypeLike = np.float64) -> np.ndarray:
