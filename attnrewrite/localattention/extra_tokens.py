@@ -20,7 +20,7 @@ from attnrewrite.localattention.extra_queries import read_elsewhere, read_extra_
 from attnrewrite.localattention.extra_sources import Joined, beside_the_map, extra_source, joined
 from attnrewrite.localattention.maps import ExtraTokens, SiteMaps, Source, read_maps
 from attnrewrite.localattention.site import Decline
-from attnrewrite.localattention.terms import Order
+from attnrewrite.localattention.terms import Order, PlacedTerm, computed_terms
 from attnrewrite.localattention.windows import WindowMatch, constant_terms, match_windows
 
 
@@ -70,7 +70,7 @@ def _match_piece(
     facts: Facts, attention: Attention, queries: OwnQueries, keys: Joined, own: np.ndarray
 ) -> WindowMatch | Decline | None:
     """own: the keys of the map among those joined."""
-    asking = replace(queries.attention, query_terms=(), computed_terms=())  # of all keys: said below
+    asking = replace(queries.attention, query_terms=(), computed_terms=())  # those are of all keys
     maps = read_maps(facts, restricted(asking, asking.key_axis, own))
     found = maps if isinstance(maps, Decline) else match_windows(facts, maps)
     if isinstance(maps, Decline) or isinstance(found, Decline) or found.geometry.tokens_per_window == 1:
@@ -78,8 +78,8 @@ def _match_piece(
     others, node = keys.others(own), keys.value.name
     tokens = "1 token that is" if len(others) == 1 else f"{len(others)} tokens that are"
     left = f"the windows hold {tokens} not on the map ({node})"
-    if attention.query_terms or attention.computed_terms:
-        return Decline(f"{left}, and their logits have computed terms", node)
+    if attention.query_terms:
+        return Decline(f"{left}, and the queries are multiplied with relative positions", node)
     try:
         value = next(joined(facts, attention, attention.value, attention.key_axis), None)
         if value is None:
@@ -91,7 +91,10 @@ def _match_piece(
         if queries.joined is not None and read_elsewhere(facts, attention.output, {maps.back.value}) is not None:
             asked = read_extra_queries(facts, attention, found, extra, queries.joined, queries.others)
             extra = replace(extra, asking=asked)
-        return _with_extra(found, extra)
+        computed = _computed(facts, attention, found, extra, queries)
+        if isinstance(computed, Decline):
+            return replace(computed, reason=f"{left}: {computed.reason}")
+        return replace(_with_extra(found, extra), computed=computed)
     except IndexingError as error:
         return Decline(f"{left}: {error}", node)
 
@@ -129,6 +132,18 @@ def _with_extra(found: WindowMatch, extra: ExtraTokens) -> WindowMatch:
     if mask is not None:
         mask = np.broadcast_to(mask, (found.geometry.num_windows, *mask.shape[1:]))[:, 0]
     return replace(found, maps=replace(maps, extra=extra), bias=bias, mask=mask)
+
+
+def _computed(
+    facts: Facts, attention: Attention, found: WindowMatch, extra: ExtraTokens, queries: OwnQueries
+) -> tuple[PlacedTerm, ...] | Decline:
+    """The computed terms of all queries and keys, the extra ones behind those of the map."""
+    order = replace(found.order, key=np.concatenate([extra.own[found.order.key], extra.others]))
+    if queries.attention.kept is not None:
+        rows = queries.attention.kept[1][order.query]
+        order = replace(order, query=rows if extra.asking is None else np.concatenate([rows, queries.others]))
+    chosen = replace(found.maps, attention=attention, keys=(found.key,), values=(found.value,), extra=extra)
+    return computed_terms(facts, chosen, order)
 
 
 def _terms(maps: SiteMaps, attention: Attention, order: Order) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -211,6 +211,8 @@ def _made_inside(facts: Facts, maps: SiteMaps, term: ComputedTerm) -> bool:
     """Whether the term is made of values between the feature maps and the attention: their movement would stay."""
     attention = maps.attention
     cuts = {s.value for s in (maps.query, *maps.keys[:1], *maps.values[:1])}
+    if maps.extra is not None:
+        cuts |= {s.candidate.value for s in (maps.extra.key, maps.extra.value)}
     operands = (attention.query.value, attention.key.value, attention.value.value)
     inside = ancestors(operands, cuts.__contains__) & ancestors([term.value], cuts.__contains__)
     return any(v.producer is not None for v in inside)

@@ -92,6 +92,42 @@ def test_what_no_kernel_covers_is_lowered_as_its_body(name: str) -> None:
         assert relative_error(run(x), expected(WRITTEN_OUT[name], x)) <= 5e-6
 
 
+def test_both_outputs_of_windows_with_extra_queries_are_lowered() -> None:
+    """Two sites: the extra tokens of the second are what those of the first attended."""
+    size, tokens, windows = WINDOW.geometry.feature_size, 2, WINDOW.geometry.num_windows
+    shapes = {"x": ["batch", *size, CHANNELS], "t": ["batch", windows, tokens, CHANNELS]}
+    missing = [""] * 6
+    sites = [
+        helper.make_node(
+            WINDOW.op_type, [x, x, x, *missing, t, t, t], [f"{x}y", f"{t}y"], domain=DOMAIN, **WINDOW.attributes()
+        )
+        for x, t in (("x", "t"), ("xy", "ty"))
+    ]
+    kind = TensorProto.FLOAT
+    graph = helper.make_graph(
+        [*sites, node("ReduceMean", "tyy axes", "mean", keepdims=1), node("Add", "xyy mean", "z")],
+        "sites",
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info("z", kind, None)],
+        [onnx.numpy_helper.from_array(np.array([1, 2]), "axes")],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    model = to_model(read(helper.make_model(graph, opset_imports=opsets, ir_version=9)))
+    write_out(model, covers)
+    assert not any(node.domain == DOMAIN for node in model.graph.node)
+    run = compiled(model)
+    for batch in (1, 3):
+        x, t = normal(batch, *size, CHANNELS), normal(batch, windows, tokens, CHANNELS)
+        arrays, expected = (x, t), (x, t)
+        for _ in range(2):
+            x, t = expected
+            operands = {"query": x, "key": x, "value": x, "extra_query": t, "extra_key": t, "extra_value": t}
+            found = reference.window_outputs(WINDOW, operands)
+            expected = (found[0], found[1])
+        mean = expected[1].mean((1, 2))[:, None, None]
+        assert relative_error(run(*arrays), expected[0] + mean) <= 5e-6
+
+
 @pytest.mark.parametrize("spec", [WINDOW, SLIDE], ids=["window", "slide"])
 def test_sites_of_one_geometry_share_a_kernel(spec: Spec) -> None:
     from attnrewrite.lowering import build, importer

@@ -254,7 +254,7 @@ MODELS = (
         "1-D blocks that look around, and global summaries",
         partial(longt5, "transient-global"),
         ((1, 64),),
-        left={"": 2},
+        {"halo": 2},
         ids=50,
     ),
     m(
