@@ -98,7 +98,7 @@ class Hoister(MapWriter):
             raise NotHoistable(f"{last.value.name} is read beside the feature map")
         split = roles(last.value, last.index, features)
         if split is None:
-            raise NotHoistable(f"{node.label} mixes tokens and channels")
+            raise NotHoistable(f"{node.label} has the batch or tokens in one axis with heads or channels")
         flat = _flat_features(last.value.known_shape, last.index, split.features)
         key = (last.value, anchor.map, anchor.roles.tokens)
         if key not in self._full:

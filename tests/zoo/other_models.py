@@ -292,7 +292,7 @@ MODELS = (
         "1-D windows that look one window around, rotary",
         local_attention_1d,
         ((1, 64, 16),),
-        {"halo": 1},
+        left={"one pixel needs two values": 1},  # keys are rotated by their place in each of two windows
     ),
     m(
         "local_transformer",
@@ -300,7 +300,7 @@ MODELS = (
         "1-D causal windows that look back",
         local_transformer,
         ((1, 64),),
-        {"halo": 2},
+        left={"in one axis with heads": 2},  # heads folded into the batch where keys are rotated
         ids=50,
     ),
     m(
