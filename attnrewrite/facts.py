@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 
 from attnrewrite.graph import Graph, Node, Value
 
@@ -17,10 +18,6 @@ class Facts:
         self._users = graph.users()
         self._outputs = set(graph.outputs)
         self.apart: frozenset[Value] = frozenset()  # results of nodes that the graph does not hold
-        self._without_data: set[Value] = set()
-        for node in graph.nodes:
-            if all(self.is_without_data(v) for v in node.reads()):
-                self._without_data.update(node.outputs)
 
     def with_nodes(self, nodes: Sequence[Node]) -> Facts:
         """The same facts, with nodes behind the last one that belong to no graph (an analysis' own)."""
@@ -38,6 +35,14 @@ class Facts:
     def is_without_data(self, value: Value) -> bool:
         """Whether the value is a constant or computed from constants alone: a mask too large to be folded, say."""
         return value.is_constant or value in self._without_data
+
+    @cached_property
+    def _without_data(self) -> set[Value]:
+        found: set[Value] = set()
+        for node in self.graph.nodes:
+            if all(v.is_constant or v in found for v in node.reads()):
+                found.update(node.outputs)
+        return found
 
     def only_user(self, value: Value) -> Node | None:
         """The one node that reads the value; None where there are several, or it leaves the graph."""
