@@ -101,7 +101,12 @@ def page(rows: Sequence[Row], pending: Mapping[str, str]) -> str:
             assert row.result is not None
             lines.append(f"| {row.model.name} | {row.exporter} | {row.result.stage} | {escaped(row.result.failed)} |")
         lines.append("")
-    lines += ["## Not exported", "", "What torch's exporters say of the models they cannot write.", ""]
+    lines += [
+        "## Not exported",
+        "",
+        "What stopped the export: an operator the exporter cannot write, or a package that is missing here.",
+        "",
+    ]
     lines += ["| model | exporter | error |", "|---|---|---|"]
     for row in rows:
         if row.verdict == "not exported" and row.result is not None:
@@ -115,7 +120,7 @@ def page(rows: Sequence[Row], pending: Mapping[str, str]) -> str:
     )
     late = [f"{r.model.name} ({r.exporter})" for r in rows if r.verdict == "not measured"]
     if late:
-        lines += ["", "## Not measured", "", "Exports for which the time of this run was too short.", ""]
+        lines += ["", "## Not measured", "", "Exports that were not made in the time of this run.", ""]
         lines.append(", ".join(late) + ".")
     lines += ["", "## Not installed", "", ", ".join(absent) + "." if absent else "None.", ""]
     return "\n".join(lines)
