@@ -169,7 +169,14 @@ def stacked_and_picked(s: Splicer, r: random.Random, e: Edge) -> str:
     return s.op("Gather", s.op("Concat", one, one, axis=axis), s.constant(r.randint(0, 1)), axis=axis)
 
 
-ANYWHERE: dict[str, Detour] = {f.__name__: f for f in (identity, transposed, unsqueezed, reshaped)}
+def reshaped_to_its_shape(s: Splicer, r: random.Random, e: Edge) -> str:
+    """x.reshape(x.shape), the shape read off the tensor."""
+    return s.op("Reshape", e.value, s.op("Shape", e.value))
+
+
+ANYWHERE: dict[str, Detour] = {
+    f.__name__: f for f in (identity, transposed, unsqueezed, reshaped, reshaped_to_its_shape)
+}
 OF_TOKENS: dict[str, Detour] = ANYWHERE | {
     f.__name__: f
     for f in (

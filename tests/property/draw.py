@@ -1,6 +1,6 @@
 """Random spellings: every part of window and neighbourhood attention written in a way drawn on its own.
 
-    drawn = draw(7); drawn.model; drawn.kind; drawn.parts       # parts: the names of what was drawn, for counting
+    drawn = draw(7); drawn.model; drawn.parts       # parts: the names of what was drawn, for counting
 
 The parts are those of tests.models (each a spelling people or exporters use); what the tables there pair by hand is
 paired at random here, over random geometries, and varied by detours. One case in seven is an entry of the tables.
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper
 
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
 from tests.models import onnx_movement as movement
@@ -22,10 +23,13 @@ from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_parts as parts
 from tests.models.onnx_movement import Movement
 from tests.models.onnx_neighborhoods import NeighborhoodSpelling
-from tests.models.onnx_spellings import NCHW, SPACE_TO_DEPTH, SPELLINGS, WINDOW, Spelling, sample_input
+from tests.models.onnx_spellings import NCHW, SPACE_TO_DEPTH, SPELLINGS, WINDOW, Spelling
 from tests.models.onnx_windows import WindowSpelling
 from tests.property.detours import with_detours
+from tests.property.draw_blocks import draw_block
 from tests.property.draw_borders import draw_border, draw_dense, draw_halo
+from tests.property.draw_keys import draw_agents, draw_extra, draw_pooled, draw_shared
+from tests.property.draw_outlook import draw_aggregation, draw_outlook
 
 ROLLS = [
     movement.roll_by_slices,
@@ -119,40 +123,48 @@ class Drawn:
 
     seed: int
     model: onnx.ModelProto
-    spelling: Spelling
     parts: tuple[str, ...]
 
-    @property
-    def kind(self) -> str:
-        return self.spelling.expected.kind
-
     def input(self, batch: int = 2) -> dict[str, np.ndarray]:
-        return sample_input(self.spelling, batch, self.seed)
+        """Random numbers for every input; a symbolic extent is `batch`."""
+        rng, found = np.random.default_rng(self.seed), {}
+        for value in self.model.graph.input:
+            kind = value.type.tensor_type
+            shape = [d.dim_value if d.HasField("dim_value") else batch for d in kind.shape.dim]
+            found[value.name] = rng.normal(size=shape).astype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        return found
 
 
 def draw(seed: int, detours: int = 6) -> Drawn:
     """The spelling of a seed, with up to that many detours."""
     r = random.Random(seed)
-    source = r.choice(["table", "window", "window", "neighborhood", "halo", "border", "dense"])
-    if source == "table":
-        name = r.choice(list(SPELLINGS))
-        spelling, names = SPELLINGS[name], [f"table/{name}"]
-    elif source == "window":
-        spelling, names = draw_window(r)
-    elif source == "neighborhood":
-        spelling, names = draw_neighborhood(r)
-    else:
-        opset = r.choice([v for v in OPSETS if v >= 13 or source != "border"])  # whose softmax is over the axis 2
-        spelling, names = {"halo": draw_halo, "border": draw_border, "dense": draw_dense}[source](r, opset)
-        names = [*names, f"opset/{opset}"]
-    two_branches = getattr(spelling, "learned", "no") == "two-convolutions"  # detours between branches keep them apart
-    model, taken = with_detours(spelling.model(), r, 0 if two_branches else r.randint(0, detours))
-    return Drawn(seed, model, spelling, (*names, *(f"detour/{t}" for t in taken)))
+    source = r.choice(list(SOURCES))
+    opset = r.choice([v for v in OPSETS if v >= FIRST_OPSET.get(source, 11)])
+    model, names = SOURCES[source](r, opset)
+    parted = any(n in PARTED for n in names)
+    model, taken = with_detours(model, r, 0 if parted else r.randint(0, detours))
+    return Drawn(seed, model, (f"source/{source}", *names, *(f"detour/{t}" for t in taken)))
 
 
-def draw_window(r: random.Random) -> tuple[WindowSpelling, list[str]]:
+Model = tuple[onnx.ModelProto, list[str]]
+
+
+def draw_entry(r: random.Random, opset: int) -> Model:
+    """An entry of the tables, which has an opset of its own."""
+    name = r.choice(list(SPELLINGS))
+    return SPELLINGS[name].model(), [f"table/{name}"]
+
+
+def spelled(draw: Callable[[random.Random, int], tuple[Spelling, list[str]]]) -> Callable[[random.Random, int], Model]:
+    def model(r: random.Random, opset: int) -> Model:
+        spelling, names = draw(r, opset)
+        return spelling.model(), [*names, f"opset/{opset}"]
+
+    return model
+
+
+def draw_window(r: random.Random, opset: int) -> tuple[WindowSpelling, list[str]]:
     """Windows of 2 to 6 a side, cyclic shifts, padding in either order, and a way to write each part."""
-    opset = r.choice(OPSETS)
     window = (r.randint(2, 6), r.randint(2, 6))
     padded = r.random() < 0.3
     size = tuple(w * r.randint(2, 3) - (r.randrange(w) if padded else 0) for w in window)
@@ -202,7 +214,7 @@ def draw_window(r: random.Random) -> tuple[WindowSpelling, list[str]]:
     )
     names = [f"window/{field}/{_name(f)}" for field, f in chosen.items()] + [f"window/movement/{m}" for m in moved]
     how = "padded" if geometry.is_padded else "whole"
-    return spelling, [*names, f"opset/{opset}", f"batch/{batch}", f"window/{how}", f"window/project/{project}"]
+    return spelling, [*names, f"batch/{batch}", f"window/{how}", f"window/project/{project}"]
 
 
 def _movement(r: random.Random, geometry: WindowGeometry, opset: int) -> tuple[Movement, list[str]]:
@@ -220,9 +232,8 @@ def _movement(r: random.Random, geometry: WindowGeometry, opset: int) -> tuple[M
     return Movement(partition, merge, roll), [_name(partition), _name(merge), _name(roll)]
 
 
-def draw_neighborhood(r: random.Random) -> tuple[NeighborhoodSpelling, list[str]]:
+def draw_neighborhood(r: random.Random, opset: int) -> tuple[NeighborhoodSpelling, list[str]]:
     """Neighbourhoods of 3 to 7 a side, dilated, with pure or learned shifts."""
-    opset = r.choice(OPSETS)
     kernel = (r.choice([3, 3, 5, 7]), r.choice([3, 3, 5, 7]))
     dilation = (r.choice([1, 1, 2, 3]), r.choice([1, 1, 2, 3]))
     reach = [d * (k // 2) for k, d in zip(kernel, dilation, strict=True)]
@@ -243,9 +254,31 @@ def draw_neighborhood(r: random.Random) -> tuple[NeighborhoodSpelling, list[str]
         opset=opset,
     )
     gathered = _name(gathering) if learned == "no" else f"learned-{learned}"
-    names = [f"neighborhood/gathering/{gathered}", f"neighborhood/attention/{_name(attention)}", f"opset/{opset}"]
+    names = [f"neighborhood/gathering/{gathered}", f"neighborhood/attention/{_name(attention)}"]
     return spelling, [*names, f"batch/{spelling.batch}", f"neighborhood/kernel/{kernel[0]}x{kernel[1]}"]
 
 
 def _name(part: Callable[..., Any] | None) -> str:
     return "none" if part is None else part.__qualname__.split(".")[0]
+
+
+SOURCES: dict[str, Callable[[random.Random, int], Model]] = {
+    "table": draw_entry,
+    "window": spelled(draw_window),
+    "neighborhood": spelled(draw_neighborhood),
+    "halo": spelled(draw_halo),
+    "border": spelled(draw_border),
+    "dense": spelled(draw_dense),
+    "block": spelled(draw_block),
+    "extra": spelled(draw_extra),
+    "pooled": spelled(draw_pooled),
+    "shared": spelled(draw_shared),
+    "agents": spelled(draw_agents),
+    "aggregation": draw_aggregation,
+    "outlook": draw_outlook,
+}
+# The softmax of a border runs over axis 2 of 4, which opset 13 can say.
+FIRST_OPSET = {"border": 13}
+# Parts of several branches that must look alike: a detour of one of them keeps them apart.
+PARTED = {"neighborhood/gathering/learned-two-convolutions", "aggregation/one_by_one"}
+PARTED |= {f"table/{name}" for name, s in SPELLINGS.items() if getattr(s, "learned", "no") == "two-convolutions"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import numpy as np
 
@@ -134,12 +135,31 @@ def draw_border(r: random.Random, opset: int) -> tuple[BorderSpelling, list[str]
 
 
 def draw_dense(r: random.Random, opset: int) -> tuple[DenseSpelling, list[str]]:
-    """All tokens to all tokens, under a mask that leaves every one its neighbourhood."""
+    """All tokens to all tokens, under a mask that leaves every one its neighbourhood, or its window."""
+    biased, mask, batch = r.random() < 0.5, r.choice(MASKS), r.choice([1, 2, "batch"])
+    bias: Literal["constant", "none"] = "constant" if biased else "none"
+    if r.random() < 0.4:
+        axes = r.choice([1, 2, 2, 3])
+        window = tuple(r.randint(2, 4 if axes < 3 else 2) for _ in range(axes))
+        size = tuple(w * r.randint(2, 3 if axes < 3 else 2) for w in window)
+        shift = tuple(r.randrange(w) if r.random() < 0.3 else 0 for w in window)
+        windows = WindowGeometry(size, window, shift)
+        spelling = DenseSpelling(
+            Expected("window", windows, bias, "constant"), _tokens_of(windows), mask, biased, batch, opset=opset
+        )
+        names = [f"dense/{'shifted-windows' if any(shift) else 'windows'}", f"dense/axes/{axes}"]
+        return spelling, [*names, f"dense/mask/{mask}", f"batch/{batch}"]
     border = r.choice(["exclude", "inward", "wrap"])
     geometry = _neighborhood(r, r.choice([1, 2, 2, 3]), border)
-    biased = r.random() < 0.5
-    mask = r.choice(MASKS)
-    expected = Expected("neighborhood", geometry, "constant" if biased else "none", "constant")
-    spelling = DenseSpelling(expected, geometry.pixels(), mask, biased, r.choice([1, 2, "batch"]), opset=opset)
+    expected = Expected("neighborhood", geometry, bias, "constant")
+    spelling = DenseSpelling(expected, geometry.pixels(), mask, biased, batch, opset=opset)
     names = [f"dense/{border}", f"dense/mask/{mask}", f"dense/axes/{len(geometry.kernel_size)}"]
-    return spelling, [*names, f"batch/{spelling.batch}"]
+    return spelling, [*names, f"batch/{batch}"]
+
+
+def _tokens_of(geometry: WindowGeometry) -> np.ndarray:
+    """int64 [P, N]: for every pixel the pixels of its window."""
+    pixels = geometry.pixels()
+    table = np.empty((pixels.size, pixels.shape[1]), np.int64)
+    table[pixels] = pixels[:, None, :]
+    return table

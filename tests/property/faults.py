@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.property.detours import END, Edge, Splicer, edges, opset_of, spliced_in
+from tests.property.detours import END, FLOATING, Edge, Splicer, edges, opset_of, spliced_in
 
 Fault = Callable[[onnx.ModelProto, random.Random], onnx.ModelProto | None]
 
@@ -170,6 +170,52 @@ def constant_changed(model: onnx.ModelProto, r: random.Random) -> onnx.ModelProt
     values = numpy_helper.to_array(tables[name]).copy()
     at = r.randrange(values.size)
     values.reshape(-1)[at] = r.choice(values.reshape(-1).tolist()) if op == "Gather" else values.reshape(-1)[at] + 1
+    return _with_initializer(model, name, values)
+
+
+def number_changed(model: onnx.ModelProto, r: random.Random) -> onnx.ModelProto | None:
+    """One entry of one table of numbers (a mask, a bias, a filter, an angle) is another, or that of its neighbour."""
+    tables = [i for i in model.graph.initializer if i.data_type in FLOATING and np.prod(i.dims) > 1]
+    if not tables:
+        return None
+    chosen = r.choice(tables)
+    values = numpy_helper.to_array(chosen).copy()
+    flat, at = values.reshape(-1), r.randrange(values.size)
+    flat[at] = r.choice([flat[at - 1], 0.0, 1.0])
+    return _with_initializer(model, chosen.name, values)
+
+
+def flag_changed(model: onnx.ModelProto, r: random.Random) -> onnx.ModelProto | None:
+    """One entry of one boolean mask is the other."""
+    tables = [i for i in model.graph.initializer if i.data_type == TensorProto.BOOL]
+    if not tables:
+        return None
+    chosen = r.choice(tables)
+    values = numpy_helper.to_array(chosen).copy()
+    at = r.randrange(values.size)
+    values.reshape(-1)[at] = not values.reshape(-1)[at]
+    return _with_initializer(model, chosen.name, values)
+
+
+def attribute_changed(model: onnx.ModelProto, r: random.Random) -> onnx.ModelProto | None:
+    """A pool, a fold or a convolution whose pads, strides or dilations are off by one."""
+    places = [
+        (at, k, j)
+        for at, node in enumerate(model.graph.node)
+        for k, attribute in enumerate(node.attribute)
+        if attribute.name in ("pads", "strides", "dilations", "kernel_shape")
+        for j in range(len(attribute.ints))
+    ]
+    if not places:
+        return None
+    at, k, j = r.choice(places)
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    changed.graph.node[at].attribute[k].ints[j] += 1
+    return changed
+
+
+def _with_initializer(model: onnx.ModelProto, name: str, values: np.ndarray) -> onnx.ModelProto:
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     for initializer in changed.graph.initializer:
@@ -213,6 +259,9 @@ FAULTS: dict[str, Fault] = {
     "second-consumer": second_consumer,
     "constant-changed": constant_changed,
     "permutation-changed": permutation_changed,
+    "number-changed": number_changed,
+    "flag-changed": flag_changed,
+    "attribute-changed": attribute_changed,
 }
 
 

@@ -26,7 +26,8 @@ def test_random_near_misses_are_left_or_right(block: int) -> None:
     left = [r for r in results if not r.rewritten]
     assert len(left) > len(results) // 2  # most faults matter
     for result in results:
-        if result.fault == "second-consumer":
+        predicted = {"source/outlook", "source/aggregation"} & set(result.drawn.parts)  # logits are an operand there
+        if result.fault == "second-consumer" and not predicted:
             assert not result.rewritten, result.drawn.seed
 
 
