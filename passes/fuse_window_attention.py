@@ -36,6 +36,7 @@ from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.head_groups import heads_apart
 from attnrewrite.localattention.maps import SiteMaps, read_padded_maps
+from attnrewrite.localattention.masked_windows import match_masked_windows
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.shared_query import queries_asked_again, queries_made_inside, read_window_maps
@@ -83,6 +84,9 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
         return extra
     if isinstance(found, WindowMatch):
         return found
+    masked = None if isinstance(maps, Decline) else match_masked_windows(maps)
+    if masked is not None:
+        return masked
     if not isinstance(maps, Decline) and found.kind == "global" and (asked := query_rows(maps)) and exclusion(asked):
         return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
     if found.kind == "other":

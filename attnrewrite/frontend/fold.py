@@ -19,6 +19,9 @@ GROWTH_LIMIT_BYTES = 1 << 25
 # Contents of computed (not initialiser) tensors are followed while they are this small: shapes and axes are.
 SYMBOLIC_LIMIT = 4096
 
+# Reductions that leave a single number as it is.
+OF_ONE_IS_ITSELF = frozenset({"ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceProd"})
+
 
 def fold(graph: Graph) -> None:
     """Infer shapes, fold constants and normalise shape operands, in place."""
@@ -145,6 +148,8 @@ def _does_nothing(node: Node, content: Contents) -> Value | None:
             return data if data.dtype is not None and data.dtype == out.dtype else None
         case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Expand":
             return data if same_shape else None
+        case op if op in OF_ONE_IS_ITSELF:
+            return data if same_shape else None  # over axes of extent 1
         case "Pad" | "Slice":
             steps = content(node.input(4)) if node.op == "Slice" else None
             forward = steps is None or bool((np.asarray(steps) > 0).all())
@@ -166,7 +171,12 @@ def _moves_nothing(node: Node, content: Contents) -> bool:
 
 
 def _normalise(graph: Graph, node: Node) -> None:
-    """Write the target of a Reshape or Expand of known shape as a constant, symbolic extents aside."""
+    """Write the target of a Reshape or Expand of known shape as a constant, symbolic extents aside; a reduction that
+    only drops axes of extent 1 as a Reshape.
+    """
+    if node.op in OF_ONE_IS_ITSELF and node.domain == STANDARD_DOMAIN and _drops_ones(node):
+        node.op, node.attributes = "Reshape", {}
+        node.inputs = [node.required(0), Value(graph.fresh_name(f"{node.output.name}_shape"), (0,), np.dtype(np.int64))]
     if node.op not in ("Reshape", "Expand") or node.domain != STANDARD_DOMAIN:
         return
     shape = node.output.shape
@@ -179,6 +189,14 @@ def _normalise(graph: Graph, node: Node) -> None:
         return
     node.inputs[1] = Value(graph.fresh_name(f"{node.output.name}_shape"), target.shape, target.dtype, target)
     node.attributes.pop("allowzero", None)
+
+
+def _drops_ones(node: Node) -> bool:
+    """Whether input and output have the same extents but for ones, at least one of which the output lacks."""
+    before, after = node.required(0).shape, node.output.shape
+    if before is None or after is None or len(before) == len(after) or _reshape_target(after) is None:
+        return False
+    return [e for e in before if e != 1] == [e for e in after if e != 1]
 
 
 def _reshape_target(shape: Shape) -> list[int] | None:

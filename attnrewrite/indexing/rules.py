@@ -81,13 +81,26 @@ def identity(node: Node, output: Value, index: Index) -> Sources:
     return [Read(node.required(0), index)]
 
 
-@index_rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+
+@index_rule(*RESHAPES)
 def reshape_rule(node: Node, output: Value, index: Index) -> Sources | None:
-    """out[i] = in[j] with i and j at the same row-major position."""
+    """out[i] = in[j] with i and j at the same row-major position.
+
+    An input that no index can name (a symbolic batch merged behind another axis) is passed by where it is a reshape
+    itself: the positions are those of its own input.
+    """
     data = node.required(0)
-    if output.shape is None or data.shape is None:
-        return None
-    return [Read(data, reshape(index, output.shape, data.shape))]
+    while output.shape is not None and data.shape is not None:
+        try:
+            return [Read(data, reshape(index, output.shape, data.shape))]
+        except IndexingError:
+            before = data.producer
+            if before is None or before.op not in RESHAPES or before.domain != STANDARD_DOMAIN:
+                raise
+            data = before.required(0)
+    return None
 
 
 @index_rule("Transpose")

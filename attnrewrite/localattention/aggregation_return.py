@@ -74,6 +74,9 @@ class Returning:
                 continue
             table = result.added
             token, row = table // count_of_rows, table % count_of_rows
+            if token.max(initial=0) >= flat.size:
+                nearest = self._decline("more blocks are folded than there are", value.name)
+                continue
             where = np.where(table == PADDING, PADDING, flat.reshape(-1)[np.maximum(token, 0)])
             if not self.rows:
                 if table.shape[1] == 1 and np.array_equal(where[:, 0], np.arange(flat.size)):

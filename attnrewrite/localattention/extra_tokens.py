@@ -85,8 +85,8 @@ def _match_piece(
         if value is None:
             raise IndexingError("their values are not joined as they are")
         beside = beside_the_map(asking, asking.key_axis, others)
-        key_source = extra_source(facts, maps, beside, beside.key, found.order, keys, len(others))
-        value_source = extra_source(facts, maps, beside, beside.value, found.order, value, len(others))
+        key_source = extra_source(facts, found.maps, beside, beside.key, found.order, keys, len(others))
+        value_source = extra_source(facts, found.maps, beside, beside.value, found.order, value, len(others))
         extra = ExtraTokens(own, others, beside, key_source, value_source)
         if queries.joined is not None and read_elsewhere(facts, attention.output, {maps.back.value}) is not None:
             asked = read_extra_queries(facts, attention, found, extra, queries.joined, queries.others)

@@ -19,10 +19,11 @@ from attnrewrite.facts import Facts
 from attnrewrite.frontend.evaluate import evaluate
 from attnrewrite.graph import Node, UnknownShape, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, dependencies, reshape
-from attnrewrite.indexing.provenance import provenances
+from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.indexing.rules import Read, broadcast_index
 from attnrewrite.localattention.feature_map import FeatureMap, MapWriter
 from attnrewrite.localattention.geometry import PADDING
+from attnrewrite.localattention.grid import count, row_major
 from attnrewrite.localattention.tokens import (
     Roles,
     channel_axis_of,
@@ -36,6 +37,10 @@ from attnrewrite.ops import REDUCTIONS
 
 # A constant for every pixel of a map may take this much.
 CONSTANT_MAP_LIMIT_BYTES = 1 << 28
+
+
+# A token of a value that no read has shown the pixel of.
+UNREAD = PADDING - 1
 
 
 class NotHoistable(ValueError):
@@ -63,13 +68,32 @@ class Anchor:
     pixels: np.ndarray
 
 
-class Hoister(MapWriter):
-    """Writes per-token operators on the feature map."""
+@dataclass(frozen=True, eq=False)
+class Hoisted:
+    """A value written on the feature map for all its features.
 
-    def __init__(self, facts: Facts, spatial: tuple[int, ...], made_by: str) -> None:
+    pixels: int64, for every token of the value (row-major over its token axes) the pixel of the map that it was proved
+    to come from, PADDING for padded ones, UNREAD where nothing read it; batch: elements of a symbolic batch by which
+    each token axis advances.
+    """
+
+    map: FeatureMap
+    pixels: np.ndarray
+    batch: tuple[int, ...]
+
+
+class Hoister(MapWriter):
+    """Writes per-token operators on the feature map.
+
+    one_token: an axis that is read at one position only holds tokens, of which one is asked for; it holds features
+    (stacked query, key and value) otherwise, and all of them are written.
+    """
+
+    def __init__(self, facts: Facts, spatial: tuple[int, ...], made_by: str, *, one_token: bool = False) -> None:
         super().__init__(facts, spatial, made_by)
+        self.one_token = one_token
         self.of_padding: dict[Value, np.ndarray | None] = {}  # what a constant per pixel holds for padded tokens
-        self._full: dict[tuple[Value, FeatureMap, tuple[int, ...]], FeatureMap] = {}
+        self._full: dict[tuple[Value, FeatureMap, tuple[int, ...], tuple[int, ...]], Hoisted] = {}
         self._twins: dict[Value, Twin] = {}
 
     def replace(self, old: Value, new: Value) -> None:
@@ -99,15 +123,25 @@ class Hoister(MapWriter):
         split = roles(last.value, last.index, features)
         if split is None:
             raise NotHoistable(f"{node.label} has the batch or tokens in one axis with heads or channels")
+        fixed: tuple[int, ...] = ()
+        if self.one_token:
+            apart = [a for a in split.features if not last.index[a].depends_on()]
+            fixed = tuple(int(last.index[a].values.reshape(-1)[0]) for a in apart)
+            split = Roles(split.tokens, tuple(a for a in split.features if a not in apart))
         flat = _flat_features(last.value.known_shape, last.index, split.features)
-        key = (last.value, anchor.map, anchor.roles.tokens)
-        if key not in self._full:
+        key = (last.value, anchor.map, anchor.roles.tokens, fixed)
+        tokens, pixels = _tokens_read(last, split, anchor)
+        batch = tuple(last.index[axis].batch for axis in split.tokens)
+        known = self._full.get(key)
+        if known is None or not _same_places(known, tokens, pixels, batch):
             full = _all_features(last.value, last.index, split, channel_axis)
-            self._full[key] = self._operator(node, last.value, full, split, channel_axis, features, anchor)
-            self._twins[last.value] = Twin(self._full[key], split, last.index, anchor.pixels)
-        map_ = self._full[key]
-        self._note_padding(map_, last.fills)
-        return map_, flat
+            map_ = self._operator(node, last.value, full, split, channel_axis, features, anchor)
+            table = np.full(math.prod(count(last.value.known_shape[a]) for a in split.tokens), UNREAD)
+            table[tokens] = pixels
+            known = self._full[key] = Hoisted(map_, table, batch)
+            self._twins[last.value] = Twin(map_, split, last.index, anchor.pixels)
+        self._note_padding(known.map, last.fills)
+        return known.map, flat
 
     def _note_padding(self, map_: FeatureMap, fills: Sequence[Any]) -> None:
         for fill in fills:
@@ -321,6 +355,21 @@ class Hoister(MapWriter):
         if found is None:
             raise NotHoistable(f"padded tokens get different numbers of {value.name}")
         return found
+
+
+def _tokens_read(read: Provenance, split: Roles, anchor: Anchor) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [T], int64 [T]: the tokens of a value that are read, and the pixels of the map they stand for."""
+    flat = row_major(read.index, split.tokens, read.value.known_shape)
+    flat, pixels = np.broadcast_arrays(flat, anchor.pixels)
+    if read.domain is None:
+        return flat.reshape(-1), pixels.reshape(-1)
+    flat, pixels, inside = np.broadcast_arrays(flat, pixels, read.domain)
+    return flat[inside], pixels[inside]
+
+
+def _same_places(known: Hoisted, tokens: np.ndarray, pixels: np.ndarray, batch: tuple[int, ...]) -> bool:
+    """Whether these tokens of a value are known to come from these pixels: what was written for it stands for them."""
+    return known.batch == batch and np.array_equal(known.pixels[tokens], pixels)
 
 
 def _without_features(map_: FeatureMap) -> tuple[Extent, ...]:

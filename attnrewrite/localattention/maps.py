@@ -7,14 +7,15 @@ agree: then the site is a function from feature maps to a feature map.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent
+from attnrewrite.dims import Dim, Extent, proportion
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Value
 from attnrewrite.indexing.map import dependencies, identity
@@ -147,9 +148,34 @@ class SiteMaps:
 
     def facing(self, other: Source) -> SiteMaps:
         """The same maps with the query seen as a map of `other`'s extents, or of as many axes, if a view is such."""
-        same = [q for q in self.queries if q.spatial == other.spatial]
-        same += [q for q in self.queries if len(q.spatial) == len(other.spatial)]
-        return replace(self, query=same[0]) if same else self
+        return next(self.all_facing(other))
+
+    def all_facing(self, other: Source) -> Iterator[SiteMaps]:
+        """The same for every such view, of each extents the first; as they are if there is none. A map pooled to one
+        row has lost that axis: it is seen with it as well.
+        """
+        alike = [q for q in self.queries if q.spatial == other.spatial]
+        alike += [q for q in self.queries if len(q.spatial) == len(other.spatial)]
+        alike += [
+            replace(q, spatial=extents)
+            for q in self.queries
+            if q.batch == other.batch and len(q.spatial) < len(other.spatial)
+            for extents in _with_ones(q.spatial, other.spatial)
+        ]
+        views = {q.spatial: q for q in reversed(alike)}
+        yield from (replace(self, query=views[extents]) for extents in dict.fromkeys(q.spatial for q in alike))
+        if not alike:
+            yield self
+
+
+def _with_ones(extents: tuple[int, ...], like: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The extents with ones between them, as many as `like`, of which each divides its counterpart."""
+    for kept in itertools.combinations(range(len(like)), len(extents)):
+        filled = [1] * len(like)
+        for axis, extent in zip(kept, extents, strict=True):
+            filled[axis] = extent
+        if all(e % f == 0 for e, f in zip(like, filled, strict=True)):
+            yield tuple(filled)
 
 
 def read_maps(facts: Facts, attention: Attention) -> SiteMaps | Decline:
@@ -402,8 +428,8 @@ def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:
         if not np.array_equal(found, own):
             if not (chosen.has_batch and _same_places(found, own, math.prod(chosen.spatial))):
                 moved = moved or source.value.name
-        elif moved is not None:
-            chosen, moved = source, None
+        elif moved is not None and (view := _with_batch_of(source, chosen)) is not None:
+            chosen, moved = view, None
     return moved or chosen
 
 
@@ -411,6 +437,29 @@ def _same_places(one: np.ndarray, other: np.ndarray, extent: int) -> bool:
     """Whether two tables of flat pixels differ by the batch element alone: images that attend each other, say."""
     inside = one >= 0
     return np.array_equal(inside, other >= 0) and np.array_equal((one % extent)[inside], (other % extent)[inside])
+
+
+def _with_batch_of(source: Source, other: Source) -> Source | None:
+    """A source of the same tokens seen with the other's batch, its rows of one element as tokens of it; None where it
+    has fewer rows.
+    """
+    if source.batch == other.batch:
+        return source
+    rows = rows_per_element(source, other.batch)
+    return None if rows is None else replace(source, groups=rows, spatial=other.spatial)
+
+
+def rows_per_element(source: Source, batch: Extent | None) -> int | None:
+    """How many rows of a source belong to one element of a batch; None where that is one, or unknown."""
+    if batch is None or not source.has_batch or source.groups > 1:
+        return None
+    rows = source.value.known_shape[0]
+    ratio: int | None = None
+    if isinstance(rows, Dim) and isinstance(batch, Dim):
+        ratio = proportion(rows, batch)
+    elif isinstance(rows, int) and isinstance(batch, int):
+        ratio = rows // batch if rows % batch == 0 else None
+    return ratio if ratio is not None and ratio > 1 else None
 
 
 def tokens_of(source: Source) -> int:

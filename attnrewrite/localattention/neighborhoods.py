@@ -55,10 +55,26 @@ def match_neighborhood(facts: Facts, attention: Attention) -> NeighborhoodMatch 
     try:
         key = peel_shifts(attention.key, attention, facts.positions)
         value = peel_shifts(attention.value, attention, facts.positions)
-        maps = read_maps(facts, replace(attention, key=key.operand, value=value.operand))
-        return maps if isinstance(maps, Decline) else _match(maps, key, value)
+        found = _match_shifted(facts, attention, key, value)
+        if isinstance(found, NeighborhoodMatch) or key.kernel is not None or value.kernel is not None:
+            return found
+        if key.bias is None and value.bias is None:
+            return found
+        # a constant that is the same in every slot may as well be the layer's own
+        plain = _match_shifted(
+            facts,
+            attention,
+            replace(key, operand=attention.key, bias=None),
+            replace(value, operand=attention.value, bias=None),
+        )
+        return plain if isinstance(plain, NeighborhoodMatch) else found
     except IndexingError as error:
         return Decline(str(error), attention.softmax.label)
+
+
+def _match_shifted(facts: Facts, attention: Attention, key: Shifted, value: Shifted) -> NeighborhoodMatch | Decline:
+    maps = read_maps(facts, replace(attention, key=key.operand, value=value.operand))
+    return maps if isinstance(maps, Decline) else _match(maps, key, value)
 
 
 def _match(maps: SiteMaps, key: Shifted, value: Shifted) -> NeighborhoodMatch | Decline:

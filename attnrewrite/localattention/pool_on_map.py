@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.dims import Dim, Extent, Shape, static
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import IndexingError
@@ -92,6 +92,9 @@ class Mover:
         return hoister.reshape(moved, (layout.batch, *layout.spatial, layout.width))
 
     def _gathered(self, flat: Value, table: np.ndarray) -> Value:
+        """The tokens of [batch, T, F] in this order."""
+        if np.array_equal(table, np.arange(static(flat.known_shape[1]))):  # no movement; what is before it stays
+            return self.hoister.emit("Identity", [flat], flat.known_shape, f"{flat.name}_in_order")
         shape = (flat.known_shape[0], len(table), flat.known_shape[2])
         order = self.hoister.constant(table, f"{flat.name}_order")
         picked = self.hoister.emit("Gather", [flat, order], shape, f"{flat.name}_moved", axis=1)

@@ -18,6 +18,7 @@ import numpy as np
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError, identity
+from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.localattention.blocks import feature_axis_behind
 from attnrewrite.localattention.geometry import PADDING, Sizes
 from attnrewrite.localattention.grid import count, flat_pixels
@@ -109,50 +110,110 @@ class Reduction:
     size: int
 
 
-def reduction(node: Node) -> Reduction | None:
-    """A node as a reduction of cells; None where it is none, or one whose cells overlap or are padded."""
+@dataclass(frozen=True)
+class Step:
+    """One node as a reduction of boxes of its input: op, the axes it reduces and the sides of a box along them.
+
+    strides: from one box to the next, along every axis of the input (1 along those that it does not reduce). dropped:
+    the output lacks the axes.
+    """
+
+    op: str
+    axes: tuple[int, ...]
+    sides: Sizes
+    strides: tuple[int, ...]
+    dropped: bool
+
+    @property
+    def size(self) -> int:
+        """Elements of a box."""
+        return math.prod(self.sides)
+
+    def into(self, index: Index, cell: np.ndarray) -> Index:
+        """Where in its input element `cell` of the box behind output[index] lies."""
+        within = np.unravel_index(cell, self.sides)
+        own, found = list(index), []
+        for axis, stride in enumerate(self.strides):
+            inside = within[self.axes.index(axis)] if axis in self.axes else None
+            outside = None if self.dropped and inside is not None else own.pop(0)
+            if inside is None:
+                assert outside is not None
+                found.append(outside)
+            elif outside is None:
+                found.append(Coordinate(inside))
+            else:
+                found.append(Coordinate.total([*(outside * stride).parts, inside]))
+        return tuple(found)
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether a node reduces boxes of its input that lie side by side."""
+    return _step(node) is not None
+
+
+def reduction(facts: Facts, node: Node) -> Reduction | None:
+    """A node as a reduction of cells, together with those of the same kind before it (columns after rows); None where
+    it is none, or one whose cells overlap or are padded.
+    """
+    step = _step(node)
+    if step is None:
+        return None
+    at = len(node.output.known_shape)  # the grid axis of the cell
+    index, value, size = identity(node.output.known_shape, at + 2), node.output, 1
+    while True:
+        maker = value.producer
+        assert maker is not None
+        size *= step.size
+        within = np.arange(size).reshape([size if a == at else 1 for a in range(at + 2)]) % step.size
+        spread = [Coordinate(_repeated(c.values, step.size, at), c.batch) for c in index]
+        index, value = step.into(tuple(spread), within), maker.required(0)
+        before = _farthest(facts, value, index)
+        further = None if before is None or before.value.producer is None else _step(before.value.producer)
+        if before is None or further is None or further.op != step.op:
+            return Reduction(step.op, value, index, size)
+        step, index, value = further, before.index, before.value
+
+
+def _repeated(values: np.ndarray, times: int, axis: int) -> np.ndarray:
+    return values if values.shape[axis] == 1 else np.repeat(values, times, axis)
+
+
+def _farthest(facts: Facts, value: Value, index: Index) -> Provenance | None:
+    """The last value that all of `value[index]` is moved from; None where some of it is padding."""
+    last: Provenance | None = None
+    try:
+        for found in provenances(value, index, facts.positions):
+            last = found
+    except IndexingError:
+        pass  # what was found before remains true
+    return None if last is None or last.domain is not None else last
+
+
+def _step(node: Node) -> Step | None:
     if node.domain != STANDARD_DOMAIN or not node.outputs or node.output.shape is None:
         return None
-    data, shape = node.required(0), node.output.known_shape
+    data = node.required(0)
     if not data.shape:
         return None
-    rank = len(data.shape)
-    axes = _reduced_axes(node) if node.op in SEPARABLE else None
-    steps, op = [1] * rank, node.op
+    rank, op = len(data.shape), node.op
+    axes = _reduced_axes(node) if op in SEPARABLE else None
+    strides, dropped = [1] * rank, False
     if axes is not None:
         extents = [data.shape[a] for a in axes]
+        dropped = not node.attributes.get("keepdims", 1)
     elif op in WHOLE:
         axes, op = list(range(2, rank)), WHOLE[op]
         extents = [data.shape[a] for a in axes]
     elif op in STRIDED and (kernel := _strided(node)) is not None:
         axes, op, extents = list(range(2, rank)), STRIDED[op], list(kernel)
         for axis, extent in zip(axes, kernel, strict=True):
-            steps[axis] = extent
+            strides[axis] = extent
     else:
         return None
     if not all(isinstance(e, int) for e in extents):
         return None
-    sides = [count(e) for e in extents]
-    size, grid_rank = math.prod(sides), len(shape) + 2
-    if size < 2:
-        return None
-    within = np.unravel_index(
-        np.arange(size).reshape([size if a == len(shape) else 1 for a in range(grid_rank)]), sides
-    )
-    own = list(identity(shape, grid_rank))
-    kept = node.op not in SEPARABLE or bool(node.attributes.get("keepdims", 1))
-    index = []
-    for axis in range(rank):
-        inside = within[axes.index(axis)] if axis in axes else None
-        outside = own.pop(0) if kept or inside is None else None
-        if inside is None:
-            assert outside is not None
-            index.append(outside)
-        elif outside is None:
-            index.append(Coordinate(inside))
-        else:
-            index.append(Coordinate.total([*(outside * steps[axis]).parts, inside]))
-    return Reduction(op, data, tuple(index), size)
+    sides = tuple(count(e) for e in extents)
+    return Step(op, tuple(axes), sides, tuple(strides), dropped) if math.prod(sides) > 1 else None
 
 
 def _reduced_axes(node: Node) -> list[int] | None:
@@ -214,7 +275,7 @@ class Pool:
 
 def find_pools(facts: Facts, node: Node) -> Iterator[Pool]:
     """The pools that a node may be, of the farthest map first."""
-    reduced = reduction(node)
+    reduced = reduction(facts, node)
     if reduced is None:
         return
     shape = node.output.known_shape

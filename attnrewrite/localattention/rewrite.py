@@ -89,7 +89,7 @@ class SiteRewriter:
         what each head's are multiplied with.
         """
         maps, candidate, split = self.maps, source.candidate, source.roles
-        hoister = Hoister(self.facts, (source.tokens,), self.hoister.made_by)
+        hoister = Hoister(self.facts, (source.tokens,), self.hoister.made_by, one_token=True)
         map_ = hoister.source_map(candidate.value, split, source.batch, (source.tokens,))
         shape, pixels = candidate.value.known_shape, pixels_read(candidate, split.tokens)
         anchor = Anchor(candidate.value, shape, candidate.index, split, split.features, map_, pixels)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from attnrewrite.dims import Dim, Extent, proportion
+from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value, ancestors
-from attnrewrite.localattention.maps import SiteMaps, Source, model_batch
+from attnrewrite.localattention.maps import SiteMaps, Source, model_batch, rows_per_element
 
 
 def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
@@ -21,13 +21,13 @@ def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:
     else reads its rows too (a shortcut): what moved tokens before that is not the site's.
     """
     batch = model_batch(facts)
-    counted = (_rows_per_element(q, batch) for q in maps.queries)
+    counted = (rows_per_element(q, batch) for q in maps.queries)
     groups = next((g for g in counted if g is not None), None)
     if groups is None or groups in _frames(facts):
         return None
 
     def in_view(source: Source) -> Source:
-        fits = _rows_per_element(source, batch) == groups
+        fits = rows_per_element(source, batch) == groups
         return replace(source, groups=groups, spatial=(groups * math.prod(source.spatial),)) if fits else source
 
     def listed(sources: Sequence[Source]) -> tuple[Source, ...]:
@@ -68,16 +68,3 @@ def _is_read_beside(facts: Facts, value: Value, cone: set[Node | None]) -> bool:
         if user not in cone or any(reader not in cone for piece in pieces for reader in facts.users(piece)):
             return True
     return False
-
-
-def _rows_per_element(source: Source, batch: Extent | None) -> int | None:
-    """How many rows of a source belong to one element of the model's batch; None where that is one, or unknown."""
-    if batch is None or not source.has_batch or source.groups > 1:
-        return None
-    rows = source.value.known_shape[0]
-    ratio: int | None = None
-    if isinstance(rows, Dim) and isinstance(batch, Dim):
-        ratio = proportion(rows, batch)
-    elif isinstance(rows, int) and isinstance(batch, int):
-        ratio = rows // batch if rows % batch == 0 else None
-    return ratio if ratio is not None and ratio > 1 else None

@@ -26,6 +26,9 @@ from attnrewrite.localattention.geometry import (
 )
 from attnrewrite.localattention.views import dilated_view
 
+# Tokens in one axis are tried as maps of three axes up to this many: there are many such maps.
+THREE_AXES_LIMIT = 4096
+
 Fitted = tuple[WindowGeometry, np.ndarray, np.ndarray]
 
 
@@ -55,6 +58,28 @@ def fit_windows(table: np.ndarray, spatial: tuple[int, ...]) -> Fitted | str:
         if token_order is not None:
             return geometry, window_order, token_order
     return nearest
+
+
+def fit_window_sets(table: np.ndarray, spatial: tuple[int, ...]) -> tuple[WindowGeometry, np.ndarray] | None:
+    """(geometry, window order): every row of table[window order] holds the pixels of that window of the geometry, in
+    any order; None where there is none. Tokens in one axis may be a map of up to three.
+    """
+    for geometry in itertools.chain(_geometries(table, spatial), _in_three_axes(table, spatial)):
+        if geometry.is_padded or (geometry.num_windows, geometry.tokens_per_window) != table.shape:
+            continue
+        window_order = _window_order(table, geometry.pixels())
+        if window_order is not None:
+            return geometry, window_order
+    return None
+
+
+def _in_three_axes(table: np.ndarray, spatial: tuple[int, ...]) -> Iterator[WindowGeometry]:
+    """Windows of the maps of three axes whose tokens these may be."""
+    if len(spatial) != 1 or spatial[0] > THREE_AXES_LIMIT:
+        return
+    for sizes in _ordered(spatial[0], 3):
+        if min(sizes) > 1:
+            yield from _geometries(table, sizes)
 
 
 def _point(pixel: int, spatial: tuple[int, ...]) -> str:
@@ -191,7 +216,9 @@ def _key_difference(table: np.ndarray, spatial: Sizes, geometry: WindowGeometry)
 
 
 def _key_sizes(spatial: Sizes, geometry: WindowGeometry) -> Iterator[Sizes]:
-    """The key map on the axes of the queries' map; in one axis, it is the queries' map enlarged or reduced."""
+    """The key map on the axes of the queries' map; in one axis, it is the queries' map enlarged or reduced, if need be
+    by another ratio along every axis.
+    """
     own = geometry.feature_size
     if len(spatial) == len(own):
         yield spatial
@@ -200,10 +227,14 @@ def _key_sizes(spatial: Sizes, geometry: WindowGeometry) -> Iterator[Sizes]:
         yield own
         return
     if len(spatial) == 1:
+        tried = set()
         for ratio in range(2, 17):
             for size in (tuple(e * ratio for e in own), tuple(-(-e // ratio) for e in own)):
                 if math.prod(size) == spatial[0]:
+                    tried.add(size)
                     yield size
+        divisors = [[d for d in range(1, e + 1) if e % d == 0] for e in own]
+        yield from (s for s in itertools.product(*divisors) if math.prod(s) == spatial[0] and s not in tried)
 
 
 def ceil_div(a: int, b: int) -> int:

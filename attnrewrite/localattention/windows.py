@@ -56,9 +56,11 @@ def match_windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
     node = maps.attention.softmax.label
     nearest: Decline | None = None
     # Keys on a map of another batch fit no query: what stops the others tells more.
-    for key in sorted(maps.keys, key=lambda k: _static_batch(k) != _static_batch(maps.facing(k).query)):
+    keys = sorted(maps.keys, key=lambda k: _static_batch(k) != _static_batch(maps.facing(k).query))
+    pairs = ((facing, source) for source in keys for facing in maps.all_facing(source))
+    for facing, key in pairs:
         try:
-            found = _match_key(facts, maps.facing(key), key)
+            found = _match_key(facts, facing, key)
         except IndexingError as error:
             found = Decline(str(error), node)
         if isinstance(found, WindowMatch):
@@ -96,7 +98,8 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
         return replace(found, reason=f"{found.reason}; a mask computed from data excludes some", node=masked.node.label)
     own_keys = Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     single = queries.shape[1] == 1
-    if single and len(np.unique(keys)) < keys.size:
+    widened = len(maps.query.spatial) > len(maps.query.spatial_axes)  # by axes of one pixel
+    if single and (widened or len(np.unique(keys)) < keys.size):
         return own_keys
     fitted = fit_windows(queries, maps.query.spatial)
     if isinstance(fitted, str):

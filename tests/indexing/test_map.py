@@ -189,3 +189,16 @@ def test_values_vary_only_along_the_axes_that_tell_them_apart_where_they_count()
     np.testing.assert_array_equal(reduced_where(values, where), values)
     everywhere = np.ones((3, 2, 4), bool)
     assert reduced_where(np.arange(3).reshape(3, 1, 1), everywhere).shape == (3, 1, 1)
+
+
+def test_a_reshape_is_passed_by_where_no_index_can_name_its_output() -> None:
+    """A symbolic batch behind another axis: merged with it and split again, the tokens are where they were."""
+    x = Value("x", (4, B * 6, 5), np.dtype(np.float32))
+    flat, back = Value("flat", (B * 24, 5), x.dtype), Value("back", (4, B * 6, 1, 5), x.dtype)
+    Node("Reshape", [x, Value("to", (2,), np.dtype(np.int64))], [flat], {}, "merge")
+    split = Node("Reshape", [flat, Value("to", (4,), np.dtype(np.int64))], [back], {}, "split")
+    (read,) = sources(split, back, identity(back.known_shape)) or ()
+    assert read.value is x
+    for found, wanted in zip(read.index, identity(back.known_shape)[:2], strict=False):
+        np.testing.assert_array_equal(found.values, wanted.values)
+        assert found.batch == wanted.batch

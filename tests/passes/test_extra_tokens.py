@@ -11,7 +11,7 @@ import pytest
 from attnrewrite.frontend.onnx import read
 from attnrewrite.functions import operands_of
 from attnrewrite.verify.exact import verify_exact
-from tests.models.onnx_builder import Builder
+from tests.models.onnx_builder import END, Builder
 from tests.models.onnx_moved_blocks import AROUND, CHANNELS, GROUP, HEAD_DIM, HEADS, SIZE, WINDOW, Layers
 from tests.passes.rewritten import left_over, local_ops, optimize, written
 from tests.running import error, run
@@ -29,7 +29,8 @@ class Model:
     source: where they come from (`tokens`). behind: they follow the window's keys. queries: they ask as well; what they
     attend is dropped, or read: "early" split off at once, "late" behind a per-token operator. norm, bias, mask: a norm
     of all keys; a bias [nH, N, M]; a mask [nW, N, M]. separate: the values' extra tokens are others than the keys'.
-    computed: a second input [B, nW, 1, N, M] is added to the logits.
+    computed: a second input [B, nW, 1, N, M] is added to the logits. reversed: keys and values
+    are listed last to first.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Model:
     read: str = ""
     computed: bool = False
     batch: int | str = "batch"
+    reversed: bool = False
 
     def onnx(self) -> onnx.ModelProto:
         way, g = AROUND[self.around], Builder()
@@ -59,6 +61,8 @@ class Model:
         extra = self.count
         q = self.heads(g, layers.linear(asking, CHANNELS, CHANNELS), GROUP + extra * self.queries)
         k, v = (self.heads(g, layers.linear(t, CHANNELS, CHANNELS), GROUP + extra) for t in (keys, values))
+        if self.reversed:
+            k, v = (g.slice(t, -1, -END, 2, -1) for t in (k, v))
         logits = g.mul(g.op("MatMul", q, g.transpose(k, 0, 1, 3, 2)), HEAD_DIM**-0.5)
         rows = GROUP + extra * self.queries
         if self.bias:
@@ -148,6 +152,9 @@ MODELS: dict[str, Model] = {
     "summary": Model("of the window", bias=True),
     "summary-that-asks": Model("of the window", queries=True),
     "summary-of-the-next-window": Model("of the next window"),
+    "register-reversed": Model("register", reversed=True, bias=True),
+    "summary-reversed": Model("of the window", reversed=True, behind=True),
+    "static-batch-of-the-image-reversed": Model("of the image", reversed=True, batch=2),
     "values-of-others": Model("of the window", separate="of the image"),
     "registers-read": Model("registers", queries=True, read="early"),
     "registers-read-late": Model("registers", queries=True, read="late", bias=True),

@@ -53,6 +53,14 @@ def reduced(op: str, *, keepdims: int) -> Pool:
     return write
 
 
+def one_axis_after_the_other(g: Builder, q: str, window: tuple[int, int], cell: tuple[int, int]) -> str:
+    """A maximum over the columns of a cell, then over its rows."""
+    x = g.reshape(q, -1, window[0] // cell[0], cell[0], window[1] // cell[1], cell[1], CHANNELS)
+    x = g.op("ReduceMax", x, axes=[4], keepdims=0)
+    x = g.op("ReduceMax", x, axes=[2], keepdims=1)
+    return g.reshape(x, -1, (window[0] // cell[0]) * (window[1] // cell[1]), CHANNELS)
+
+
 def global_average(g: Builder, q: str, window: tuple[int, int], cell: tuple[int, int]) -> str:
     """One query for every window."""
     x = g.op("GlobalAveragePool", g.reshape(g.transpose(q, 0, 2, 1), -1, CHANNELS, *window))
@@ -75,16 +83,19 @@ PLAIN = WindowGeometry((8, 12), (4, 4), (0, 0))
 
 @dataclass(frozen=True)
 class Case:
-    """Attention in windows with queries pooled inside their window, `[B, H, W, C] -> [B, H/a, W/b, C]`."""
+    """Attention in windows with queries pooled inside their window, `[B, H, W, C] -> [B, H/a, W/b, C]`; or, if keys,
+    with keys and values pooled there, `[B, H, W, C]` to the same.
+    """
 
     pool: Pool
     geometry: WindowGeometry = PLAIN
     cell: tuple[int, int] = (2, 2)
     batch: int | str = "batch"
     merge: movement.Move = movement.merge_by_reshape
+    keys: bool = False
 
     @property
-    def queries(self) -> WindowGeometry:
+    def pooled(self) -> WindowGeometry:
         """The windows of the pooled map."""
         sizes = (self.geometry.feature_size, self.geometry.window_size, self.geometry.shift_size)
         return WindowGeometry(*(tuple(s // c for s, c in zip(size, self.cell, strict=True)) for size in sizes))
@@ -94,12 +105,17 @@ class Case:
         x = g.input("x", [self.batch, *self.geometry.feature_size, CHANNELS])
         tokens = movement.Movement().enter(g, x, self.geometry, CHANNELS)
         q, k, v = g.split(g.linear(tokens, QKV, QKV_BIAS), [CHANNELS] * 3, 2)
-        q = self.pool(g, q, self.geometry.window_size, self.cell)
+        window = self.geometry.window_size
+        if self.keys:
+            k, v = (self.pool(g, t, window, self.cell) for t in (k, v))
+        else:
+            q = self.pool(g, q, window, self.cell)
         q, k, v = (g.transpose(g.reshape(t, 0, -1, HEADS, CHANNELS // HEADS), 0, 2, 1, 3) for t in (q, k, v))
         logits = g.mul(g.op("MatMul", q, g.transpose(k, 0, 1, 3, 2)), 0.7)
         out = g.op("MatMul", g.op("Softmax", logits, axis=-1), v)
-        out = g.reshape(g.transpose(out, 0, 2, 1, 3), -1, self.queries.tokens_per_window, CHANNELS)
-        return g.model({"y": movement.Movement(merge=self.merge).leave(g, out, self.queries, CHANNELS)})
+        asked = self.geometry if self.keys else self.pooled
+        out = g.reshape(g.transpose(out, 0, 2, 1, 3), -1, asked.tokens_per_window, CHANNELS)
+        return g.model({"y": movement.Movement(merge=self.merge).leave(g, out, asked, CHANNELS)})
 
     def inputs(self, batch: int) -> dict[str, np.ndarray]:
         shape = (batch, *self.geometry.feature_size, CHANNELS)
@@ -122,11 +138,17 @@ POOLED = {
     "padded": Case(by_max_pool, PADDED),
     "static-batch": Case(by_average_pool, SHIFTED, batch=2),
     "one-image": Case(by_max_pool, batch=1),
+    "rows-then-columns": Case(one_axis_after_the_other),
+    "rows-alone-of-two-axes": Case(one_axis_after_the_other, cell=(2, 1)),
+    "windows-of-a-row": Case(by_average_pool, cell=(4, 2)),
+    "keys": Case(by_average_pool, keys=True),
+    "keys-shifted": Case(reduced("ReduceMax", keepdims=0), SHIFTED, keys=True),
+    "keys-rows-then-columns": Case(one_axis_after_the_other, keys=True),
 }
 
 
 @pytest.mark.parametrize("name", POOLED)
-def test_queries_pooled_in_their_window_are_pooled_on_the_map(name: str) -> None:
+def test_tokens_pooled_in_their_window_are_pooled_on_the_map(name: str) -> None:
     case = POOLED[name]
     outcome = optimize(case.model())
     (site,) = outcome.sites
@@ -135,14 +157,26 @@ def test_queries_pooled_in_their_window_are_pooled_on_the_map(name: str) -> None
     (node,) = local_ops(outcome.graph)
     spec = spec_of(node)
     assert isinstance(spec, FlashWindowAttention)
-    assert np.array_equal(spec.geometry.pixels(), case.queries.pixels())
-    assert np.array_equal(spec.geometry.key_pixels(), case.geometry.pixels())
+    queries, keys = (case.geometry, case.pooled) if case.keys else (case.pooled, case.geometry)
+    assert np.array_equal(spec.geometry.pixels(), queries.pixels())
+    assert np.array_equal(spec.geometry.key_pixels(), keys.pixels())
     (check,) = verify_exact(read(case.model()), read(written(outcome)))
     assert check.passed, check.detail
     for batch in (1, 3) if isinstance(case.batch, str) else (case.batch,):
         inputs = case.inputs(batch)
         expected = run(case.model(), inputs)["y"]
         assert error(run(written(outcome), inputs)["y"], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("pool", [by_max_pool, one_axis_after_the_other])
+def test_cells_of_padding_take_part_as_keys(pool: Pool) -> None:
+    """They hold what the layers make of zero, so the pool is one of the padded map."""
+    case = Case(pool, PADDED, keys=True)
+    outcome = optimize(case.model())
+    (site,) = outcome.sites
+    assert (site.verdict, site.feature_size, site.key_size) == ("rewrite", (6, 10), (4, 6)), site.reason
+    inputs = case.inputs(2)
+    assert error(run(written(outcome), inputs)["y"], run(case.model(), inputs)["y"]) <= TOLERANCE
 
 
 def merge_columns_first(g: Builder, tokens: str, geometry: WindowGeometry, channels: int) -> str:

@@ -142,8 +142,18 @@ def gained_in_every_halo(g: Builder, x: str, geometry: WindowGeometry, channels:
     return g.mul(by_im2col(g, x, geometry, channels), RNG.uniform(0.5, 2.0, size=(geometry.keys_per_window, 1)))
 
 
+def keys_of_two_tokens(g: Builder, spelling: WindowSpelling, tokens: str) -> Triple:
+    """Keys are added to themselves with two tokens of every window exchanged; the queries are those of one token."""
+    q, k, v = heads_by_slices(g, spelling, tokens)
+    order = np.arange(TOKENS)
+    order[[3, 4]] = order[[4, 3]]
+    exchanged = g.gather(k, order, 2)
+    return q, g.op("Add", exchanged, g.mul(k, 0.5)), v
+
+
 LEFT: dict[str, tuple[WindowSpelling | HaloSpelling, str]] = {
     "halo-gained": (halo(gathering=gained_in_every_halo), "one pixel needs two values of"),
+    "two-tokens-added": (replace(WINDOW, heads=keys_of_two_tokens), "x is read at two different places for one token"),
     "padded-keys-turned": (turned(by_halves, replace(WINDOW, geometry=PADDED)), "padded tokens get different numbers"),
     "padded-tokens-with-positions": (
         on_tokens(add_positions, replace(WINDOW, geometry=PADDED)),
