@@ -21,7 +21,7 @@ import math
 from attnrewrite.dims import Dim
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Graph, Node, Value
-from attnrewrite.localattention.blocks import ways
+from attnrewrite.localattention.blocks import is_per_token, ways
 from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.joined_tokens import JoinedRows, connected, find_joined_rows, keep_apart
 from attnrewrite.localattention.maps import model_batch
@@ -81,13 +81,17 @@ def _left(facts: Facts, rows: list[JoinedRows], behind: list[Value]) -> set[Node
 
 
 def _origin(facts: Facts, rows: JoinedRows) -> Value:
-    """The map that the largest part of the rows was moved from."""
-    largest = max(zip(rows.extents, rows.join.reads(), strict=True), key=lambda part: part[0])[1]
-    origin = largest
-    for way in ways(facts, largest):
-        if not way.value.is_constant:
-            origin = way.value
-    return origin
+    """The map that the largest part of the rows was moved from, also before operators that treat every token alike."""
+    value = max(zip(rows.extents, rows.join.reads(), strict=True), key=lambda part: part[0])[1]
+    batch = model_batch(facts)
+    while True:
+        for way in ways(facts, value):
+            if not way.value.is_constant:
+                value = way.value
+        node = value.producer
+        if node is None or not is_per_token(node) or value.known_shape[:1] == (batch,):
+            return value
+        value = min((v for v in node.reads() if not v.is_constant), key=lambda v: facts.positions.get(v, -1))
 
 
 part_joined_tokens = Pass(NAME, match_joined_tokens, rewrite_joined_tokens)

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from attnrewrite.dims import Dim, Shape
+from attnrewrite.dims import Dim, Extent, NonAffine, Shape, product
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.evaluate import python_slice
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
-from attnrewrite.indexing.map import IndexingError, identity
-from attnrewrite.indexing.rules import RULES, Read, sources
+from attnrewrite.indexing.map import IndexingError
+from attnrewrite.indexing.rules import RULES
 from attnrewrite.localattention.blocks import REGROUPING, is_per_token
 from attnrewrite.localattention.feature_map import MapWriter
 from attnrewrite.localattention.returns import REGION_LIMIT
@@ -45,7 +45,8 @@ class JoinedRows:
     """The values between a Concat and the nodes that part it again.
 
     join: the Concat. extents: of its parts. axes: for each value that the cuts need, the axis along which its parts
-    lie, in topological order. cuts: by the value that is cut.
+    lie, in topological order; where rows are folded into one axis with what is before them (a Gemm over all tokens),
+    that axis. cuts: by the value that is cut.
     """
 
     join: Node
@@ -74,7 +75,8 @@ def find_joined_rows(facts: Facts, node: Node) -> JoinedRows | None:
         value = next((v for v in user.inputs if v is not None and v in reached), None)
         if value is None:
             continue  # a subgraph reads it
-        found = None if user.op not in CUTTING else _cuts(user, value, reached[value], starts)
+        apart = value.known_shape[reached[value]] == starts[-1]
+        found = _cuts(user, value, reached[value], starts) if user.op in CUTTING and apart else None
         if found is not None:
             cuts.setdefault(value, []).extend(found)
             continue
@@ -86,6 +88,9 @@ def find_joined_rows(facts: Facts, node: Node) -> JoinedRows | None:
         return None
     if any(v in facts.graph.outputs or any(v in user.captures for user in facts.users(v)) for v in needed):
         return None  # it is known by its name and has to stay
+    folded = [v for v, a in needed.items() if v.known_shape[a] != starts[-1]]
+    if any(not any(o in needed for o in user.outputs) for v in folded for user in facts.users(v)):
+        return None
     return JoinedRows(node, extents, needed, {v: tuple(c) for v, c in cuts.items()})
 
 
@@ -155,7 +160,9 @@ def _axis_behind(node: Node, reached: dict[Value, int], total: int) -> int | Non
         return None
     rank = len(node.output.shape)
     if node.op in REGROUPING or node.op == "Transpose":
-        return _axis_kept(node, inside[0], reached[inside[0]])
+        value = inside[0]
+        same = node.required(0) is value
+        return _axis_kept(node, value.known_shape, reached[value], node.output.shape, total) if same else None
     if not is_per_token(node):
         return None
     channel = channel_axis_of(node)
@@ -165,10 +172,12 @@ def _axis_behind(node: Node, reached: dict[Value, int], total: int) -> int | Non
     if len(from_end) != 1:
         return None
     axis = rank - from_end.pop()
-    for operand in node.inputs:
-        if operand is not None and operand not in inside and _extent(operand, axis - rank) not in (1, total):
-            return None
-    return axis if node.output.shape[axis] == total else None
+    extent = _extent(inside[0], axis - rank)
+    allowed = (1, total) if extent == total else (1,)
+    others = [v for v in node.inputs if v is not None and v not in inside]
+    if any(_extent(v, axis - rank) not in allowed for v in others):
+        return None
+    return axis if node.output.shape[axis] == extent else None
 
 
 def _extent(value: Value, from_end: int) -> object:
@@ -176,25 +185,30 @@ def _extent(value: Value, from_end: int) -> object:
     return shape[from_end] if len(shape) >= -from_end else 1
 
 
-def _axis_kept(node: Node, value: Value, axis: int) -> int | None:
-    """The axis of a rearranging node's output that is this axis of its input, and nothing else is."""
-    if node.required(0) is not value:
-        return None
+def _axis_kept(node: Node, shape: Shape, axis: int, into: Shape, total: int) -> int | None:
+    """The axis of the output [into] of a rearranging node whose last digit the parts are, as they are that of an axis
+    of its input; None where they are of none.
+    """
+    if node.op == "Transpose":
+        permutation = node.attributes.get("perm") or list(range(len(shape)))[::-1]
+        return int(permutation.index(axis))
+    return _regrouped(shape, axis, into, total)
+
+
+def _regrouped(shape: Shape, axis: int, into: Shape, total: int) -> int | None:
+    inner, behind = product(shape[axis + 1 :]), product(())
+    for a in range(len(into) - 1, -1, -1):
+        if behind == inner and into[a] != 1 and _is_multiple(into[a], total):
+            return a
+        behind = behind * into[a]
+    return None
+
+
+def _is_multiple(extent: Extent, total: int) -> bool:
     try:
-        found = sources(node, node.output, identity(node.output.known_shape))
-    except IndexingError:
-        return None
-    if found is None or len(found) != 1 or not isinstance(found[0], Read):
-        return None
-    coordinate = found[0].index[axis]
-    behind = coordinate.depends_on()
-    if coordinate.batch or len(behind) != 1:
-        return None
-    (kept,) = behind
-    others = [c for a, c in enumerate(found[0].index) if a != axis]
-    whole = np.array_equal(coordinate.values.reshape(-1), np.arange(coordinate.values.size))
-    same = node.output.known_shape[kept] == value.known_shape[axis]
-    return kept if whole and same and not any(kept in c.depends_on() for c in others) else None
+        return extent // total * total == extent
+    except NonAffine:
+        return False
 
 
 def _needed(reached: dict[Value, int], cuts: dict[Value, list[Cut]]) -> dict[Value, int]:
@@ -216,7 +230,7 @@ def _needed(reached: dict[Value, int], cuts: dict[Value, list[Cut]]) -> dict[Val
 
 def keep_apart(facts: Facts, rows: JoinedRows, made_by: str) -> list[Node]:
     """Edit the graph so that the parts of the rows stay apart; returns the nodes that join them for other readers, or
-    cut them out of what these compute.
+    cut them out of what these compute. Raises IndexingError, before anything is edited, where a part cannot be told.
     """
     return _Parting(facts, rows, made_by).run()
 
@@ -227,15 +241,18 @@ class _Parting:
     def __init__(self, facts: Facts, rows: JoinedRows, made_by: str) -> None:
         self.facts, self.graph, self.rows = facts, facts.graph, rows
         self.writer = MapWriter(facts, (), made_by)
-        self.parts: dict[Value, list[Value]] = {}
+        self.parts: dict[tuple[Value, int], list[Value]] = {}
         self.movement: list[Node] = [rows.join]
 
     def run(self) -> list[Node]:
         rows = self.rows
         for value, axis in rows.axes.items():
-            self.parts[value] = self._parts(value, axis)
+            if self._parts(value, axis) is None:
+                raise IndexingError(f"the parts of {value.name} do not stay apart")
         cut = {
-            c.value: self._cut(c, self.parts[v][c.part], rows.axes[v]) for v, cuts in rows.cuts.items() for c in cuts
+            c.value: self._cut(c, self.parts[v, rows.axes[v]][c.part], rows.axes[v])
+            for v, cuts in rows.cuts.items()
+            for c in cuts
         }
         cutting = {v.producer for v in cut}
         for value, axis in rows.axes.items():
@@ -244,7 +261,9 @@ class _Parting:
             ]
             if value is rows.join.output or not readers:
                 continue
-            joined = self._moving("Concat", self.parts[value], value.known_shape, f"{value.name}_joined", axis=axis)
+            joined = self._moving(
+                "Concat", self.parts[value, axis], value.known_shape, f"{value.name}_joined", axis=axis
+            )
             for reader in readers:
                 reader.inputs = [joined if v is value else v for v in reader.inputs]
         self.graph.nodes.extend(self.writer.nodes)
@@ -277,18 +296,23 @@ class _Parting:
             node.made_by = None  # the model's own
         return part
 
-    def _parts(self, value: Value, axis: int) -> list[Value]:
-        """The parts of a value along an axis, each computed from the parts of what it is made of."""
-        if value in self.parts:
-            return self.parts[value]
+    def _parts(self, value: Value, axis: int) -> list[Value] | None:
+        """The parts of a value along an axis, each computed from the parts of what it is made of; None where they are
+        folded into the axis and cannot be.
+        """
+        if (value, axis) in self.parts:
+            return self.parts[value, axis]
         node = value.producer
+        apart: list[Value] | None = None
         if node is not None and self._joins(node, axis):
-            return list(node.reads())
-        apart = None
-        if node is not None and (value in self.rows.axes or self.facts.only_user(value) is not None):
+            apart = list(node.reads())
+        elif node is not None and (value in self.rows.axes or self.facts.only_user(value) is not None):
             apart = self._made_of_parts(node, value, axis)
-        self.parts[value] = self._sliced(value, axis) if apart is None else apart
-        return self.parts[value]
+        if apart is None and value.known_shape[axis] == sum(self.rows.extents):
+            apart = self._sliced(value, axis)
+        if apart is not None:
+            self.parts[value, axis] = apart
+        return apart
 
     def _joins(self, node: Node, axis: int) -> bool:
         """Whether a node joins tensors of the parts' extents along an axis."""
@@ -299,32 +323,36 @@ class _Parting:
 
     def _made_of_parts(self, node: Node, value: Value, axis: int) -> list[Value] | None:
         """The parts of what a node computes; None where it does not leave them apart."""
-        shapes = [_with(value.known_shape, axis, e) for e in self.rows.extents]
+        shape, total = value.known_shape, sum(self.rows.extents)
+        shapes = [_with(shape, axis, shape[axis] // total * e) for e in self.rows.extents]
         if node.domain == STANDARD_DOMAIN and (node.op in REGROUPING or node.op == "Transpose"):
-            data, total = node.required(0), value.known_shape[axis]
-            origin = (a for a, e in enumerate(data.known_shape) if e == total and _axis_kept(node, data, a) == axis)
-            before = next(origin, None)
-            if before is None or sum(isinstance(e, Dim) for e in value.known_shape) > 1:
+            data = node.required(0)
+            permutation = node.attributes.get("perm") or list(range(len(shape)))[::-1]
+            moved = node.op == "Transpose"
+            before = permutation[axis] if moved else _regrouped(shape, axis, data.known_shape, total)
+            inside = None if before is None else self._parts(data, before)
+            if inside is None or sum(isinstance(e, Dim) for e in shape) > 1:
                 return None
-            parts = self._parts(data, before)
-            if node.op == "Transpose":
-                permutation = node.attributes.get("perm") or list(range(len(shapes[0])))[::-1]
-                return [self.writer.transpose(p, permutation) for p in parts]
-            return [self.writer.reshape(p, s) for p, s in zip(parts, shapes, strict=True)]
+            if moved:
+                return [self.writer.transpose(p, permutation) for p in inside]
+            return [self.writer.reshape(p, s) for p, s in zip(inside, shapes, strict=True)]
         if not is_per_token(node) or channel_axis_of(node) == axis:
             return None
-        operands = [self._operand(node, k, axis - len(value.known_shape)) for k in range(len(node.inputs))]
+        operands = [self._operand(node, k, axis - len(shape)) for k in range(len(node.inputs))]
+        apart = [o for o in operands if o is not None]
+        if len(apart) < len(operands):
+            return None
         parts = []
-        for inputs, shape in zip(zip(*operands, strict=True), shapes, strict=True):
-            parts.append(self.writer.emit(node.op, inputs, shape, f"{value.name}_part", **node.attributes))
+        for inputs, own in zip(zip(*apart, strict=True), shapes, strict=True):
+            parts.append(self.writer.emit(node.op, inputs, own, f"{value.name}_part", **node.attributes))
             parts[-1].dtype = value.dtype
         return parts
 
-    def _operand(self, node: Node, position: int, from_end: int) -> Sequence[Value | None]:
-        """An operand of a per-token operator for every part."""
+    def _operand(self, node: Node, position: int, from_end: int) -> Sequence[Value | None] | None:
+        """An operand of a per-token operator for every part; None where it is not in parts."""
         operand, parts = node.input(position), len(self.rows.extents)
         weight = channel_axis_of(node) is not None and position > 0
-        if operand is None or weight or _extent(operand, from_end) != sum(self.rows.extents):
+        if operand is None or weight or _extent(operand, from_end) == 1:
             return [operand] * parts
         return self._parts(operand, len(operand.known_shape) + from_end)
 
@@ -341,7 +369,7 @@ class _Parting:
         return parts
 
 
-def _with(shape: Shape, axis: int, extent: int) -> Shape:
+def _with(shape: Shape, axis: int, extent: Extent) -> Shape:
     return (*shape[:axis], extent, *shape[axis + 1 :])
 
 
