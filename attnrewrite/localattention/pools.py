@@ -88,6 +88,8 @@ def _digits(offsets: np.ndarray) -> tuple[tuple[int, int], ...] | None:
     known = np.zeros(1, np.int64)
     while len(known) < len(offsets):
         stride = int(offsets[len(known)])
+        if stride < 1:
+            return None  # a token twice
         extent = 1
         while extent * len(known) < len(offsets) and offsets[extent * len(known)] == extent * stride:
             extent += 1

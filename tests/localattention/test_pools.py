@@ -47,8 +47,9 @@ def test_cells_are_digits_of_the_position(
         np.roll(MAP, 1, axis=1).reshape(6, 5, 2).reshape(-1, 2),  # cut by a shift: one cell wraps around
         np.concatenate([blocks(2, 2)[:-1], [[0, 1, 10, 11]]]),  # one cell twice
         MAP.reshape(-1, 3)[:, [0, 2]],  # pixels that no cell holds
+        blocks(2, 2)[:, [0, 0, 2, 3]],  # the first pixel of a cell twice
     ],
-    ids=["overlapping", "one-missing", "shifted", "one-twice", "holes"],
+    ids=["overlapping", "one-missing", "shifted", "one-twice", "holes", "pixel-twice"],
 )
 def test_other_tables_are_no_cells(table: np.ndarray) -> None:
     assert cells_of(table, 60) is None
