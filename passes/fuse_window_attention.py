@@ -34,8 +34,8 @@ from attnrewrite.localattention.everywhere import or_global
 from attnrewrite.localattention.extra_tokens import ends_where_joined, match_with_extra_tokens
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.grid import count
-from attnrewrite.localattention.head_groups import heads_apart
-from attnrewrite.localattention.maps import SiteMaps, read_padded_maps
+from attnrewrite.localattention.head_groups import match_head_groups
+from attnrewrite.localattention.maps import SiteMaps, model_batch, read_padded_maps
 from attnrewrite.localattention.masked_windows import match_masked_windows
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
@@ -65,7 +65,13 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     maps = read_window_maps(facts, attention)
     found = maps if isinstance(maps, Decline) else match_windows(facts, maps)
     plain = isinstance(found, WindowMatch) and (found.shared is not None or _is_made_of(facts, found))
-    if plain and isinstance(found, WindowMatch) and not ends_where_joined(facts, attention, found.key):
+    ends = isinstance(found, WindowMatch) and ends_where_joined(facts, attention, found.key)
+    if plain and not ends and isinstance(found, WindowMatch) and found.maps.query.batch == model_batch(facts):
+        return found
+    by_heads = match_head_groups(facts, attention)  # heads made apart may look like windows of one head
+    if isinstance(by_heads, WindowMatch):
+        return by_heads
+    if plain and not ends:
         return found
     extra = match_with_extra_tokens(facts, attention, lambda match: _is_made_of(facts, match))
     if isinstance(extra, WindowMatch):
@@ -90,13 +96,13 @@ def _match(facts: Facts, softmax: Node) -> WindowMatch | Decline:
     if not isinstance(maps, Decline) and found.kind == "global" and (asked := query_rows(maps)) and exclusion(asked):
         return replace(found, kind="other", foreign=True)  # what the mask leaves tells more
     if found.kind == "other":
-        return _told_apart(facts, attention, maps) or found
+        return by_heads or _told_apart(facts, attention, maps) or found
     return found
 
 
 def _told_apart(facts: Facts, attention: Attention, maps: SiteMaps | Decline) -> Decline | None:
     """What an attention that is left does that no window attention does, where that can be said; the most telling."""
-    for reason in (chosen_at_run_time, queries_made_inside, heads_apart):
+    for reason in (chosen_at_run_time, queries_made_inside):
         found = reason(facts, attention)
         if found is not None:
             return found
@@ -110,7 +116,7 @@ def _is_made_of(facts: Facts, match: WindowMatch) -> bool:
     maps, attention = match.maps, match.maps.attention
     if not maps.query.candidate.joins:
         return True
-    site = SiteRewriter(facts, maps, match.geometry.merged().feature_size, NAME)
+    site = SiteRewriter(facts, maps, match.merged.feature_size, NAME)
     try:
         site.operand("query", attention.query, maps.query, attention.channel_axis, attention.head_dim)
     except Declined:
@@ -120,7 +126,7 @@ def _is_made_of(facts: Facts, match: WindowMatch) -> bool:
 
 def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
     """Write the op in place of the site."""
-    maps, attention, geometry = match.maps, match.maps.attention, match.geometry.merged()
+    maps, attention, geometry = match.maps, match.maps.attention, match.merged
     site = SiteRewriter(facts, maps, geometry.feature_size, NAME)
     channels = attention.head_dim
     asked = maps.query if match.shared is None else match.shared
@@ -167,6 +173,7 @@ def rewrite_window_attention(facts: Facts, match: WindowMatch) -> None:
         softmax_type(attention),
         shared_query=match.shared is not None,
         relative_scale=1.0 if relative is None else relative.scale,
+        head_shifts=match.head_shifts,
     )
     site.finish(
         spec,
@@ -189,7 +196,7 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
     """The report's row."""
     if isinstance(found, Decline):
         return declined_site(softmax, found)
-    geometry, attention, seen = found.geometry.merged(), found.maps.attention, seen_on_map(found)
+    geometry, attention, seen = found.merged, found.maps.attention, seen_on_map(found)
     mask: MaskKind = "shift" if found.mask_value is not None else "none" if found.mask is None else "constant"
     same_axes = len(geometry.shift_size) == len(seen.window_size)
     bias, excluding = _constants_in_words(found.bias)
@@ -199,7 +206,10 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         bias = "tensor"
     if any(t.is_mask for t in found.computed):
         mask = "tensor"
+    shifted = any(geometry.shift_size) and not found.head_shifts
     beside = "" if found.shared is None else ", one set of queries for all of them"
+    if found.head_shifts:
+        beside += f", shifted by {', '.join(map(by, found.head_shifts))} for one group of heads after the other"
     if (extra := found.maps.extra) is not None:
         count = extra.key.table.shape[1]
         beside += f", {count} token{'s' if count > 1 else ''} beside each"
@@ -209,12 +219,13 @@ def record_window_attention(softmax: Node, found: WindowMatch | Decline) -> Site
         softmax.label,
         seen.kind,
         "rewrite",
-        f"{_in_words(geometry, seen)}{beside}: query, key and value maps equal the closed form",
+        f"{_in_words(geometry, seen, shifted=shifted)}{beside}: query, key and value maps equal the closed form",
         num_heads=found.maps.num_heads,
         head_dim=attention.head_dim,
         feature_size=seen.feature_size,
         window_size=seen.window_size,
         shift_size=geometry.shift_size if same_axes else (0,) * len(seen.window_size),
+        head_shifts=found.head_shifts if same_axes and found.head_shifts else None,
         key_size=None if geometry.keys is None else geometry.keys.feature_size,
         key_window_size=None if geometry.keys is None else geometry.keys.window_size,
         dilation=seen.dilation,
@@ -233,9 +244,10 @@ def _constants_in_words(bias: np.ndarray | None) -> tuple[BiasKind, bool]:
     return "constant" if bias[kept].any() else "none", not bool(kept.all())
 
 
-def _in_words(geometry: WindowGeometry, seen: Seen) -> str:
+def _in_words(geometry: WindowGeometry, seen: Seen, *, shifted: bool) -> str:
     nouns = {"grid": "grid", "stripe": "stripes"}
-    words = f"{by(seen.window_size)} {nouns.get(seen.kind, 'windows')}{', shifted' if any(geometry.shift_size) else ''}"
+    words = f"{by(seen.window_size)} {nouns.get(seen.kind, 'windows')}"
+    words += ", shifted" if shifted else ""
     if geometry.keys is None:
         return words
     keys = f"{by(geometry.keys.window_size)} windows"

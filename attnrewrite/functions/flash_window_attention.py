@@ -3,10 +3,12 @@
 pad and roll -> windows as rows -> softmax(scale q k^T + bias + mask) v -> merge -> unroll and crop. A partition of any
 number of spatial axes goes axis by axis, so no tensor has more axes than [rows, tokens, windows, rest]. Key windows of
 their own are gathered, axis by axis too, each pixel once for every window that holds it. Extra tokens stand behind the
-window's, as queries as well as keys.
+window's, as queries as well as keys. Heads with shifts of their own are cut into windows, and put back, group by group.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,15 +37,19 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     if asking and spec.shared_query:
         raise ValueError("queries shared by all windows have no extra ones beside them")
 
-    own = _shared(b, query, geometry) if spec.shared_query else _partition(b, query, geometry)
+    own = _shared(b, query, geometry) if spec.shared_query else _by_shift(b, query, None, spec, _query_windows)
     q = _heads(b, _with_extra(b, own, operands, "query"), heads)
     unscaled = _heads(b, own, heads) if asking and "relative_position" in operands else q
     tokens += asking
     if spec.scale != 1.0:
         q = b.op("Mul", [q, b.scalar(spec.scale, q)], q.known_shape)
-    k = _heads(b, _with_extra(b, _key_windows(b, key, operands.get("key_padding"), geometry), operands, "key"), heads)
-    v = _heads(
-        b, _with_extra(b, _key_windows(b, value, operands.get("value_padding"), geometry), operands, "value"), heads
+    k, v = (
+        _heads(
+            b,
+            _with_extra(b, _by_shift(b, x, operands.get(f"{name}_padding"), spec, _key_windows), operands, name),
+            heads,
+        )
+        for name, x in (("key", key), ("value", value))
     )
     k = b.transpose(k, (0, 1, 3, 2))
     if spec.shared_query:
@@ -65,13 +71,43 @@ def body(spec: FlashWindowAttention, operands: dict[str, Value], opset: int) -> 
     value_dim = static(v.known_shape[3])
     attended = b.op("MatMul", [weights, v], (rows, heads, tokens, value_dim))
     attended = b.reshape(b.transpose(attended, (0, 2, 1, 3)), (rows, tokens, heads * value_dim))
+
+    def merge(b: BodyBuilder, x: Value, _: Value | None, own_windows: WindowGeometry) -> Value:
+        return _merge(b, x, own_windows, batch)
+
     if not asking:
-        return b.output(_merge(b, attended, geometry, batch, heads * value_dim))
+        return b.output(_by_shift(b, attended, None, spec, merge))
     own, beside = (b.slice(attended, [1], [s], [e]) for s, e in ((0, tokens - asking), (tokens - asking, tokens)))
     return b.output(
-        _merge(b, own, geometry, batch, heads * value_dim),
+        _by_shift(b, own, None, spec, merge),
         b.reshape(beside, (batch, geometry.num_windows, asking, heads * value_dim)),
     )
+
+
+def _by_shift(
+    b: BodyBuilder,
+    x: Value,
+    vector: Value | None,
+    spec: FlashWindowAttention,
+    move: Callable[[BodyBuilder, Value, Value | None, WindowGeometry], Value],
+) -> Value:
+    """move(b, x, vector, geometry) of [..., nH*d] and a vector [nH*d], for each run of heads with one shift."""
+    runs = spec.runs_of_heads()
+    if len(runs) == 1:
+        return move(b, x, vector, runs[0][1])
+    width, start = static(x.known_shape[-1]) // spec.num_heads, 0
+    moved = []
+    for heads, geometry in runs:
+        end = start + heads * width
+        part = b.slice(x, [len(x.known_shape) - 1], [start], [end])
+        moved.append(move(b, part, None if vector is None else b.slice(vector, [0], [start], [end]), geometry))
+        start = end
+    return b.concat(moved, len(moved[0].known_shape) - 1)
+
+
+def _query_windows(b: BodyBuilder, x: Value, padding: Value | None, geometry: WindowGeometry) -> Value:
+    """[B, *S, C] -> [B*nW, N, C]; what stands in the padding is asked in vain."""
+    return _partition(b, x, geometry)
 
 
 def _with_extra(b: BodyBuilder, windows: Value, operands: dict[str, Value], name: str) -> Value:
@@ -198,8 +234,9 @@ def _partition(b: BodyBuilder, x: Value, geometry: WindowGeometry) -> Value:
     return b.reshape(x, (rows, tokens, channels))
 
 
-def _merge(b: BodyBuilder, x: Value, geometry: WindowGeometry, batch: Extent, channels: int) -> Value:
+def _merge(b: BodyBuilder, x: Value, geometry: WindowGeometry, batch: Extent) -> Value:
     """[B*nW, N, C] -> [B, *S, C]: the partition undone, then shift and padding."""
+    channels = static(x.known_shape[-1])
     sizes = list(zip(geometry.window_size, geometry.padded_size, strict=True))
     rows, tokens, rest = batch * geometry.num_windows, geometry.tokens_per_window, channels
     for window, padded in reversed(sizes):
@@ -263,15 +300,13 @@ def _with_terms(
         mask = b.cast(mask, dtype)
         per_window.append(b.reshape(mask, (mask.known_shape[0], 1, *mask.known_shape[1:])))
     if spec.mask_value is not None:
-        labels = spec.geometry.regions()
-        same_region = b.op(
-            "Equal",
-            [b.constant(labels[:, None, :, None]), b.constant(labels[:, None, None, :])],
-            (windows, 1, tokens, tokens),
-            np.dtype(bool),
-        )
+        runs = spec.runs_of_heads()
+        labels = np.stack([own.regions() for heads, own in runs for _ in range(heads if len(runs) > 1 else 1)], axis=1)
+        shape = (windows, labels.shape[1], tokens, tokens)
+        sides = [b.constant(labels[..., :, None]), b.constant(labels[..., None, :])]
+        same_region = b.op("Equal", sides, shape, np.dtype(bool))
         nothing, penalty = b.scalar(0.0, logits), b.scalar(spec.mask_value, logits)
-        shift = b.op("Where", [same_region, nothing, penalty], (windows, 1, tokens, tokens), logits.dtype)
+        shift = b.op("Where", [same_region, nothing, penalty], shape, logits.dtype)
         per_window.append(_beside_extra(b, shift, *map(static, logits.known_shape[-2:])))
     if "logit_bias" in operands:
         per_window.append(b.cast(operands["logit_bias"], dtype))

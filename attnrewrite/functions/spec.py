@@ -5,9 +5,10 @@ Operand names are the op's inputs in order; a missing optional operand is an emp
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, Sizes, WindowGeometry
@@ -25,6 +26,8 @@ class FlashWindowAttention:
     softmax_dtype: ONNX TensorProto data type the logits are cast to for bias, mask and softmax; 0 = that of the inputs.
     shared_query: the query is [B, *window_size, nH*d], one set of queries for all windows.
     relative_scale multiplies the products of the query with `relative_position`, as scale those with the key.
+    head_shifts: of heads in equal groups, one after the other, the shift of each group; empty where all heads have that
+    of the geometry, which is otherwise that of the first group.
     With the operand extra_query the op has a second output, what those queries attend.
     """
 
@@ -35,6 +38,7 @@ class FlashWindowAttention:
     softmax_dtype: int = 0
     shared_query: bool = False
     relative_scale: float = 1.0
+    head_shifts: tuple[Sizes, ...] = ()
 
     op_type = "FlashWindowAttention"
     operands = (
@@ -62,7 +66,19 @@ class FlashWindowAttention:
             attributes["shared_query"] = 1
         if self.relative_scale != 1.0:
             attributes["relative_scale"] = float(self.relative_scale)
+        if self.head_shifts:
+            attributes["head_shifts"] = [extent for shift in self.head_shifts for extent in shift]
         return attributes
+
+    def runs_of_heads(self) -> list[tuple[int, WindowGeometry]]:
+        """How many heads in a row have which windows; one run where no head has a shift of its own."""
+        if not self.head_shifts:
+            return [(self.num_heads, self.geometry)]
+        per_group = self.num_heads // len(self.head_shifts)
+        return [
+            (len(list(run)) * per_group, replace(self.geometry, shift_size=shift))
+            for shift, run in itertools.groupby(self.head_shifts)
+        ]
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> FlashWindowAttention:
@@ -81,7 +97,14 @@ class FlashWindowAttention:
             int(attributes.get("softmax_dtype", 0)),
             bool(attributes.get("shared_query", 0)),
             relative_scale=float(attributes.get("relative_scale", 1.0)),
+            head_shifts=_rows(attributes.get("head_shifts", ()), len(geometry.feature_size)),
         )
+
+
+def _rows(values: Any, width: int) -> tuple[Sizes, ...]:
+    """A flat list of sizes, `width` to each row."""
+    flat = sizes(values)
+    return tuple(flat[start : start + width] for start in range(0, len(flat), width))
 
 
 def _key_attributes(keys: KeyWindows) -> dict[str, Any]:

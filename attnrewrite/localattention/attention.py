@@ -13,7 +13,7 @@ import numpy as np
 from attnrewrite.dims import Dim, Extent, proportion, static
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
-from attnrewrite.indexing.map import Coordinate, Index, IndexingError, identity, refined, reshape
+from attnrewrite.indexing.map import Coordinate, Index, IndexingError, identity, reduced, refined, reshape
 from attnrewrite.indexing.provenance import Provenance
 from attnrewrite.indexing.rules import Read, sources
 from attnrewrite.localattention.contraction import (
@@ -37,8 +37,8 @@ class Attention:
     terms are constants; query_terms products of the query with constants; computed_terms anything else made from data.
 
     output_shape: the output's axes as the grid numbers them: an axis that holds several (windows and heads, say) is
-    split as the model itself splits it afterwards. kept: of an attention restricted to a part of its queries, the axis
-    and the int64 positions along it; full_extent: that axis without the restriction.
+    split as the model itself splits it afterwards. kept: of an attention restricted to a part of its queries or heads,
+    the axis and the int64 positions along it; full_extent: that axis without the restriction.
     """
 
     softmax: Node
@@ -60,6 +60,7 @@ class Attention:
     computed_terms: tuple[ComputedTerm, ...] = ()
     kept: tuple[int, np.ndarray] | None = None
     full_extent: int = 0
+    keeps_heads: bool = False
 
     @property
     def grid_rank(self) -> int:
@@ -74,14 +75,24 @@ class Attention:
         return (*self.output_shape[:axis], self.full_extent, *self.output_shape[axis + 1 :])
 
     def among_kept(self, index: Index) -> Index | None:
-        """Coordinates over full_shape as coordinates over output_shape; None where one is not of the kept queries."""
+        """Coordinates over full_shape as coordinates over output_shape; None where one is not of the kept queries. Of
+        kept heads: the coordinates at those positions of the reader's channels that hold them, None where none does.
+        """
         if self.kept is None:
             return index
         axis, positions = self.kept
         place = np.full(self.full_extent, -1)
         place[positions] = np.arange(len(positions))
         values = place[index[axis].values]
-        return None if (values < 0).any() else (*index[:axis], Coordinate(values), *index[axis + 1 :])
+        others = [*index[:axis], Coordinate(values), *index[axis + 1 :]]
+        if (values >= 0).all():
+            return tuple(others)
+        varies_along = index[axis].depends_on()
+        held = np.flatnonzero(values >= 0)
+        if not self.keeps_heads or len(varies_along) != 1 or not len(held):
+            return None
+        (along,) = varies_along
+        return tuple(Coordinate(reduced(taken(c.values, held, along)), c.batch) for c in others)
 
     def in_full(self, index: Index) -> Index:
         """The reverse of among_kept."""
@@ -103,7 +114,7 @@ def restricted(attention: Attention, axis: int, kept: np.ndarray) -> Attention:
     """The attention at these positions (int64) of one axis of its grid: some of its keys, or of its queries."""
 
     def take(array: np.ndarray) -> np.ndarray:
-        return array.take(kept, axis=axis) if array.ndim > axis and array.shape[axis] > 1 else array
+        return taken(array, kept, axis)
 
     def operand(one: Operand) -> Operand:
         return Operand(one.value, tuple(Coordinate(take(c.values), c.batch) for c in one.index))
@@ -121,6 +132,31 @@ def restricted(attention: Attention, axis: int, kept: np.ndarray) -> Attention:
     shape = attention.output_shape
     fewer = (*shape[:axis], len(kept), *shape[axis + 1 :])
     return replace(part, output_shape=fewer, kept=(axis, kept), full_extent=static(shape[axis]))
+
+
+def of_heads(attention: Attention, axis: int, kept: np.ndarray) -> Attention:
+    """The attention of these heads (int64) along the grid axis that numbers heads; its coordinates tell what they still
+    depend on.
+    """
+    part = restricted(attention, axis, kept)
+
+    def operand(one: Operand) -> Operand:
+        return Operand(one.value, tuple(Coordinate(reduced(c.values), c.batch) for c in one.index))
+
+    return replace(
+        part,
+        query=operand(part.query),
+        key=operand(part.key),
+        value=operand(part.value),
+        scale=reduced(part.scale),
+        terms=tuple(replace(t, values=reduced(t.values)) for t in part.terms),
+        keeps_heads=True,
+    )
+
+
+def taken(array: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
+    """The array at these positions (int64) of a grid axis; as it is where it does not vary along it."""
+    return array.take(positions, axis=axis) if array.ndim > axis and array.shape[axis] > 1 else array
 
 
 @dataclass(frozen=True, eq=False)

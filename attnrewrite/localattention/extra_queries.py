@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Value
 from attnrewrite.indexing.map import IndexingError, dependencies
 from attnrewrite.localattention.attention import Attention, restricted
 from attnrewrite.localattention.extra_sources import Joined, beside_the_map, extra_source
 from attnrewrite.localattention.grid import count, flat_pixels, row_major
 from attnrewrite.localattention.maps import ExtraQueries, ExtraTokens, SiteMaps
-from attnrewrite.localattention.returns import Return, returns_of
+from attnrewrite.localattention.returns import Return, read_elsewhere, returns_of
 from attnrewrite.localattention.tokens import Candidate
 from attnrewrite.localattention.windows import WindowMatch
 
@@ -108,18 +107,3 @@ def tokens_asking(maps: SiteMaps, rows: np.ndarray) -> np.ndarray:
     shape[asking.axis] = max(asking.count, 2)
     flat = flat_pixels(asking.source.candidate, asking.source.roles.tokens, shape, axes)
     return flat.take(np.arange(asking.count), axis=axes.index(asking.axis)).reshape(-1)[rows]
-
-
-def read_elsewhere(facts: Facts, output: Value, returns: set[Value]) -> Value | None:
-    """An output of the model that reads a value by another way than these; None without one."""
-    pending, seen = [output], {output, *returns}
-    while pending:
-        value = pending.pop()
-        if value in facts.graph.outputs:
-            return value
-        for user in facts.users(value):
-            for made in user.outputs:
-                if made not in seen:
-                    seen.add(made)
-                    pending.append(made)
-    return None

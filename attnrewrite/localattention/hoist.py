@@ -100,6 +100,12 @@ class Hoister(MapWriter):
         super().replace(old, new)
         share(self.facts, self._twins, self.made_by)
 
+    def at_other_tokens(self) -> None:
+        """Forget which operators are written already: what follows reads the map at other tokens than what came
+        before.
+        """
+        self._full.clear()
+
     def hoist(
         self, value: Value, index: Index, channel_axis: int, features: frozenset[int], anchor: Anchor
     ) -> tuple[FeatureMap, np.ndarray]:

@@ -22,7 +22,15 @@ from attnrewrite.indexing.map import dependencies, identity
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.grid import count, flat_pixels, row_major
-from attnrewrite.localattention.returns import RETURNED, Return, heads_behind, nearest_return, returns_of, spelled_out
+from attnrewrite.localattention.returns import (
+    RETURNED,
+    Return,
+    heads_behind,
+    nearest_return,
+    read_elsewhere,
+    returns_of,
+    spelled_out,
+)
 from attnrewrite.localattention.site import Decline
 from attnrewrite.localattention.tokens import Candidate, Roles, candidates, channel_axis_of, feature_axes, roles
 from attnrewrite.ops import REDUCTIONS
@@ -122,7 +130,8 @@ class SiteMaps:
     query: the source whose map and the output's agree, queries: all such views of it; keys, values: every candidate of
     theirs, nearest first; sources: of all three, in the order of the walk. shared: where one set of queries serves all
     windows, the maps it comes from, one token per token of a window; query and queries are then the places that the
-    output returns to. extra: keys of the windows that are not on the map.
+    output returns to. extra: keys of the windows that are not on the map. groups: where heads have windows of
+    their own, the maps of each run of heads, keys and values chosen; the rest is that of the first run.
     """
 
     attention: Attention
@@ -136,6 +145,7 @@ class SiteMaps:
     sources: dict[str, tuple[Source, ...]]
     shared: tuple[Source, ...] = ()
     extra: ExtraTokens | None = None
+    groups: tuple[SiteMaps, ...] = ()
 
     @property
     def token_axes(self) -> tuple[int, ...]:
@@ -145,6 +155,10 @@ class SiteMaps:
     @property
     def num_heads(self) -> int:
         return math.prod(count(self.attention.output_shape[a]) for a in self.heads)
+
+    def chosen(self, role: str) -> Source:
+        """The map of "query", "key" or "value", the first of those named."""
+        return {"query": self.query, "key": self.keys[0], "value": self.values[0]}[role]
 
     def facing(self, other: Source) -> SiteMaps:
         """The same maps with the query seen as a map of `other`'s extents, or of as many axes, if a view is such."""
@@ -240,6 +254,8 @@ def meet(facts: Facts, attention: Attention, ways: Ways) -> SiteMaps | Decline:
     if isinstance(maps, Decline):
         return _attends_everything(attention, features, found_sources["key"]) or maps
     queries, back, moved_again = maps
+    if not back.whole and read_elsewhere(facts, attention.output, {back.value}) is not None:
+        return Decline("only some of the heads return to the pixels their queries came from", back.value.name)
     if moved_again:
         return Decline("the output is rearranged once more, to other pixels than its queries came from", moved_again)
     keys, values = (_like_query(found_sources[name], queries[0]) for name in ("key", "value"))
@@ -395,6 +411,12 @@ def _met(
     chosen, moved_again = nearest_return(facts, attention, returns, agreeing, batch)
     same.sort(key=lambda q: (q.candidate.depth, spelled_out(len(q.spatial))))
     return tuple(same), chosen, moved_again
+
+
+def agreeing_returns(facts: Facts, maps: SiteMaps) -> list[Return]:
+    """The maps that the output returns to with every pixel where its query came from, in topological order."""
+    returns = returns_of(facts, maps.attention, maps.features)
+    return [r for r in returns if _agree(maps.attention, maps.features, maps.query, r)]
 
 
 def settled(maps: SiteMaps, name: str, chosen: Source) -> Source | str:

@@ -19,9 +19,9 @@ from attnrewrite.frontend.fold import fold
 from attnrewrite.functions import body_of, operands_of, spec_of
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.graph import Graph, Node, Value
-from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity, reduced
+from attnrewrite.indexing.map import Coordinate, Index, dependencies, identity, reduced, refined
 from attnrewrite.indexing.provenance import provenances
-from attnrewrite.localattention.attention import Attention, read_attention, restricted
+from attnrewrite.localattention.attention import Attention, of_heads, read_attention, restricted
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.extra_queries import rows_by_place, tokens_asking
 from attnrewrite.localattention.extra_sources import beside_the_map
@@ -224,15 +224,24 @@ def _enumerated_batch(source: Source) -> int:
 
 
 def _prove_windows(maps: SiteMaps, node: Node, opset: int) -> None:
-    body = _window_maps(node, opset)
-    difference = original_reads(maps).difference(original_reads(body), maps.attention.softmax_dtype)
-    difference = difference or _extra_difference(maps, body) or _extra_query_difference(maps, body)
-    if difference is not None:
-        raise NotProved(difference)
+    """Heads with windows of their own are compared run by run."""
+    start = 0
+    for part in maps.groups or (maps,):
+        end = start + part.num_heads
+        body = _window_maps(node, opset, np.arange(start, end) if maps.groups else None)
+        difference = original_reads(part).difference(original_reads(body), part.attention.softmax_dtype)
+        difference = difference or _extra_difference(part, body) or _extra_query_difference(part, body)
+        if difference is not None:
+            raise NotProved(f"of heads {start} to {end - 1}, {difference}" if maps.groups else difference)
+        start = end
+    if maps.groups and start != spec_of(node).num_heads:
+        raise NotProved(f"the original has {start} heads, the replacement {spec_of(node).num_heads}")
 
 
-def _window_maps(node: Node, opset: int) -> SiteMaps:
-    """The maps of the emitted body, its constant operands filled in; padding operands add values, not pixels."""
+def _window_maps(node: Node, opset: int, heads: np.ndarray | None = None) -> SiteMaps:
+    """The maps of the emitted body, its constant operands filled in; padding operands add values, not pixels. heads:
+    int64, of these alone.
+    """
     names = [n for n in operands_of(node) if not n.endswith("_padding")]
     bare = Node(
         node.op,
@@ -251,6 +260,9 @@ def _window_maps(node: Node, opset: int) -> SiteMaps:
     facts = Facts(body)
     softmax = next(n for n in body.nodes if n.op == "Softmax")
     attention = read_attention(facts, softmax)
+    if heads is not None and not isinstance(attention, Decline):
+        rows = refined(attention.output.known_shape, attention.output_shape)[0]  # the output is [B*nW, nH, N, dv]
+        attention = of_heads(attention, len(rows), heads)
     extra = None if isinstance(attention, Decline) else _ExtraParts.of(attention, formal)
     if extra is not None:
         attention = extra.own

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import Index, IndexingError, dependencies, identity, reshape
 from attnrewrite.indexing.rules import RULES
 from attnrewrite.localattention.attention import Attention
-from attnrewrite.localattention.grid import count
+from attnrewrite.localattention.grid import count, row_major
 from attnrewrite.localattention.tokens import Roles, candidates, channel_axis_of
 from attnrewrite.ops import POINTWISE, REDUCTIONS
 
@@ -30,12 +32,16 @@ RETURNED = "returned by an attention"
 
 @dataclass(frozen=True, eq=False)
 class Return:
-    """The feature map the output returns to, read back into the attention's output at `index` (grid: its own axes)."""
+    """The feature map the output returns to, read back into the attention's output at `index` (grid: its own axes).
+
+    whole: it holds all heads and channels of the output.
+    """
 
     value: Value
     index: Index
     roles: Roles
     depth: int
+    whole: bool
 
 
 def returns_of(facts: Facts, attention: Attention, features: frozenset[int]) -> list[Return]:
@@ -96,6 +102,7 @@ def nearest_return(
     """Of the returns that agree on one order of pixels the one to put the op's result at, and the name of a value
     behind the last of them that is rearranged once more, if there is one. batch: elements that the map enumerates.
     """
+    agreeing = [r for r in agreeing if r.whole] or agreeing
     fitting = [r for r in agreeing if count(r.value.known_shape[0]) == batch] or agreeing
     first = min(r.depth for r in fitting)
     nearest = [r for r in fitting if r.depth == first]
@@ -137,12 +144,34 @@ def read_back(facts: Facts, attention: Attention, features: frozenset[int], valu
             return (
                 None
                 if split is None or not _passes_batch(attention.output_shape, index)
-                else Return(value, index, split, candidate.depth)
+                else Return(value, index, split, candidate.depth, _is_whole(attention, features, index))
             )
         node = candidate.value.producer
         axis = None if node is None else channel_axis_of(node)
         if node is not None and axis is not None and node.op not in REDUCTIONS:
             own_features |= candidate.index[axis].depends_on() - {channel_axis}
+    return None
+
+
+def _is_whole(attention: Attention, features: frozenset[int], index: Index) -> bool:
+    """Whether every position of the output's feature axes is read."""
+    shape = attention.output_shape
+    axes = [a for a in range(len(shape)) if a in features]
+    return len(np.unique(row_major(index, axes, shape))) == math.prod(count(shape[a]) for a in axes)
+
+
+def read_elsewhere(facts: Facts, output: Value, returns: set[Value]) -> Value | None:
+    """An output of the model that reads a value by another way than these; None without one."""
+    pending, seen = [output], {output, *returns}
+    while pending:
+        value = pending.pop()
+        if value in facts.graph.outputs:
+            return value
+        for user in facts.users(value):
+            for made in user.outputs:
+                if made not in seen:
+                    seen.add(made)
+                    pending.append(made)
     return None
 
 

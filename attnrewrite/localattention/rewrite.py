@@ -58,23 +58,53 @@ class SiteRewriter:
 
         spatial: the map's extents where they are not those of the site.
         """
-        hoister, maps, attention = self.hoister, self.maps, self.maps.attention
-        candidate, roles = source.candidate, source.roles
-        map_ = hoister.source_map(source.value, roles, self.batch, spatial or self.spatial)
-        pixels = pixels_read(candidate, roles.tokens)
-        anchor = Anchor(source.value, source.value.known_shape, candidate.index, roles, roles.features, map_, pixels)
+        hoister, stem = self.hoister, f"{self.maps.attention.output.name}_{role}"
+        parts = [(self.maps, operand, source)]
+        if self.maps.groups:
+            parts = [(g, getattr(g.attention, role), g.chosen(role)) for g in self.maps.groups]
         try:
-            found, picked = hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
-            axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
-            result = hoister.features(found, spread(picked, axes).reshape(-1), f"{attention.output.name}_{role}")
+            located = []
+            for maps, own, from_map in parts:
+                if self.maps.groups:
+                    hoister.at_other_tokens()
+                located.append(self._located(maps, own, from_map, channel_axis, channels, spatial or self.spatial))
+            result = self._side_by_side(located, stem)
             padding = None
-            if candidate.fills and role != "query":
+            if any(part[2].candidate.fills for part in parts) and role != "query":
                 padding = hoister.padding_vector(hoister.laid_out(result, channels_first=False))
                 if padding is None:
                     raise NotHoistable(f"what the padding of {operand.value.name} becomes is not known")
         except NOT_ON_MAP as error:
             raise Declined(Decline(str(error), operand.value.name)) from error
         return Emitted(result, padding if padding is not None and padding.any() else None)
+
+    def _located(
+        self,
+        maps: SiteMaps,
+        operand: Operand,
+        source: Source,
+        channel_axis: int,
+        channels: int,
+        spatial: tuple[int, ...],
+    ) -> tuple[FeatureMap, np.ndarray]:
+        """A feature map, and which of its features the operand is (int64 [nH * channels])."""
+        candidate, roles, attention = source.candidate, source.roles, maps.attention
+        map_ = self.hoister.source_map(source.value, roles, self.batch, spatial)
+        pixels = pixels_read(candidate, roles.tokens)
+        anchor = Anchor(source.value, source.value.known_shape, candidate.index, roles, roles.features, map_, pixels)
+        found, picked = self.hoister.hoist(operand.value, operand.index, attention.channel_axis, maps.features, anchor)
+        axes = [(a, count(attention.output_shape[a])) for a in maps.heads] + [(channel_axis, channels)]
+        return found, spread(picked, axes).reshape(-1)
+
+    def _side_by_side(self, parts: Sequence[tuple[FeatureMap, np.ndarray]], stem: str) -> FeatureMap:
+        """Features of several maps as those of one."""
+        hoister, first = self.hoister, parts[0][0]
+        if all(map_ is first for map_, _ in parts):
+            return hoister.features(first, np.concatenate([picked for _, picked in parts]), stem)
+        tensors = [hoister.laid_out(hoister.features(m, p, stem), channels_first=False) for m, p in parts]
+        outside = tensors[0].known_shape[:-1]
+        total = sum(len(picked) for _, picked in parts)
+        return FeatureMap(hoister.emit("Concat", tensors, (*outside, total), stem, axis=len(outside)))
 
     def extra_operand(
         self,

@@ -49,7 +49,8 @@ class Reading:
 class Site:
     """One softmax. Sizes have one entry per spatial axis, in pixels; None where the geometry was not read.
 
-    key_size, key_window_size: map and window of the keys, where they are not those of the queries.
+    key_size, key_window_size: map and window of the keys, where they are not those of the queries. head_shifts: the
+    shift of each group of heads, where they differ (shift_size is that of the first).
     """
 
     id: str
@@ -63,6 +64,7 @@ class Site:
     feature_size: tuple[int, ...] | None = None
     window_size: tuple[int, ...] | None = None
     shift_size: tuple[int, ...] | None = None
+    head_shifts: tuple[tuple[int, ...], ...] | None = None
     key_size: tuple[int, ...] | None = None
     key_window_size: tuple[int, ...] | None = None
     kernel_size: tuple[int, ...] | None = None
@@ -76,11 +78,15 @@ class Site:
 
     def to_json(self) -> dict[str, Any]:
         """The site as the JSON report writes it: `pass` for pass_name, unread fields left out."""
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        fields = {k: _as_list(v) for k, v in asdict(self).items() if v is not None}
         del fields["foreign"], fields["readings"]
         if "pass_name" in fields:
             fields["pass"] = fields.pop("pass_name")
         return fields
+
+
+def _as_list(value: Any) -> Any:
+    return [_as_list(v) for v in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

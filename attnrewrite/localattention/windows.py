@@ -16,7 +16,7 @@ import numpy as np
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Value
 from attnrewrite.indexing.map import IndexingError, dependencies, first_difference, reduced
-from attnrewrite.localattention.geometry import PADDING, WindowGeometry, by
+from attnrewrite.localattention.geometry import PADDING, Sizes, WindowGeometry, by
 from attnrewrite.localattention.grid import count, flat_pixels, grouped
 from attnrewrite.localattention.logits import has_fully_masked_row
 from attnrewrite.localattention.maps import SiteMaps, Source, global_attention, made_inside, reads_alike, settled
@@ -35,7 +35,8 @@ class WindowMatch:
     or None; mask_value: the penalty where the mask is Swin's shift mask; relative_position: the query's
     own terms; computed: terms made from data. All in the geometry's own window and token order. shared: where one set
     of queries serves all windows, the map of as many tokens that it comes from. order: how the grid's windows and
-    tokens become the op's. With `maps.extra`, bias and mask have its keys behind the M of the window.
+    tokens become the op's. With `maps.extra`, bias and mask have its keys behind the M of the window. head_shifts: the
+    op's attribute; the geometry is then that of the first heads.
     """
 
     maps: SiteMaps
@@ -49,6 +50,12 @@ class WindowMatch:
     relative_position: RelativePosition | None = None
     computed: tuple[PlacedTerm, ...] = ()
     shared: Source | None = None
+    head_shifts: tuple[Sizes, ...] = ()
+
+    @property
+    def merged(self) -> WindowGeometry:
+        """The geometry with the fewest axes; shifts that differ from head to head keep theirs."""
+        return self.geometry if self.head_shifts else self.geometry.merged()
 
 
 def match_windows(facts: Facts, maps: SiteMaps) -> WindowMatch | Decline:
@@ -268,7 +275,7 @@ def seen_on_map(match: WindowMatch) -> Seen:
     A grid is windows with pixels between; a stripe one that spans a whole axis of the map and is no square; a halo has
     keys around its window, which neighbouring windows read too.
     """
-    geometry = match.geometry.merged()
+    geometry = match.merged
     keys = geometry.keys
     plain = (geometry.feature_size, geometry.window_size, (1,) * len(geometry.window_size))
     if keys is not None:

@@ -79,10 +79,12 @@ class Report:
 
 
 def _site(row: dict[str, Any]) -> Site:
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in row.items() if key != "pass"
-    }
+    values: dict[str, Any] = {key: _as_tuple(value) for key, value in row.items() if key != "pass"}
     return Site(**values, pass_name=row.get("pass"))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
 
 
 def times(sizes: tuple[int, ...] | None) -> str:
@@ -91,7 +93,12 @@ def times(sizes: tuple[int, ...] | None) -> str:
 
 
 def is_shifted(site: Site) -> bool:
-    return bool(site.shift_size and any(site.shift_size))
+    return any(any(shift) for shift in shifts_of(site))
+
+
+def shifts_of(site: Site) -> tuple[tuple[int, ...], ...]:
+    """The shifts of its windows: one, or one for each group of heads."""
+    return site.head_shifts or (() if site.shift_size is None else (site.shift_size,))
 
 
 def _counted(number: int, singular: str, plural: str | None = None) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrewrite.localattention.site import Reparam, Site
-from attnrewrite.report.document import Report, facts, headline, scientific, times
+from attnrewrite.report.document import Report, facts, headline, is_shifted, scientific, shifts_of, times
 from attnrewrite.report.drawing import draw
 from attnrewrite.report.drawing import sentence as drawn_sentence
 
@@ -42,6 +42,8 @@ def render_site(site: Site) -> Group:
     rows += [
         (name.replace("_", " "), Text(times(getattr(site, name)))) for name in sizes if getattr(site, name) is not None
     ]
+    if site.head_shifts is not None:
+        rows.append(("head shifts", Text(", ".join(map(times, site.head_shifts)))))
     plain = ("border", "num_heads", "head_dim", "bias", "mask")
     rows += [
         (name.replace("_", " "), Text(str(getattr(site, name)))) for name in plain if getattr(site, name) is not None
@@ -97,7 +99,7 @@ def site_cells(site: Site) -> tuple[str, ...]:
     if site.dilation is not None and any(d != 1 for d in site.dilation):
         reach += f" dilated {times(site.dilation)}"
     heads = "" if site.num_heads is None else f"{site.num_heads} x {'?' if site.head_dim is None else site.head_dim}"
-    shift = times(site.shift_size) if site.shift_size and any(site.shift_size) else ""
+    shift = ", ".join(map(times, shifts_of(site))) if is_shifted(site) else ""
     return (site.kind, times(site.feature_size), reach, shift, heads, site.bias or "", site.mask or "")
 
 

@@ -44,9 +44,7 @@ FAMILIES = (
 ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.ARCHITECTURES}
 
 # Rows whose verdict is not reached yet: what is missing.
-PENDING: dict[str, str] = {
-    "styleswin_in_one_softmax": "a shift per group of heads",
-}
+PENDING: dict[str, str] = {}
 
 
 def cases() -> list[object]:

@@ -168,6 +168,12 @@ def keyed(spec: Spec, **keys: object) -> Spec:
     return replace(spec, geometry=replace(geometry, keys=replace(own, **keys)))  # type: ignore[arg-type]
 
 
+def by_head(spec: Spec, *shifts: tuple[int, ...]) -> Spec:
+    """Windows whose groups of heads have these shifts."""
+    assert isinstance(spec, FlashWindowAttention)
+    return replace(spec, geometry=replace(spec.geometry, shift_size=shifts[0]), head_shifts=shifts)
+
+
 SHIFTED = windows((8, 12), (4, 4), (2, 2))
 PLAIN = windows((8, 12), (4, 4))
 HALVED = {"feature_size": (4, 6), "window_size": (2, 2), "stride": (2, 2)}
@@ -206,6 +212,14 @@ CASES: dict[str, Case] = {
     "map-smaller-than-its-window": Case(windows((3, 5), (4, 4)), PADS),
     "unscaled": Case(replace(SHIFTED, scale=1.0)),  # type: ignore[type-var]
     "softmax-in-double": Case(replace(masked(SHIFTED, -100.0), softmax_dtype=TensorProto.DOUBLE), ("bias",)),  # type: ignore[type-var]
+    "shift-per-head": Case(by_head(PLAIN, (0, 0), (2, 1), (2, 1))),
+    "shift-per-head-with-mask": Case(masked(by_head(PLAIN, (1, 3), (0, 0), (2, 2)), -100.0), ("bias",)),
+    "shift-per-head-with-tensors": Case(by_head(PLAIN, (0, 0), (0, 0), (2, 2)), ("bias", "bias per window", "mask")),
+    "shift-per-head-all-alike": Case(masked(by_head(PLAIN, (2, 2), (2, 2), (2, 2)), -100.0)),
+    "shift-per-head-padded": Case(masked(by_head(windows((7, 10), (4, 4)), (0, 0), (2, 2), (2, 0)), -5.0), PADS),
+    "shift-per-head-of-padded": Case(by_head(windows((7, 10), (4, 4), padded=True), (2, 2), (0, 0), (2, 1)), PADS),
+    "shift-per-head-of-a-halo": Case(by_head(keyed(PLAIN, halo=(2, 1)), (2, 2), (0, 0), (0, 1)), PADS),
+    "shift-per-head-relative": Case(by_head(PLAIN, (0, 0), (2, 2), (2, 2)), ("table per head", *RELATIVE, *EXTRA)),
     "halo": Case(keyed(PLAIN, halo=(2, 1)), ("bias",)),
     "halo-with-vectors": Case(keyed(PLAIN, halo=(2, 2)), ("bias", *PADS)),
     "halo-with-mask": Case(keyed(PLAIN, halo=(2, 2)), ("mask",)),
@@ -317,6 +331,7 @@ SOME = (
     "shift-then-pad-with-vectors",
     "mask-and-bias-per-window",
     "extra-queries-of-all-windows",
+    "shift-per-head-padded",
     "k5-dilated",
     "learned-shared-by-heads",
     "inward",

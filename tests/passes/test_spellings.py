@@ -141,7 +141,7 @@ REASONS = {
     "window-query-tokens-rotated": AGAIN,
     "window-keys-of-the-next-window": "windows reach from one batch element into another",
     "window-one-window-reordered": "the windows of one batch element are not those of another",
-    "window-heads-mixed-with-tokens": "no map holds both the queries (from 1 x 12 tokens) and the keys (from 12 x 16",
+    "window-heads-mixed-with-tokens": "head 1 reads other pixels than head 0",
     "window-softmax-over-queries": "the softmax does not run over the keys that are summed",
     "window-softmax-over-heads": "the softmax does not run over the keys that are summed",
     "window-softmax-over-two-axes": "the softmax does not run over the keys that are summed",

@@ -18,7 +18,8 @@ def covers(spec: Spec, present: Mapping[str, int | None]) -> bool:
     """
     match spec:
         case FlashWindowAttention():
-            return spec.geometry.keys is None and not spec.shared_query and _WINDOW_OPERANDS.issuperset(present)
+            plain = spec.geometry.keys is None and not spec.shared_query and not spec.head_shifts
+            return plain and _WINDOW_OPERANDS.issuperset(present)
         case SlideAttention():
             plain = spec.geometry.is_plain and spec.border == "zero"
             return plain and present.get("bias") in (None, 2) and _SLIDE_OPERANDS.issuperset(present)

@@ -36,11 +36,12 @@ def window_outputs(
 ) -> tuple[np.ndarray, ...]:
     """The outputs of the op: the map, and what extra queries attend, [B, nW, T, nH*dv], where there are such."""
     geometry, heads = spec.geometry, spec.num_heads
-    pixels, key_pixels = geometry.pixels(), geometry.key_pixels()  # [nW, N], [nW, M]
-    tokens_of_query = np.broadcast_to(np.arange(pixels.shape[1]), pixels.shape) if spec.shared_query else pixels
-    query = _windows(operands["query"], tokens_of_query, heads, None, dtype)
-    key = _windows(operands["key"], key_pixels, heads, operands.get("key_padding"), dtype)
-    value = _windows(operands["value"], key_pixels, heads, operands.get("value_padding"), dtype)
+    shifted = [own for count, own in spec.runs_of_heads() for _ in range(count)]  # the windows of every head
+    pixels, key_pixels = ([getattr(own, which)() for own in shifted] for which in ("pixels", "key_pixels"))
+    tokens_of_query = [np.broadcast_to(np.arange(p.shape[1]), p.shape) if spec.shared_query else p for p in pixels]
+    query = _windows(operands["query"], tokens_of_query, None, dtype)
+    key = _windows(operands["key"], key_pixels, operands.get("key_padding"), dtype)
+    value = _windows(operands["value"], key_pixels, operands.get("value_padding"), dtype)
 
     asked, own = query, key.shape[2]
     query, key, value = (
@@ -62,17 +63,18 @@ def window_outputs(
             "bwnhi,hnmi->bwhnm", asked, table.repeat(heads // len(table), 0)
         )
     if spec.mask_value is not None:
-        penalty = np.where(geometry.crosses_regions(), spec.mask_value, 0.0).astype(dtype)
-        logits[..., :rows, :own] += penalty[:, None]
+        crosses = np.stack([own_windows.crosses_regions() for own_windows in shifted], axis=1)
+        logits[..., :rows, :own] += np.where(crosses, spec.mask_value, 0.0).astype(dtype)
     tokens = np.einsum("bwhnm,bwmhi->bwnhi", softmax(logits, axis=-1), value)
 
     batch, *_, channels = operands["value"].shape
-    out = np.zeros((batch, int(np.prod(geometry.feature_size)), channels), dtype)
-    inside = pixels != PADDING
-    out[:, pixels[inside]] = tokens[:, :, :rows][:, inside].reshape(batch, -1, channels)
+    out = np.zeros((batch, int(np.prod(geometry.feature_size)), heads, channels // heads), dtype)
+    for head, own_pixels in enumerate(pixels):
+        inside = own_pixels != PADDING
+        out[:, own_pixels[inside], head] = tokens[:, :, :rows][:, inside, head]
     outputs = [out.reshape(batch, *geometry.feature_size, channels)]
     if "extra_query" in operands:
-        outputs.append(tokens[:, :, rows:].reshape(batch, len(pixels), -1, channels))
+        outputs.append(tokens[:, :, rows:].reshape(batch, geometry.num_windows, -1, channels))
     return tuple(o.astype(operands["query"].dtype) for o in outputs)
 
 
@@ -131,14 +133,20 @@ def _predicted(spec: SlideAttention, operands: Operands, dtype: DTypeLike) -> np
 
 
 def _windows(
-    feature_map: np.ndarray, pixels: np.ndarray, heads: int, padding: np.ndarray | None, dtype: DTypeLike
+    feature_map: np.ndarray, pixels: list[np.ndarray], padding: np.ndarray | None, dtype: DTypeLike
 ) -> np.ndarray:
-    """[B, *S, nH*d] -> [B, nW, N, nH, d]; a token outside the map is `padding` [nH*d], or zero."""
+    """[B, *S, nH*d] -> [B, nW, N, nH, d], read at the pixels [nW, N] of each head; a token outside the map is `padding`
+    [nH*d], or zero.
+    """
     batch, *_, channels = feature_map.shape
-    flat = feature_map.reshape(batch, -1, channels).astype(dtype)
-    outside = np.zeros(channels, dtype) if padding is None else padding.astype(dtype)
-    tokens = np.where((pixels == PADDING)[None, :, :, None], outside, flat[:, pixels])
-    return tokens.reshape(batch, *pixels.shape, heads, channels // heads)
+    heads = len(pixels)
+    flat = feature_map.reshape(batch, -1, heads, channels // heads).astype(dtype)
+    outside = (np.zeros(channels, dtype) if padding is None else padding.astype(dtype)).reshape(heads, -1)
+    tokens = [
+        np.where((own == PADDING)[None, :, :, None], outside[head], flat[:, own, head])
+        for head, own in enumerate(pixels)
+    ]
+    return np.stack(tokens, axis=3)
 
 
 def _with_extra(windows: np.ndarray, extra: np.ndarray | None) -> np.ndarray:
