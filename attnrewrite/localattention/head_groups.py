@@ -21,8 +21,9 @@ from attnrewrite.localattention.maps import agreeing_returns
 from attnrewrite.localattention.returns import Return, spelled_out
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline
-from attnrewrite.localattention.tokens import candidates, feature_axes
+from attnrewrite.localattention.tokens import candidates, channel_axis_of, feature_axes
 from attnrewrite.localattention.windows import WindowMatch, match_windows
+from attnrewrite.ops import REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def match_head_groups(facts: Facts, attention: Attention) -> WindowMatch | Decli
     runs = _read_apart(facts, attention) or _joined_heads(facts, attention)
     if runs is None:
         return None
+    several = _made_of_several(facts, attention, runs.axis)
+    if several is not None:
+        return several
     found = _match_runs(facts, attention, runs)
     if not isinstance(found, Decline):
         return found
@@ -110,6 +114,30 @@ def _read_apart(facts: Facts, attention: Attention) -> _Runs | None:
     first = min(starts)
     apart = Decline(f"head {first} reads other pixels than head {first - 1}", seen.name)
     return _Runs(axis, count(attention.output_shape[axis]), (0, *sorted(starts)), apart)
+
+
+def _made_of_several(facts: Facts, attention: Attention, heads: int) -> Decline | None:
+    """The decline of keys, values or queries whose channels are those of several pixels (pixels folded into channels);
+    None where every one is of one pixel. heads: the grid axis that numbers heads.
+    """
+    for name, operand, channel in (
+        ("key", attention.key, attention.channel_axis),
+        ("value", attention.value, attention.value_axis),
+        ("query", attention.query, attention.channel_axis),
+    ):
+        for candidate in candidates(operand.value, operand.index, attention.channel_axis, facts.positions):
+            node = candidate.value.producer
+            mixed = None if node is None or node.op in REDUCTIONS else channel_axis_of(node)
+            if mixed is None:
+                continue
+            tokens = [a for a in range(len(candidate.index)) if a != mixed]
+            read = row_major(candidate.index, tokens, candidate.value.known_shape)
+            if read.shape[channel] > 1:
+                of_one = read[tuple(slice(None) if a in (heads, channel) else 0 for a in range(read.ndim))]
+                reason = f"the channels of one {name} are those of {len(np.unique(of_one))} pixels"
+                return Decline(f"{reason}, so the {name}s are no pixels of a map", candidate.value.name)
+            break  # behind the first operator that mixes channels
+    return None
 
 
 def _joined_heads(facts: Facts, attention: Attention) -> _Runs | None:

@@ -75,8 +75,8 @@ def _prove(site: SiteMaps | Aggregation, node: Node, opset: int) -> None:
 def _sites(graph: Graph) -> list[tuple[Node, SiteMaps | Aggregation]]:
     """The local attention sites of a graph, in order, with what they are proved against."""
     passes = {p.name: p for p in select().passes}
-    prepare = ["fold-reparam-branches", "move-pools", "part-joined-tokens", "move-partitions", "move-merges"]
-    select(prepare).run(graph)
+    prepare = ["fold-reparam-branches", "move-folds", "move-pools", "part-joined-tokens"]
+    select([*prepare, "move-partitions", "move-merges"]).run(graph)
     facts = Facts(graph)
     found: list[tuple[Node, SiteMaps | Aggregation]] = []
     for node in graph.nodes:

@@ -111,7 +111,7 @@ ARCHITECTURES = (
         "look-alike: mobilevitv2",
         mobilevitv2,
         (1, 3, 64, 96),
-        (left("other", 9, reason="the logits are a linear projection (Conv), not a product of queries and keys"),),
+        (left("other", 9, reason=r"the logits are a linear projection \(Conv\), not a product of queries and keys"),),
     ),
     Architecture("look-alike: fastvit", fastvit, (1, 3, 64, 96), (everywhere(6, 6),), folds=7),
     Architecture("look-alike: repvit", repvit, (1, 3, 64, 96), folds=3),

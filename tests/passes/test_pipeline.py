@@ -24,6 +24,7 @@ from tests.running import error, run
 
 NAMES = [
     "fold-reparam-branches",
+    "move-folds",
     "move-pools",
     "part-joined-tokens",
     "move-partitions",

@@ -164,7 +164,7 @@ REASONS = {
     "neighborhood-one-tap-off": "keys: the keys are no rectangle of pixels around the query: query pixel (3, 5) reads "
     "(2, 4), (2, 5), (2, 6), (3, 4), (3, 5), (3, 6), (4, 4), (4, 5), (4, 5)",
     "neighborhood-a-tap-twice": "keys: the keys are no rectangle of pixels around the query: query pixel (3, 5) reads",
-    "neighborhood-channels-exchanged": "head 1 reads other pixels than head 0",
+    "neighborhood-channels-exchanged": "the channels of one key are those of 4 pixels, so the keys are no pixels",
     "neighborhood-values-dilated": "query pixel 0 takes key 5 from pixel 1 and its value from pixel 2",
     "neighborhood-value-taps-transposed": "query pixel 0 takes key 5 from pixel 1 and its value from pixel 11",
     "neighborhood-value-border-replicated": "query pixel 0 takes key 0 from outside and its value from pixel 0",

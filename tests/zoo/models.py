@@ -10,7 +10,5 @@ MODELS: dict[str, Model] = {model.name: model for family in FAMILIES for model i
 assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES)
 
 # Models whose verdicts are not reached yet: what is missing.
-PENDING: dict[str, str] = {
-    "sp_srformer": "keys of several pixels' channels each",
-}
+PENDING: dict[str, str] = {}
 assert PENDING.keys() <= MODELS.keys()
