@@ -125,7 +125,7 @@ def _cuts(
             [width // len(node.output)] * len(node.output) if sizes is None else numpy_helper.to_array(sizes).tolist()
         )
         edges = np.cumsum([0, *widths]).tolist()
-        return [_Part(a, b, o, node) for a, b, o in zip(edges, edges[1:], node.output, strict=True) if o]
+        return [_Part(a, b, o, node) for (a, b), o in zip(itertools.pairwise(edges), node.output, strict=True) if o]
     return None
 
 

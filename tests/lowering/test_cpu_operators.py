@@ -176,6 +176,24 @@ def test_cut_linear_layer_is_split():
     check(proto, x)
 
 
+def test_linear_layer_behind_a_split_becomes_a_product_per_part():
+    from onnx import helper
+
+    split_node = helper.make_node("Split", ["a", "sizes"], ["q", "k", "v"], axis=-1)
+    nodes = [node("MatMul", "x w", "a"), split_node, node("Mul", "q k", "qk"), node("Concat", "qk v", "y", axis=-1)]
+    proto = model(nodes, {"x": [1, 10, 24]}, {"sizes": np.array([24, 24, 16]), "w": normal(24, 64)})
+    proto.graph.value_info.append(_info("a", [1, 10, 64]))
+    from attnrewrite.lowering.split_linear import split_linear
+
+    split = type(proto)()
+    split.CopyFrom(proto)
+    split_linear(split)
+    assert [n.op_type for n in split.graph.node] == ["MatMul"] * 3 + ["Mul", "Concat"]
+    x = normal(1, 10, 24)
+    assert relative_error(reference(split, x), reference(proto, x)) <= 1e-6
+    check(proto, x)
+
+
 def test_linear_layer_read_whole_stays_whole():
     nodes = [
         node("MatMul", "x w", "m"),
