@@ -35,12 +35,13 @@ from attnrewrite.localattention.extra_tokens import ends_where_joined, match_wit
 from attnrewrite.localattention.geometry import WindowGeometry, by
 from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.head_groups import match_head_groups
-from attnrewrite.localattention.maps import SiteMaps, model_batch, read_padded_maps
+from attnrewrite.localattention.maps import SiteMaps, read_padded_maps
 from attnrewrite.localattention.masked_windows import match_masked_windows
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.shared_query import queries_asked_again, queries_made_inside, read_window_maps
 from attnrewrite.localattention.site import BiasKind, Decline, MaskKind, Site
+from attnrewrite.localattention.sources import model_batch
 from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.localattention.terms import relative_table
 from attnrewrite.localattention.token_rows import in_rows

@@ -24,7 +24,7 @@ from attnrewrite.graph import Graph, Node, Value
 from attnrewrite.localattention.blocks import is_per_token, ways
 from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.joined_tokens import JoinedRows, connected, find_joined_rows, keep_apart
-from attnrewrite.localattention.maps import model_batch
+from attnrewrite.localattention.sources import model_batch
 from attnrewrite.passes.fuse_window_attention import fuse_window_attention
 from attnrewrite.passes.move_merges import move_merges
 from attnrewrite.passes.move_partitions import move_partitions

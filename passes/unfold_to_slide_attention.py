@@ -31,10 +31,10 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import by
 from attnrewrite.localattention.grid import count
-from attnrewrite.localattention.maps import Source
 from attnrewrite.localattention.neighborhoods import NeighborhoodMatch, match_neighborhood
 from attnrewrite.localattention.rewrite import SiteRewriter, declined_site, softmax_type
 from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.localattention.sources import Source
 from attnrewrite.localattention.symbolic import or_symbolic
 from attnrewrite.pipeline import Pass
 

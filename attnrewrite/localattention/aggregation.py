@@ -27,9 +27,9 @@ from attnrewrite.localattention.contraction import Operand, is_contraction, is_w
 from attnrewrite.localattention.gathered_sums import is_gathered_sum, read_chain, read_gathered_sums
 from attnrewrite.localattention.geometry import NeighborhoodGeometry, Sizes, by
 from attnrewrite.localattention.grid import count, flat_pixels
-from attnrewrite.localattention.maps import Source, as_source
 from attnrewrite.localattention.neighborhood_fit import fit_neighborhood
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source, as_source
 from attnrewrite.localattention.tokens import (
     Candidate,
     candidates,

@@ -18,8 +18,8 @@ from attnrewrite.indexing.sums import summands
 from attnrewrite.localattention.attention import WeightedSum
 from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry, by, product_of_axes
 from attnrewrite.localattention.grid import count, flat_pixels, spread
-from attnrewrite.localattention.maps import Source
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source
 from attnrewrite.localattention.tokens import Roles
 
 Rows = Literal["none", "overlap", "upsampling"]

@@ -18,9 +18,9 @@ from attnrewrite.localattention.feature_map import FeatureMap
 from attnrewrite.localattention.geometry import Sizes
 from attnrewrite.localattention.grid import count, pixels_read, spread
 from attnrewrite.localattention.hoist import NOT_ON_MAP, Anchor, Hoister, NotHoistable
-from attnrewrite.localattention.maps import Source
 from attnrewrite.localattention.proof import NotProved
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source
 from attnrewrite.pipeline import Declined
 
 

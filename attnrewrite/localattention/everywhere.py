@@ -15,8 +15,9 @@ from attnrewrite.indexing.rules import broadcast_index
 from attnrewrite.localattention.attention import NOT_OVER_KEYS
 from attnrewrite.localattention.contraction import Operand, is_contraction, operands
 from attnrewrite.localattention.grid import count
-from attnrewrite.localattention.maps import Source, global_attention, reads_alike, sources_of
+from attnrewrite.localattention.maps import global_attention
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source, reads_alike, sources_of
 from attnrewrite.localattention.tokens import candidates, feature_axes
 from attnrewrite.ops import POINTWISE
 

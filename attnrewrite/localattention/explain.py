@@ -16,11 +16,12 @@ from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.geometry import PADDING, Sizes
 from attnrewrite.localattention.grid import flat_pixels
-from attnrewrite.localattention.maps import SiteMaps, Source
+from attnrewrite.localattention.maps import SiteMaps
 from attnrewrite.localattention.proof import pixel_table
 from attnrewrite.localattention.reads import Table
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline, Reading, Site
+from attnrewrite.localattention.sources import Source
 
 
 def readings(facts: Facts, softmax: Node, site: Site) -> tuple[Reading, ...]:

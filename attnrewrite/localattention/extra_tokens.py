@@ -18,9 +18,10 @@ from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.attention import Attention, restricted
 from attnrewrite.localattention.extra_queries import read_extra_queries
 from attnrewrite.localattention.extra_sources import Joined, beside_the_map, extra_source, joined
-from attnrewrite.localattention.maps import ExtraTokens, SiteMaps, Source, read_maps
+from attnrewrite.localattention.maps import ExtraTokens, SiteMaps, read_maps
 from attnrewrite.localattention.returns import read_elsewhere
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source
 from attnrewrite.localattention.terms import Order, PlacedTerm, computed_terms
 from attnrewrite.localattention.windows import WindowMatch, constant_terms, match_windows
 

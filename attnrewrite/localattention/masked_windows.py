@@ -12,8 +12,9 @@ import numpy as np
 
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.geometry import PADDING, WindowGeometry
-from attnrewrite.localattention.maps import SiteMaps, Source, settled
+from attnrewrite.localattention.maps import SiteMaps, settled
 from attnrewrite.localattention.rows import Exclusion, QueryRows, exclusion, query_rows, terms_at
+from attnrewrite.localattention.sources import Source
 from attnrewrite.localattention.terms import Order
 from attnrewrite.localattention.window_fit import fit_window_sets
 from attnrewrite.localattention.windows import WindowMatch

@@ -14,9 +14,10 @@ from attnrewrite.indexing.rules import RULES
 from attnrewrite.localattention.attention import read_attention
 from attnrewrite.localattention.blocks import REGROUPING, Block, TokenMap, block_behind, is_per_token, token_order
 from attnrewrite.localattention.contraction import is_contraction
-from attnrewrite.localattention.maps import Source, pixels_asked, read_ways, tokens_of
+from attnrewrite.localattention.maps import pixels_asked, read_ways
 from attnrewrite.localattention.returns import read_back
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source, tokens_of
 from attnrewrite.ops import POINTWISE
 
 

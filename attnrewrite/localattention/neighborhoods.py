@@ -16,11 +16,12 @@ from attnrewrite.indexing.map import IndexingError, first_difference
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry, by
 from attnrewrite.localattention.grid import flat_pixels
-from attnrewrite.localattention.maps import SiteMaps, Source, read_maps, settled
+from attnrewrite.localattention.maps import SiteMaps, read_maps, settled
 from attnrewrite.localattention.neighborhood_fit import NO_RECTANGLE, Fit, fit_neighborhood
 from attnrewrite.localattention.rows import DROPPED, Exclusion, QueryRows, exclusion, query_rows, terms_at
 from attnrewrite.localattention.shifts import Shifted, peel_shifts, per_slot
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source
 
 # Slots are written out one by one: beyond this many keys the op would be longer than what it replaces.
 MOST_KEYS = 1024

@@ -22,7 +22,7 @@ from attnrewrite.indexing.provenance import Provenance, provenances
 from attnrewrite.localattention.blocks import feature_axis_behind
 from attnrewrite.localattention.geometry import PADDING, Sizes
 from attnrewrite.localattention.grid import count, flat_pixels
-from attnrewrite.localattention.maps import Source, sources_of
+from attnrewrite.localattention.sources import Source, sources_of
 from attnrewrite.localattention.tokens import candidates, feature_axes
 
 # Reductions whose result over a product of axes is that over one axis after the other.

@@ -27,11 +27,12 @@ from attnrewrite.localattention.extra_queries import rows_by_place, tokens_askin
 from attnrewrite.localattention.extra_sources import beside_the_map
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.grid import count, flat_pixels, grouped, spread
-from attnrewrite.localattention.maps import ExtraQueries, ExtraSource, ExtraTokens, SiteMaps, Source
+from attnrewrite.localattention.maps import ExtraQueries, ExtraSource, ExtraTokens, SiteMaps
 from attnrewrite.localattention.reads import Reads, Table
 from attnrewrite.localattention.returns import returns_of
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source
 from attnrewrite.localattention.terms import grid_table
 from attnrewrite.localattention.tokens import Roles, candidates, roles
 

@@ -20,10 +20,11 @@ from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.feature_map import FeatureMap
 from attnrewrite.localattention.grid import count, grouped, pixels_read, row_major, spread
 from attnrewrite.localattention.hoist import NOT_ON_MAP, Anchor, Hoister, NotHoistable
-from attnrewrite.localattention.maps import ExtraSource, SiteMaps, Source
+from attnrewrite.localattention.maps import ExtraSource, SiteMaps
 from attnrewrite.localattention.proof import NotProved, prove
 from attnrewrite.localattention.returns import Return
 from attnrewrite.localattention.site import Decline, Site
+from attnrewrite.localattention.sources import Source
 from attnrewrite.localattention.terms import PlacedTerm
 from attnrewrite.localattention.tokens import Roles
 from attnrewrite.pipeline import Declined

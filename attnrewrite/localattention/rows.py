@@ -15,7 +15,8 @@ import numpy as np
 from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.grid import count, flat_pixels
-from attnrewrite.localattention.maps import SiteMaps, Source
+from attnrewrite.localattention.maps import SiteMaps
+from attnrewrite.localattention.sources import Source
 
 # A slot that holds no key: one that a mask excludes.
 DROPPED = -2

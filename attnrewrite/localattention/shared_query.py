@@ -16,20 +16,10 @@ from attnrewrite.indexing.map import Coordinate, IndexingError, dependencies
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.grid import count, flat_pixels, pixels_read
-from attnrewrite.localattention.maps import (
-    SiteMaps,
-    Source,
-    Ways,
-    as_source,
-    made_inside,
-    meet,
-    model_batch,
-    read_ways,
-    reads_alike,
-    tokens_of,
-)
+from attnrewrite.localattention.maps import SiteMaps, Ways, made_inside, meet, read_ways
 from attnrewrite.localattention.returns import Return, nearest_return, returns_of
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source, as_source, model_batch, reads_alike, tokens_of
 from attnrewrite.localattention.tokens import Candidate, Roles
 
 

@@ -22,11 +22,11 @@ from attnrewrite.localattention.attention import Attention, read_attention
 from attnrewrite.localattention.contraction import Operand
 from attnrewrite.localattention.grid import count, flat_pixels, pixels_read, row_major, spread
 from attnrewrite.localattention.hoist import Anchor, Hoister
-from attnrewrite.localattention.maps import Source, model_batch, sources_of
 from attnrewrite.localattention.pool_on_map import Layout, Mover
 from attnrewrite.localattention.pools import Cells, cells_of
 from attnrewrite.localattention.returns import spelled_out
 from attnrewrite.localattention.site import Decline
+from attnrewrite.localattention.sources import Source, model_batch, sources_of
 from attnrewrite.localattention.tokens import Candidate, candidates, channel_axis_of, feature_axes, roles
 from attnrewrite.ops import REDUCTIONS
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from attnrewrite.dims import Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value, ancestors
-from attnrewrite.localattention.maps import SiteMaps, Source, model_batch, rows_per_element
+from attnrewrite.localattention.maps import SiteMaps, rows_per_element
+from attnrewrite.localattention.sources import Source, model_batch
 
 
 def in_rows(facts: Facts, maps: SiteMaps) -> SiteMaps | None:

@@ -19,8 +19,9 @@ from attnrewrite.indexing.map import IndexingError, dependencies, first_differen
 from attnrewrite.localattention.geometry import PADDING, Sizes, WindowGeometry, by
 from attnrewrite.localattention.grid import count, flat_pixels, grouped
 from attnrewrite.localattention.logits import has_fully_masked_row
-from attnrewrite.localattention.maps import SiteMaps, Source, global_attention, made_inside, reads_alike, settled
+from attnrewrite.localattention.maps import SiteMaps, global_attention, made_inside, settled
 from attnrewrite.localattention.site import Decline, Kind
+from attnrewrite.localattention.sources import Source, reads_alike
 from attnrewrite.localattention.terms import Order, PlacedTerm, RelativePosition, computed_terms, relative_position
 from attnrewrite.localattention.tokens import channel_axis_of
 from attnrewrite.localattention.window_fit import fit_keys, fit_windows
