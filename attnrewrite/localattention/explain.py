@@ -1,4 +1,5 @@
-"""What the queries of a site read, for people: a few queries with the pixels of their keys, taken from the maps alone.
+"""What the queries of a site read, for people: a few queries with the pixels of their keys, taken from the maps and a
+constant mask.
 
 No geometry is asked for, so this works for every attention whose maps can be read, rewritten or left.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from attnrewrite.localattention.grid import flat_pixels
 from attnrewrite.localattention.maps import SiteMaps
 from attnrewrite.localattention.proof import pixel_table
 from attnrewrite.localattention.reads import Table
+from attnrewrite.localattention.rows import exclusion, query_rows
 from attnrewrite.localattention.shared_query import read_window_maps
 from attnrewrite.localattention.site import Decline, Reading, Site
 from attnrewrite.localattention.sources import Source
@@ -50,10 +53,14 @@ def _readings(maps: SiteMaps, key: Source, feature_size: Sizes | None) -> Iterat
     query_size = _size_of(maps.query, [feature_size or (), *(q.spatial for q in maps.queries)])
     key_size = _size_of(key, [query_size])
     keys = pixel_table(maps, key, order)
+    rows = query_rows(maps)
+    masked = None if rows is None else exclusion(rows)
+    excluded = None if masked is None else masked.excluded
 
     def reading(row: int, note: str, table: Table = keys, source: Source = key) -> Reading:
         size = key_size if source is key else _size_of(source, [key_size])
-        return _reading(table, pixels, row, query_size, size, "keys" if table is keys else "values", note)
+        what: Literal["keys", "values"] = "keys" if table is keys else "values"
+        return _reading(table, excluded, pixels, row, query_size, size, what, note)
 
     centre = int(np.ravel_multi_index(tuple(e // 2 for e in query_size), query_size))
     middle = int(np.searchsorted(pixels, centre).clip(max=len(pixels) - 1))
@@ -123,16 +130,28 @@ def _extents(reading: Reading) -> tuple[tuple[int, ...], int]:
 
 
 def _reading(
-    table: Table, pixels: np.ndarray, row: int, query_size: Sizes, size: Sizes, what: str, note: str
+    table: Table,
+    excluded: np.ndarray | None,
+    pixels: np.ndarray,
+    row: int,
+    query_size: Sizes,
+    size: Sizes,
+    what: Literal["keys", "values"],
+    note: str,
 ) -> Reading:
+    """excluded: bool [rows or 1, keys], what a constant mask keeps from being read."""
     slots = table.values[table.row_of[row]]
-    together = pixels[(table.values[table.row_of] == slots).all(axis=1)] if len(table.values) > 1 else pixels
+    alike = (table.values[table.row_of] == slots).all(axis=1) if len(table.values) > 1 else np.ones(len(pixels), bool)
+    if excluded is not None:
+        own = excluded[row % len(excluded)]
+        slots = np.broadcast_to(slots, own.shape)[~own]
+        alike &= (excluded[: len(pixels)] == own).all(axis=1)
     read = np.unique(slots[(slots != PADDING) & (slots < math.prod(size))])
     return Reading(
-        "keys" if what == "keys" else "values",
+        what,
         _positions(pixels[row : row + 1], query_size)[0],
         query_size,
-        _positions(np.unique(together), query_size),
+        _positions(np.unique(pixels[alike]), query_size),
         _positions(read, size),
         size,
         int((slots == PADDING).sum()),

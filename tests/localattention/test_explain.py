@@ -9,7 +9,7 @@ import pytest
 import attnrewrite
 from attnrewrite.localattention.geometry import PADDING, NeighborhoodGeometry, WindowGeometry
 from attnrewrite.localattention.site import Reading
-from tests.models.onnx_near_misses import NEAR_MISSES
+from tests.models.onnx_near_misses import DENSE, NEAR_MISSES
 from tests.models.onnx_spellings import SPELLINGS
 
 
@@ -51,6 +51,17 @@ def test_a_query_is_shown_with_its_neighbourhood() -> None:
         assert set(shown.reads) == points(row, site.feature_size)
         assert shown.together == (shown.query,)
         assert shown.padding == int((row == PADDING).sum())
+
+
+def test_keys_that_a_mask_excludes_are_not_read() -> None:
+    """All tokens attend all, and a constant mask leaves a neighbourhood: that is shown."""
+    (site,) = attnrewrite.explain(DENSE.model())
+    assert site.feature_size is not None and site.kernel_size is not None and site.dilation is not None
+    table = NeighborhoodGeometry(site.feature_size, site.kernel_size, site.dilation, "exclude").pixels()
+    for shown in site.readings:
+        row = table[np.ravel_multi_index(shown.query, site.feature_size)]
+        assert set(shown.reads) == points(row, site.feature_size)
+        assert shown.together == (shown.query,)
 
 
 def test_the_values_that_come_from_elsewhere_are_shown() -> None:
