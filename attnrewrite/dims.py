@@ -14,6 +14,10 @@ class NonAffine(ArithmeticError):
     """The result is not an affine expression of the symbols."""
 
 
+class SymbolicExtent(ValueError):
+    """A plain number is asked for where the model has a symbol; the message names the extent."""
+
+
 @dataclass(frozen=True)
 class Dim:
     """sum(coefficient * symbol) + constant, with at least one symbol; symbols are non-negative integers."""
@@ -122,9 +126,9 @@ def product(extents: Shape) -> Extent:
 
 
 def static(extent: Extent) -> int:
-    """An extent that is known to be a plain number; ValueError if it is not."""
+    """An extent that is known to be a plain number; SymbolicExtent if it is not."""
     if isinstance(extent, Dim):
-        raise ValueError(f"the extent {extent} is symbolic")
+        raise SymbolicExtent(f"the extent {extent} is symbolic")
     return extent
 
 

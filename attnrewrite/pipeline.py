@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from attnrewrite.dims import SymbolicExtent
 from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.joins import add_behind_concat
@@ -143,12 +144,12 @@ class Pipeline:
 
 
 def _match(pass_: Pass, facts: Facts, node: Node) -> Any:
-    """What the pass finds at a node; a map that cannot be expressed is a reason to leave a softmax as it is, as is
-    a shape that nobody knows.
+    """What the pass finds at a node; a map that cannot be expressed is a reason to leave a softmax as it is, as are a
+    shape that nobody knows and a symbol where a number is needed.
     """
     try:
         return pass_.match(facts, node)
-    except (IndexingError, UnknownShape) as error:
+    except (IndexingError, UnknownShape, SymbolicExtent) as error:
         return Decline(str(error), node.label) if node.op == "Softmax" else None
 
 

@@ -93,7 +93,7 @@ def _read_apart(facts: Facts, attention: Attention) -> _Runs | None:
     ]
     features = next((f for w in ways if (f := feature_axes(w, channels) - {attention.key_axis}) != channels), channels)
     heads = sorted(features - channels)
-    if not heads:
+    if not heads or not isinstance(attention.output_shape[heads[0]], int):
         return None
     axis = heads[0]
     starts: set[int] = set()

@@ -158,6 +158,8 @@ def _place(attention: Attention, ways: Ways, back: Return) -> Source | None:
     shape, own = attention.output_shape, back.value.known_shape
     axes = [a for a in range(len(shape)) if a not in ways.features]
     tokens = back.roles.tokens
+    if not tokens or 0 in own:
+        return None
     rows: np.ndarray = np.zeros((1,) * (len(own) + 1), np.int64)
     for axis in axes:
         rows = rows * count(shape[axis]) + back.index[axis].values

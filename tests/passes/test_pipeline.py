@@ -10,10 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from attnrewrite.dims import SymbolicExtent
 from attnrewrite.errors import PassError, UserError
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.onnx import read, to_model
-from attnrewrite.graph import Graph, Node, Value
+from attnrewrite.graph import Graph, Node, UnknownShape, Value
+from attnrewrite.indexing.map import IndexingError
 from attnrewrite.localattention.site import Decline
 from attnrewrite.pipeline import PASSES, Declined, Pass, Pipeline, check, select
 from tests.models.onnx_builder import Builder
@@ -268,3 +270,24 @@ def test_sites_of_a_model_already_rewritten_are_its_ops() -> None:
     outcome = optimize(WINDOW.model())
     again = read(to_model(outcome.graph))
     assert [n.attributes for n in local_ops(again)] == [n.attributes for n in local_ops(outcome.graph)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [IndexingError("no rule"), UnknownShape("the shape of x is unknown"), SymbolicExtent("the extent n is symbolic")],
+)
+def test_what_a_match_cannot_read_is_the_reason(error: Exception) -> None:
+    """A softmax is left with it; of any other node nothing is said."""
+
+    def match(facts: Facts, node: Node) -> None:
+        raise error
+
+    g = Builder()
+    x = g.op("Relu", g.input("x", [3, 4]))
+    graph = read(g.model({"y": g.op("Softmax", x, axis=-1)}))
+    (softmax,) = (n for n in graph.nodes if n.op == "Softmax")
+    said: list[tuple[str, object]] = []
+    told = Pass("told", match, lambda facts, found: None, lambda node, found: said.append((node.label, found)))
+    outcome = Pipeline([told]).run(graph)
+    assert not outcome.modified
+    assert [(label, getattr(found, "reason", None)) for label, found in said] == [(softmax.label, str(error))]
