@@ -6,6 +6,7 @@ So "which pixel does the key of this output element come from" is an array, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,20 +114,7 @@ def read_attention(facts: Facts, softmax: Node) -> Attention | Decline:
 def restricted(attention: Attention, axis: int, kept: np.ndarray) -> Attention:
     """The attention at these positions (int64) of one axis of its grid: some of its keys, or of its queries."""
 
-    def take(array: np.ndarray) -> np.ndarray:
-        return taken(array, kept, axis)
-
-    def operand(one: Operand) -> Operand:
-        return Operand(one.value, tuple(Coordinate(take(c.values), c.batch) for c in one.index))
-
-    part = replace(
-        attention,
-        query=operand(attention.query),
-        key=operand(attention.key),
-        value=operand(attention.value),
-        scale=take(attention.scale),
-        terms=tuple(replace(t, values=take(t.values)) for t in attention.terms),
-    )
+    part = _changed(attention, lambda array: taken(array, kept, axis))
     if axis == attention.key_axis:
         return replace(part, num_keys=len(kept))
     shape = attention.output_shape
@@ -138,19 +126,22 @@ def of_heads(attention: Attention, axis: int, kept: np.ndarray) -> Attention:
     """The attention of these heads (int64) along the grid axis that numbers heads; its coordinates tell what they still
     depend on.
     """
-    part = restricted(attention, axis, kept)
+    return replace(_changed(restricted(attention, axis, kept), reduced), keeps_heads=True)
+
+
+def _changed(attention: Attention, change: Callable[[np.ndarray], np.ndarray]) -> Attention:
+    """The attention with this done to every array over its grid."""
 
     def operand(one: Operand) -> Operand:
-        return Operand(one.value, tuple(Coordinate(reduced(c.values), c.batch) for c in one.index))
+        return Operand(one.value, tuple(Coordinate(change(c.values), c.batch) for c in one.index))
 
     return replace(
-        part,
-        query=operand(part.query),
-        key=operand(part.key),
-        value=operand(part.value),
-        scale=reduced(part.scale),
-        terms=tuple(replace(t, values=reduced(t.values)) for t in part.terms),
-        keeps_heads=True,
+        attention,
+        query=operand(attention.query),
+        key=operand(attention.key),
+        value=operand(attention.value),
+        scale=change(attention.scale),
+        terms=tuple(replace(t, values=change(t.values)) for t in attention.terms),
     )
 
 

@@ -100,12 +100,6 @@ class Hoister(MapWriter):
         super().replace(old, new)
         share(self.facts, self._twins, self.made_by)
 
-    def at_other_tokens(self) -> None:
-        """Forget which operators are written already: what follows reads the map at other tokens than what came
-        before.
-        """
-        self._full.clear()
-
     def hoist(
         self, value: Value, index: Index, channel_axis: int, features: frozenset[int], anchor: Anchor
     ) -> tuple[FeatureMap, np.ndarray]:
@@ -145,7 +139,7 @@ class Hoister(MapWriter):
             table = np.full(math.prod(count(last.value.known_shape[a]) for a in split.tokens), UNREAD)
             table[tokens] = pixels
             known = self._full[key] = Hoisted(map_, table, batch)
-            self._twins[last.value] = Twin(map_, split, last.index, anchor.pixels)
+            self._twins[last.value] = Twin(map_, split, table)
         self._note_padding(known.map, last.fills)
         return known.map, flat
 

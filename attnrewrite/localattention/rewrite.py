@@ -64,11 +64,7 @@ class SiteRewriter:
         if self.maps.groups:
             parts = [(g, getattr(g.attention, role), g.chosen(role)) for g in self.maps.groups]
         try:
-            located = []
-            for maps, own, from_map in parts:
-                if self.maps.groups:
-                    hoister.at_other_tokens()
-                located.append(self._located(maps, own, from_map, channel_axis, channels, spatial or self.spatial))
+            located = [self._located(*part, channel_axis, channels, spatial or self.spatial) for part in parts]
             result = self._side_by_side(located, stem)
             padding = None
             if any(part[2].candidate.fills for part in parts) and role != "query":

@@ -15,10 +15,8 @@ import numpy as np
 from attnrewrite.dims import Dim, Shape
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Graph, Value, ancestors
-from attnrewrite.indexing.map import Index
 from attnrewrite.localattention.feature_map import FeatureMap, MapWriter
-from attnrewrite.localattention.geometry import PADDING
-from attnrewrite.localattention.grid import count, row_major
+from attnrewrite.localattention.grid import count
 from attnrewrite.localattention.tokens import Roles
 
 WEIGHTED = frozenset({"MatMul", "Gemm", "Conv"})
@@ -26,13 +24,12 @@ WEIGHTED = frozenset({"MatMul", "Gemm", "Conv"})
 
 @dataclass(frozen=True, eq=False)
 class Twin:
-    """A value's map with all of its features, row-major. index: where the value is read, over the grid; pixels: int64
-    over the same grid, the row-major position on the map of what is read there.
+    """A value's map with all of its features, row-major. pixels: int64, the pixel of the map that each token of the
+    value is, row-major over its token axes.
     """
 
     map: FeatureMap
     roles: Roles
-    index: Index
     pixels: np.ndarray
 
 
@@ -48,15 +45,14 @@ def share(facts: Facts, twins: Mapping[Value, Twin], made_by: str) -> None:
         if not any(node is not None and node.op in WEIGHTED for node in behind):
             continue
         twin = twins[value]
-        table = _table(value.known_shape, twin)
-        if table is None:
+        if not _has_every_pixel(value.known_shape, twin):
             continue
         shape = twin.map.value.known_shape
         spatial = tuple(map(count, shape[2:] if twin.map.channels_first else shape[1:-1]))
         writer = MapWriter(facts, spatial, made_by)
         for read, features in _read_parts(graph, value, twin.roles).items():
             part = writer.features(twin.map, features, f"{read.name}_map")
-            moved = _moved(writer, read, replace(twin, map=part), table)
+            moved = _moved(writer, read, replace(twin, map=part))
             graph.nodes.extend(writer.nodes)
             writer.nodes.clear()
             graph.replace_uses(read, moved)
@@ -85,16 +81,11 @@ def _read_parts(graph: Graph, value: Value, split: Roles) -> dict[Value, np.ndar
     return parts or whole
 
 
-def _table(shape: Shape, twin: Twin) -> np.ndarray | None:
-    """int64 [tokens]: the pixel of the map that each token of the value is; None unless it has every pixel once."""
-    symbolic = [a for a, e in enumerate(shape) if isinstance(e, Dim)]
-    if any(a != twin.roles.tokens[0] for a in symbolic):
-        return None
-    tokens, pixels = np.broadcast_arrays(row_major(twin.index, twin.roles.tokens, shape), twin.pixels)
-    table = np.full(math.prod(count(shape[a]) for a in twin.roles.tokens), PADDING)
-    table[tokens.reshape(-1)] = pixels.reshape(-1)
-    consistent = np.array_equal(table[tokens], pixels)
-    return table if consistent and np.array_equal(np.sort(table), np.arange(_tokens(twin.map))) else None
+def _has_every_pixel(shape: Shape, twin: Twin) -> bool:
+    """Whether the value's tokens are the pixels of the map, each once, with the batch in front."""
+    if any(isinstance(e, Dim) and a != twin.roles.tokens[0] for a, e in enumerate(shape)):
+        return False
+    return np.array_equal(np.sort(twin.pixels), np.arange(_tokens(twin.map)))
 
 
 def _tokens(map_: FeatureMap) -> int:
@@ -102,12 +93,12 @@ def _tokens(map_: FeatureMap) -> int:
     return math.prod(map(count, map_.value.known_shape)) // map_.num_features
 
 
-def _moved(writer: MapWriter, value: Value, twin: Twin, table: np.ndarray) -> Value:
+def _moved(writer: MapWriter, value: Value, twin: Twin) -> Value:
     shape, split, map_ = value.known_shape, twin.roles, twin.map
     batch = map_.value.known_shape[0]
-    flat_shape = (batch // count(batch) if isinstance(batch, Dim) else 1, len(table), map_.num_features)
+    flat_shape = (batch // count(batch) if isinstance(batch, Dim) else 1, len(twin.pixels), map_.num_features)
     last = writer.laid_out(map_, channels_first=False)
-    flat, index = writer.reshape(last, flat_shape), writer.constant(table, f"{value.name}_order")
+    flat, index = writer.reshape(last, flat_shape), writer.constant(twin.pixels, f"{value.name}_order")
     picked = writer.emit("Gather", [flat, index], flat_shape, f"{value.name}_moved", axis=1)
     axes = [*split.tokens, *split.features]
     axes += [a for a in range(len(shape)) if a not in axes]

@@ -29,7 +29,7 @@ from tests.property.detours import with_detours
 from tests.property.draw_blocks import draw_block
 from tests.property.draw_borders import draw_border, draw_dense, draw_halo
 from tests.property.draw_keys import draw_agents, draw_extra, draw_pooled, draw_shared
-from tests.property.draw_outlook import draw_aggregation, draw_outlook
+from tests.property.draw_outlook import MOVEMENTS, draw_aggregation, draw_outlook
 
 ROLLS = [
     movement.roll_by_slices,
@@ -96,13 +96,7 @@ SOFTMAXES = [
     parts.softmax_less_maximum,
 ]
 GATHERINGS = [
-    neighborhoods.by_slices,
-    neighborhoods.by_slices_of_both_axes,
-    neighborhoods.by_rows_then_columns,
-    neighborhoods.by_shifting_the_map,
-    neighborhoods.by_unfold,
-    neighborhoods.by_tensor_unfold,
-    neighborhoods.by_flat_gather,
+    *MOVEMENTS,
     neighborhoods.by_convolution,
     neighborhoods.by_convolution_per_head,
     neighborhoods.by_padded_convolution,

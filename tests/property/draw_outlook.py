@@ -13,7 +13,7 @@ from tests.models import onnx_neighborhoods as neighborhoods
 from tests.models import onnx_outlook as outlook
 from tests.models.onnx_outlook import Aggregation, Outlook
 
-GATHERINGS = [
+MOVEMENTS = [
     neighborhoods.by_slices,
     neighborhoods.by_slices_of_both_axes,
     neighborhoods.by_rows_then_columns,
@@ -33,7 +33,7 @@ def draw_aggregation(r: random.Random, opset: int) -> tuple[onnx.ModelProto, lis
     size = (reach[0] + r.randint(3, 6), reach[1] + r.randint(3, 8))
     model = Aggregation(
         NeighborhoodGeometry(size, kernel, dilation),
-        r.choice(GATHERINGS),
+        r.choice(MOVEMENTS),
         r.choice(SUMS),
         softmax=r.random() < 0.5,
         tokens=r.random() < 0.5,
