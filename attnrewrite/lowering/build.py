@@ -17,6 +17,7 @@ from tvm.relax import transform
 from attnrewrite.errors import CompilerError
 from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.packing import pack_weights
+from attnrewrite.lowering.schedules.stack import PIPELINE
 from attnrewrite.lowering.targets import Target
 
 ENTRY = "main"
@@ -104,7 +105,7 @@ def build(mod: IRModule, target: tvm.target.Target) -> Built:
             transform.VMShapeLower(),
             transform.AttachGlobalSymbol(),
         )
-        executable = relax.build(mod, target, relax_pipeline=None)
+        executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=PIPELINE if on_cpu else "default")
     attention = [name for name in kernels if name.startswith(("flash_window_attention", "slide_attention"))]
     return Built(executable, len(kernels), len(attention))
 

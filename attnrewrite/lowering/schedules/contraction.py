@@ -317,7 +317,8 @@ class _Lowering:
 
     def one_tile(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, panel: tirx.Buffer | None) -> Stmt:
         tile, dtype = self.tile, self.c.dtype
-        sums = local([tile.rows * tile.columns], dtype, "sums")
+        # One buffer per row: TVM keeps only small buffers on the stack, from where they move to registers.
+        sums = [local([tile.columns], dtype, f"sums_{r}") for r in range(tile.rows)]
         row_vars = [[tirx.Var(f"{axis.var.name}_{r}", "int64") for axis in self.c.rows] for r in range(tile.rows)]
         bindings: list[Stmt] = []
         for r, names in enumerate(row_vars):
@@ -329,12 +330,8 @@ class _Lowering:
         rows_at = [dict(zip((a.var for a in self.c.rows), names, strict=True)) for names in row_vars]
         left, right = self.in_own_axes(self.c.left), self.in_own_axes(self.c.right)
 
-        def zero() -> Stmt:
-            vectors = tile.rows * tile.vectors
-            return unrolled(
-                vectors,
-                lambda v: vectorized(tile.lanes, lambda lane: store(sums, _zero(dtype), [v * tile.lanes + lane])),
-            )
+        def zero(row: tirx.Buffer) -> Stmt:
+            return self.vectors(lambda at: tirx.BufferStore(row, _zero(dtype), [at]))
 
         def step(at: Sequence[Expr]) -> Stmt:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
@@ -343,37 +340,40 @@ class _Lowering:
                 a = tirx.Var("a", dtype)
                 statements.append(tirx.Bind(a, _as(substitute(left, {**batch, **reduction, **rows_at[r]}), dtype)))
 
-                def vector(v: Expr, r: int = r, a: tirx.Var = a) -> Stmt:
-                    def at_lane(lane: Expr) -> Stmt:
-                        slot = r * tile.columns + v * tile.lanes + lane
-                        within = v * tile.lanes + lane
-                        if panel is not None:
-                            b = tirx.BufferLoad(panel, [self.reduction_offset(at), within])
-                        elif self.packed:
-                            load = loads_of(right)[0]
-                            b = tirx.BufferLoad(load.source, [j, substitute(load.indices[1], reduction), within])
-                            b = _as(b, dtype)
-                        else:
-                            column = {self.c.columns[0].var: j * tile.columns + within}
-                            b = _as(substitute(right, {**batch, **reduction, **column}), dtype)
-                        return tirx.BufferStore(sums, tirx.BufferLoad(sums, [slot]) + a * b, [slot])
+                def multiply_add(within: Expr, row: tirx.Buffer = sums[r], a: tirx.Var = a) -> Stmt:
+                    if panel is not None:
+                        b = tirx.BufferLoad(panel, [self.reduction_offset(at), within])
+                    elif self.packed:
+                        load = loads_of(right)[0]
+                        b = tirx.BufferLoad(load.source, [j, substitute(load.indices[1], reduction), within])
+                        b = _as(b, dtype)
+                    else:
+                        column = {self.c.columns[0].var: j * tile.columns + within}
+                        b = _as(substitute(right, {**batch, **reduction, **column}), dtype)
+                    return tirx.BufferStore(row, tirx.BufferLoad(row, [within]) + a * b, [within])
 
-                    return vectorized(tile.lanes, at_lane)
-
-                statements.append(unrolled(tile.vectors, vector))
+                statements.append(self.vectors(multiply_add))
             return seq(*statements)
 
-        return allocated(
-            sums, *bindings, zero(), _reduction_loops(self.c.stage.reduction, step), self.finish(batch, i, j, sums)
+        return seq(
+            *map(tirx.AllocBuffer, sums),
+            *bindings,
+            *map(zero, sums),
+            _reduction_loops(self.c.stage.reduction, step),
+            self.finish(batch, i, j, sums),
         )
 
-    def finish(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, sums: tirx.Buffer) -> Stmt:
+    def vectors(self, body: Callable[[Expr], Stmt]) -> Stmt:
+        """`body(column within the tile)` for one row of the tile, a vector at a time, written out."""
+        lanes = self.tile.lanes
+        return unrolled(self.tile.vectors, lambda v: vectorized(lanes, lambda lane: body(v * lanes + lane)))
+
+    def finish(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, sums: Sequence[tirx.Buffer]) -> Stmt:
         """Store the tile: through the epilogue, and only what lies inside the output."""
         tile, stage = self.tile, self.c.stage
         heavy = self.epilogue is not None and bool(calls(self.epilogue.value) & EXPENSIVE)
-        source = local([tile.rows * tile.columns], self.c.dtype, "tile") if heavy else sums
 
-        def element(r: Expr, column: Expr, slot: Expr) -> Stmt:
+        def element(source: tirx.Buffer, r: int, column: Expr, slot: Expr) -> Stmt:
             row = i * tile.rows + r
             where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
             own = {**where, **{var: substitute(value, where) for var, value in self.c.split.items()}}
@@ -383,39 +383,33 @@ class _Lowering:
                 return store(stage.buffer, result, indices)
             return store(self.epilogue.buffer, _epilogue_value(self.epilogue, stage, indices, result), indices)
 
-        def vector(r: Expr, v: Expr) -> Stmt:
+        def vector(source: tirx.Buffer, r: int, v: Expr) -> Stmt:
             first = j * tile.columns + v * tile.lanes
-            slot = r * tile.columns + v * tile.lanes
-            whole = vectorized(tile.lanes, lambda lane: element(r, first + lane, slot + lane))
+            slot = v * tile.lanes
+            whole = vectorized(tile.lanes, lambda lane: element(source, r, first + lane, slot + lane))
             if self.n_divides:
                 return whole
-            one_by_one = loop(
-                tile.lanes, lambda lane: guarded(first + lane < self.n, element(r, first + lane, slot + lane)), name="l"
-            )
             if self.n_tail_free:
                 return guarded(first < self.n, whole)
+            one_by_one = loop(
+                tile.lanes,
+                lambda lane: guarded(first + lane < self.n, element(source, r, first + lane, slot + lane)),
+                name="l",
+            )
             return guarded(first + tile.lanes <= self.n, whole, one_by_one)
 
-        make = loop if heavy else unrolled
-
-        def row(r: Expr) -> Stmt:
+        def row(r: int) -> Stmt:
             inside = None if self.m_divides else i * tile.rows + r < self.m
-            return guarded(inside, make(tile.vectors, lambda v: vector(r, v)))
+            if not heavy:
+                return guarded(inside, unrolled(tile.vectors, lambda v: vector(sums[r], r, v)))
+            # Written out, long epilogues would be most of the code. The accumulators themselves must not be addressed
+            # by a loop variable, or they leave the registers for good.
+            copy = local([tile.columns], self.c.dtype, "row")
+            moved = self.vectors(lambda at: tirx.BufferStore(copy, tirx.BufferLoad(sums[r], [at]), [at]))
+            body = allocated(copy, moved, loop(tile.vectors, lambda v: vector(copy, r, v), name="v"))
+            return guarded(inside, body)
 
-        stores = make(tile.rows, row)
-        if not heavy:
-            return stores
-        # The accumulators must not be addressed by a loop variable, or they leave the registers for good.
-        copy = unrolled(
-            tile.rows * tile.vectors,
-            lambda v: vectorized(
-                tile.lanes,
-                lambda lane: tirx.BufferStore(
-                    source, tirx.BufferLoad(sums, [v * tile.lanes + lane]), [v * tile.lanes + lane]
-                ),
-            ),
-        )
-        return allocated(source, copy, stores)
+        return seq(*map(row, range(tile.rows)))
 
     @property
     def n_tail_free(self) -> bool:
