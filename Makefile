@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 OUT := out
 # Two workers: what a small CI machine has. Override with `make test JOBS=8`.
 JOBS ?= 2
@@ -47,8 +48,16 @@ zoo: setup
 coverage: setup
 	$(BIN)/python -m tests.zoo --jobs $(JOBS)
 
-bench: setup
-	$(BIN)/python benchmarks/models.py
+# Every model against every peer: an hour or two. benchmarks/README.md says how to measure less.
+bench: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/models.py --keep build/bench --json build/bench/results.json
+	$(BIN)/python benchmarks/growth.py --keep build/bench
+
+# spandrel would pull another torch, as timm would.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,bench]"
+	$(BIN)/python -m pip install --quiet --no-deps "spandrel==0.4.2"
+	touch $(BENCH_STAMP)
 
 # The type checker reads the source tree, where `passes` stands at the top: give it the installed layout.
 lint: setup

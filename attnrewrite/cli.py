@@ -253,12 +253,14 @@ def run(
 def bench(
     subject: Annotated[Path, typer.Argument(metavar="MODEL_OR_DIR", help="An output of optimize; or a model.")],
     against: Annotated[
-        str, typer.Option("--against", metavar="original,onnxruntime", help="Peers, separated by commas.")
+        str, typer.Option("--against", metavar="original,onnxruntime,openvino", help="Peers, separated by commas.")
     ] = "original,onnxruntime",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Time the compiled model against the original, and the rewritten model, in ONNX Runtime.
+
+    With openvino among the peers, against the original in OpenVINO too, where that is installed.
 
     A model is optimized for this machine's CPU first, in a temporary directory.
     """

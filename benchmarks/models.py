@@ -1,95 +1,170 @@
-"""Original, rewritten and compiled models against each other, as a Markdown table of medians and ratios.
+"""Original, rewritten and compiled models against each other: speed, roofline and peak memory, as Markdown tables.
 
-    python benchmarks/models.py                                  # every model, one thread and two
-    python benchmarks/models.py --models unfold_k3 --threads 1
+    python benchmarks/models.py                                                    # every model, one thread and two
+    python benchmarks/models.py --models swin_tiny --threads 1 --peers onnxruntime,openvino --keep build/bench
+    python benchmarks/models.py --print results.json                               # the tables of an earlier run
 
-Each row is one run of `attnrewrite bench`'s measurement: one process, the same input, the contestants in turns. Models
-are exported by the examples, with random weights; `rewrite` is what reading, matching, proving and rewriting took.
+Contestants of a row take turns on the same input, each in its own process. `onnxruntime`, `openvino`, `torch` and
+`torch-compile` run the original, `rewritten` is the delivered model.onnx in ONNX Runtime, and the compiled artifact
+always takes part.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+ROOT = Path(__file__).resolve().parents[1]
+if sys.path[0] != str(ROOT):
+    # This directory is on the path as the script's own, and its modules are not to be found twice.
+    sys.path[0] = str(ROOT)
 
-import torch
-from exporting import export, import_torchvision
+from benchmarks import machine, tables, zoo  # noqa: E402
+from benchmarks.contest import Limits, Outcome, compete  # noqa: E402
+from benchmarks.flops import work_of  # noqa: E402
+from benchmarks.workshop import Unavailable, Workshop  # noqa: E402
 
-import attnrewrite
-from attnrewrite import bench
-
-BATCH_ONE = (1, 3, 224, 224)
-
-
-def _timm(name: str) -> Callable[[], torch.nn.Module]:
-    def build() -> torch.nn.Module:
-        import_torchvision()
-        import timm
-
-        return timm.create_model(name, pretrained=False)
-
-    return build
+PEERS = tuple(name for name in tables.CONTESTANTS if name != "compiled")
+GEMM_BLOCK_SECONDS = 0.3
+BLOCK_SECONDS = 1.0
 
 
-def _unfold(kernel_size: int) -> Callable[[], torch.nn.Module]:
-    def build() -> torch.nn.Module:
-        from models.unfold_attention import UnfoldAttention
+def peak_of(workshop: Workshop, threads: int) -> dict[str, Any]:
+    """The fastest matrix product of the machine, and its copy bandwidth."""
+    jobs, shapes = {}, {}
+    for shape in machine.GEMM_SHAPES:
+        model = workshop.gemm(*shape)
+        for engine in machine.GEMM_ENGINES:
+            artifact = workshop.artifact(model)[0] if engine == "compiled" else None
+            name = f"{engine}-{model.stem}"
+            jobs[name] = workshop.job(engine, model, threads, artifact, GEMM_BLOCK_SECONDS)
+            shapes[name] = (engine, shape)
+    outcomes = compete(jobs)
+    rates = {
+        name: machine.gemm_flops(*shapes[name][1]) / (outcome.to_json()["median_ms"] / 1e3)
+        for name, outcome in outcomes.items()
+        if outcome.failed is None
+    }
+    if not rates:
+        raise SystemExit(f"no engine computes a matrix product: {next(iter(outcomes.values())).failed}")
+    engine, shape = shapes[max(rates, key=lambda name: rates[name])]
+    by_engine = {e: round(max(r for n, r in rates.items() if shapes[n][0] == e) / 1e9, 1) for e, _ in shapes.values()}
+    copied = machine.copy_bandwidth(threads)
+    return {
+        "gflops": round(max(rates.values()) / 1e9, 1),
+        "engines": by_engine,
+        "engine": engine,
+        "shape": f"{machine.CHAIN} products of {shape[0]} x {shape[1]} x {shape[1]}",
+        "rows": shape[0],
+        "columns": shape[1],
+        "copy_gbs": round(copied / 1e9, 1),
+    }
 
-        return UnfoldAttention(96, 3, kernel_size)
 
-    return build
+def measured(
+    workshop: Workshop, name: str, threads: int, peers: Sequence[str], rounds: int, limits: Limits, peak: Any
+) -> dict[str, Any]:
+    """One row of the document that `tables` prints. Raises Unavailable where the model cannot be exported."""
+    model = workshop.model(name)
+    row: dict[str, Any] = {"model": name, "threads": threads}
+    broken: dict[str, str] = {}
+    artifact: Path | None = None
+    try:
+        artifact, row["artifact"] = workshop.artifact(model)
+    except Unavailable as reason:
+        broken["compiled"] = f"optimize: {reason}"
+        try:
+            artifact, _ = workshop.artifact(model, compiled=False)
+        except Unavailable as again:
+            broken["rewritten"] = f"optimize: {again}"
+    kinds = [kind for kind in tables.CONTESTANTS if kind in (*peers, "compiled") and kind not in broken]
+    jobs = {kind: workshop.job(kind, model, threads, artifact, BLOCK_SECONDS) for kind in kinds}
+    if peak is not None:
+        gemm = workshop.gemm(peak["rows"], peak["columns"])
+        own = workshop.artifact(gemm)[0] if peak["engine"] == "compiled" else None
+        jobs["gemm"] = workshop.job(peak["engine"], gemm, threads, own, GEMM_BLOCK_SECONDS)
+    outcomes = compete(jobs, rounds=rounds, limits=limits)
+    gemm_outcome = outcomes.pop("gemm", None)
+    if gemm_outcome is not None and gemm_outcome.failed is None:
+        flops = machine.gemm_flops(peak["rows"], peak["columns"])
+        row["gemm_gflops"] = round(flops / (gemm_outcome.to_json()["median_ms"] / 1e3) / 1e9, 1)
+    if peak is not None and artifact is not None:
+        row["work"] = work_of(artifact / "model.onnx").to_json()
+    outcomes |= {kind: Outcome(failed=reason) for kind, reason in broken.items() if kind in (*peers, "compiled")}
+    row["contestants"] = {kind: outcomes[kind].to_json() for kind in tables.CONTESTANTS if kind in outcomes}
+    return row
 
 
-def _slide_swin() -> torch.nn.Module:
-    from models.slide_transformer import slide_swin_tiny
-
-    return slide_swin_tiny()
-
-
-MODELS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
-    "unfold_k3": (_unfold(3), (1, 96, 56, 56)),
-    "unfold_k5": (_unfold(5), (1, 96, 56, 56)),
-    "unfold_k7": (_unfold(7), (1, 96, 56, 56)),
-    "swin_tiny": (_timm("swin_tiny_patch4_window7_224"), BATCH_ONE),
-    "swinv2_tiny": (_timm("swinv2_tiny_window8_256"), (1, 3, 256, 256)),
-    "slide_swin_tiny": (_slide_swin, BATCH_ONE),
-}
+def merged(document: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The document with one row added, in place of an older one of the same model and thread count."""
+    same = [(r["model"], r["threads"]) == (row["model"], row["threads"]) for r in document["rows"]]
+    rows = [row if replaced else r for r, replaced in zip(document["rows"], same, strict=True)]
+    return {**document, "rows": rows if any(same) else [*rows, row]}
 
 
-def measured(path: Path, threads: int) -> dict[str, Any]:
-    """One row: seconds of the rewrite, and medians in milliseconds by contestant."""
-    result = attnrewrite.optimize(path, target="cpu", threads=threads, verify=False)
-    directory = result.save(path.parent / f"{path.stem}-{threads}")
-    timings = bench.measure(
-        bench.contestants(Path(directory), ("original", "onnxruntime"), path, threads), bench.example_inputs(path)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(zoo.MEASURED), help="names, separated by commas")
+    parser.add_argument("--threads", default="1,2", help="thread counts, separated by commas")
+    parser.add_argument("--peers", default=",".join(PEERS), help="contestants beside the compiled model")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every contestant")
+    parser.add_argument(
+        "--limit", type=float, default=240.0, help="seconds a contestant may take to load, or for a turn"
     )
-    rewrite = result.report.seconds["read"] + result.report.seconds["rewrite"]
-    return {"rewrite": rewrite} | {t.name: t.median_ms for t in timings}
+    parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep exports and artifacts there for the next run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this file, in place of older ones")
+    parser.add_argument("--print", type=Path, metavar="FILE", help="only print the tables of such a file")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
-    parser.add_argument("--threads", default="1,2", help="thread counts, separated by commas")
-    arguments = parser.parse_args()
-    print("| model | threads | rewrite, s | original, ms | rewritten, ms | compiled, ms | rewritten | compiled |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in arguments.models.split(","):
-        build, shape = MODELS[name]
-        with tempfile.TemporaryDirectory() as folder:
-            torch.manual_seed(0)
-            path = export(build().eval(), (torch.randn(shape),), Path(folder) / f"{name}.onnx")
-            for threads in map(int, arguments.threads.split(",")):
-                row = measured(path, threads)
-                speedups = " | ".join(f"{row['original'] / row[k]:.2f} x" for k in ("rewritten", "compiled"))
-                times = " | ".join(f"{row[k]:.1f}" for k in ("original", "rewritten", "compiled"))
-                print(f"| {name} | {threads} | {row['rewrite']:.2f} | {times} | {speedups} |", flush=True)
+    arguments = parse()
+    if arguments.print:
+        print(tables.markdown(json.loads(arguments.print.read_text())))
+        return
+    peers = [peer for peer in arguments.peers.split(",") if peer]
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise SystemExit(f"there is no peer {unknown[0]!r}; the peers are {', '.join(PEERS)}")
+    try:
+        names = [name for name in arguments.models.split(",") if zoo.model(name)]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    limits = Limits(load_seconds=arguments.limit, turn_seconds=arguments.limit)
+    about = {"description": machine.description(), "date": f"{datetime.date.today()}", "versions": machine.versions()}
+    document: dict[str, Any] = {"machine": about, "peaks": {}, "rows": []}
+    if arguments.json and arguments.json.exists():
+        document |= {key: value for key, value in json.loads(arguments.json.read_text()).items() if key != "machine"}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
+        workshop = Workshop(arguments.keep or Path(temporary))
+        counts = [int(count) for count in arguments.threads.split(",")]
+        if not arguments.no_roofline:
+            for threads in counts:
+                _say(f"measuring the machine, {tables.counted(threads)}")
+                document["peaks"][str(threads)] = peak_of(workshop, threads)
+        for name in names:
+            for threads in counts:
+                _say(f"{name}, {tables.counted(threads)}")
+                peak = None if arguments.no_roofline else document["peaks"][str(threads)]
+                try:
+                    row = measured(workshop, name, threads, peers, arguments.rounds, limits, peak)
+                except Unavailable as reason:
+                    row = {"model": name, "threads": threads, "contestants": {"export": {"failed": str(reason)}}}
+                document = merged(document, row)
+                _say("| " + " | ".join(tables.speed_cells(row)) + " |")
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(tables.markdown(document))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

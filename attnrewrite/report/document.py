@@ -180,7 +180,8 @@ def _gain_rows(gains: dict[str, Any]) -> list[tuple[str, str]]:
     base = next((row for row in gains["timings"] if row["name"] == "original"), None)
     rows = []
     for row in gains["timings"]:
-        sentence = f"{row['name']} in {row['engine']}: {row['median_ms']:.2f} ms"
+        what = "original" if row["name"] == "openvino" else row["name"]
+        sentence = f"{what} in {row['engine']}: {row['median_ms']:.2f} ms"
         if base is not None and row is not base:
             sentence += f", {base['median_ms'] / row['median_ms']:.2f} x the original's speed"
         rows.append(("Speed", sentence))

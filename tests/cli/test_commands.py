@@ -219,6 +219,26 @@ def test_bench_times_the_peers(command, tmp_path, mlp, monkeypatch):
     assert command("bench", out, "--against", "tensorrt").code == 2
 
 
+def test_bench_says_that_openvino_is_missing(command, tmp_path, mlp, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    out = tmp_path / "out"
+    assert command("optimize", mlp, "--no-compile", "-o", out).code == 0
+    done = command("bench", out, "--against", "openvino")
+    assert done.code == 2
+    assert "pip install openvino" in done.stderr
+
+
+def test_bench_times_openvino(command, tmp_path, mlp, monkeypatch):
+    pytest.importorskip("openvino")
+    import attnrewrite.bench as timing
+
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.0)
+    out = tmp_path / "out"
+    assert command("optimize", mlp, "--no-compile", "-o", out).code == 0
+    done = command("bench", out, "--against", "original,openvino", "--threads", 1, "--json")
+    assert done.json["speedup"]["openvino"] > 0
+
+
 def test_bench_wants_the_original_unchanged(command, tmp_path, mlp):
     out = tmp_path / "out"
     assert command("optimize", mlp, "--no-compile", "-o", out).code == 0

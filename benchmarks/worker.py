@@ -1,0 +1,143 @@
+"""One contestant in a process of its own: `python -m benchmarks.worker JOB.json`, driven through its standard input.
+
+It loads the model, runs it twice and says so in one line of JSON; then, for every line it is sent, it takes a turn
+(`attnrewrite.bench.block`) and answers with the seconds of each run. A process each keeps the thread pools, the peak
+memory and the crashes of the contestants apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from attnrewrite import bench
+from attnrewrite.verify.runners import CompiledRunner, OnnxRunner, OpenVinoRunner, Runner
+from benchmarks import memory
+
+# Elements of the outputs that are kept for comparison.
+SAMPLE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Job:
+    """kind: a key of `LOADERS`. model: name in the zoo (torch builds it), or of what is measured. onnx: the original.
+
+    artifact: a directory written by optimize. inputs: an .npz file, its arrays by input name. sample: where some of the
+    first outputs go.
+    """
+
+    kind: str
+    model: str
+    onnx: str
+    artifact: str
+    inputs: str
+    sample: str
+    threads: int
+    block_seconds: float = bench.BLOCK_SECONDS
+
+
+class TorchRunner:
+    """A module of the zoo in eager mode or through torch.compile; inputs in the order of the file."""
+
+    def __init__(self, model: str, threads: int, compiled: bool) -> None:
+        import torch
+
+        from benchmarks import zoo
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        module = zoo.model(model).module()
+        self._module = torch.compile(module) if compiled else module
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with self._torch.inference_mode():
+            return {"y": self._module(*(self._torch.from_numpy(array) for array in inputs.values())).numpy()}
+
+
+LOADERS = {
+    "onnxruntime": lambda job: OnnxRunner(Path(job.onnx), job.threads),
+    "openvino": lambda job: OpenVinoRunner(Path(job.onnx), job.threads),
+    "torch": lambda job: TorchRunner(job.model, job.threads, compiled=False),
+    "torch-compile": lambda job: TorchRunner(job.model, job.threads, compiled=True),
+    "rewritten": lambda job: OnnxRunner(Path(job.artifact) / "model.onnx", job.threads),
+    "compiled": lambda job: CompiledRunner(Path(job.artifact), job.threads),
+}
+ENGINES = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "torch": "torch",
+    "torch-compile": "torch",
+    "rewritten": "onnxruntime",
+    "compiled": "tvm.relax",
+}
+
+
+def main() -> None:
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    # What an engine prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    bench.BLOCK_SECONDS = job.block_seconds
+    _pin(job.threads)
+    try:
+        __import__(ENGINES[job.kind])
+        with np.load(job.inputs) as file:
+            inputs = {name: file[name] for name in file.files}
+        runner = _loaded(job, inputs, answers)
+        for _ in sys.stdin:
+            _answer(answers, {"seconds": bench.block(runner, inputs)})
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        _answer(answers, {"failed": f"{type(error).__name__}: {lines[0]}"[:200]})
+
+
+def _loaded(job: Job, inputs: dict[str, np.ndarray], answers: TextIO) -> Runner:
+    """The runner, after two runs: the first with everything an engine does late, the second as all that follow."""
+    memory.reset_peak()
+    before = memory.resident() or 0
+    start = time.perf_counter()
+    runner: Runner = LOADERS[job.kind](job)
+    outputs = list(runner.run(inputs).values())
+    seconds = time.perf_counter() - start
+    load_peak = (memory.resident(peak=True) or 0) - before
+    _write_sample(outputs, Path(job.sample))
+    size = sum(array.nbytes for array in outputs)
+    del outputs
+    memory.reset_peak()
+    runner.run(inputs)
+    run_peak = (memory.resident(peak=True) or 0) - before
+    _answer(answers, {"load_seconds": seconds, "load_bytes": load_peak, "run_bytes": run_peak, "output_bytes": size})
+    return runner
+
+
+def _write_sample(outputs: list[np.ndarray], path: Path) -> None:
+    """Evenly spaced elements of all outputs, float64."""
+    step = max(1, sum(array.size for array in outputs) // SAMPLE)
+    np.save(path, np.concatenate([array.reshape(-1)[::step].astype(np.float64) for array in outputs]))
+
+
+def _pin(threads: int) -> None:
+    """Keep the process on as many cores as it has threads: the last ones, for the first serve interrupts."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+
+
+def _answer(answers: TextIO, document: dict[str, Any]) -> None:
+    answers.write(json.dumps(document) + "\n")
+    answers.flush()
+
+
+def write_job(job: Job, path: Path) -> None:
+    path.write_text(json.dumps(asdict(job)))
+
+
+if __name__ == "__main__":
+    main()
