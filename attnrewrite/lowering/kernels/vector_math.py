@@ -50,6 +50,11 @@ class VectorUnit:
     lanes: int
     accumulators: int
 
+    @property
+    def registers(self) -> int:
+        """Vector registers in all."""
+        return self.accumulators * 4 // 3
+
 
 def vector_unit(target: Target) -> VectorUnit:
     """The vector unit an `llvm` target compiles for; 4 lanes where nothing better is known."""

@@ -100,21 +100,25 @@ class Contraction:
         return None
 
 
-def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit) -> Tile:
-    """The register tile that wastes least on the edges, then the one that loads least per multiplication."""
+def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit, vectors: int | None = None) -> Tile:
+    """The register tile that wastes least on the edges, then the one that loads least per multiplication.
+
+    vectors: of columns, where that is decided already.
+    """
     best: tuple[float, Tile] | None = None
-    for vectors in range(1, 7):
-        if columns is not None and vectors > 1 and (vectors - 1) * unit.lanes >= columns:
+    for width_in_vectors in range(1, 7) if vectors is None else [vectors]:
+        width = width_in_vectors * unit.lanes
+        if columns is not None and width_in_vectors > 1 and width - unit.lanes >= columns:
             break
-        most = unit.accumulators // vectors
+        # Beside the sums, registers hold one step's vectors of columns and one broadcast element of a row.
+        most = min(unit.accumulators, unit.registers - 1 - width_in_vectors) // width_in_vectors
         for height in range(1, min(most, rows or most) + 1):
             padded_rows = 1.0 if rows is None else -(-rows // height) * height / rows
-            width = vectors * unit.lanes
             padded_columns = 1.0 if columns is None else -(-columns // width) * width / columns
             # Per multiply-add: 1 for the arithmetic, and the loads of both operands, which overlap with it in part.
-            cost = padded_rows * padded_columns * (1.0 + 0.5 * (1.0 / height + 1.0 / vectors))
+            cost = padded_rows * padded_columns * (1.0 + 0.5 * (1.0 / height + 1.0 / width_in_vectors))
             if best is None or cost < best[0] - 1e-9:
-                best = cost, Tile(height, vectors, unit.lanes)
+                best = cost, Tile(height, width_in_vectors, unit.lanes)
     assert best is not None
     return best[1]
 
@@ -221,8 +225,8 @@ class _Lowering:
         packed = contraction.packed_columns
         if packed is not None:
             lanes = min(unit.lanes, packed)
-            fixed = VectorUnit(packed, max(unit.accumulators // (packed // lanes), 1))
-            self.tile = Tile(choose_tile(m, packed, fixed).rows, packed // lanes, lanes)
+            vectors = packed // lanes
+            self.tile = Tile(choose_tile(m, packed, unit, vectors).rows, vectors, lanes)
         else:
             lanes = unit.lanes
             while n is not None and lanes > 4 and lanes >= 2 * n:
