@@ -55,7 +55,7 @@ def compile_request(request: dict[str, Any], work: Path, timed: Any) -> dict[str
     target = Target.from_json(request["target"])
     tvm_target = build.tvm_target(target)
     with timed("importing"):
-        model = importer.load_onnx(Path(request["model"]))
+        model = importer.load_onnx(Path(request["model"]), target)
         if request["precision"] == "fp16":
             to_half(model)
         split_linear(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tvm.target import Target as TvmTarget
 from attnrewrite.errors import CompilerError
 from attnrewrite.functions.spec import SPECS, FlashWindowAttention, Spec
 from attnrewrite.lowering.kernels.coverage import covers
+from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.overlap_add import col2im
 from attnrewrite.lowering.targets import Target
 from attnrewrite.lowering.written_out import write_out
@@ -76,6 +78,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
 
     def _attention(self, spec: Spec, inputs: Inputs) -> Any:
         operands = {name: value for name, value in zip(spec.operands, inputs, strict=False) if value is not None}
+        operands = self._laid_out(spec, operands)
         arguments = [self.bb.emit(value) if isinstance(value, ir.Call) else value for value in operands.values()]
         query = operands["query"].ty
         dtype = str(query.dtype.dtype)
@@ -95,9 +98,27 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             func = self._kernel(spec, shapes, dtype, name)
             # Operator fusion must leave it alone: it is written out already.
             self._kernels[key] = self.bb.add_func(func.with_attr("op_pattern", 8).without_attr("global_symbol"), name)
-        value_shape = list(operands["value"].ty.shape)
-        shape = [batch, *value_shape[1:]]
+        spatial, value_shape = spec.geometry.feature_size, [*operands["value"].ty.shape]
+        channels_last = isinstance(spec, FlashWindowAttention)
+        shape = [batch, *spatial, value_shape[-1]] if channels_last else [batch, value_shape[1], *spatial]
         return relax.call_tir(self._kernels[key], arguments, relax.TensorType(shape, dtype))
+
+    def _laid_out(self, spec: Spec, operands: dict[str, Any]) -> dict[str, Any]:
+        """The operands as the target's kernel reads them: constants are laid out now, others when the model runs."""
+        if self._target.device != "cpu" or not isinstance(spec, FlashWindowAttention):
+            return operands
+        from attnrewrite.lowering.kernels.window_cpu_operands import LAID_OUT, lay_out, lay_out_computed
+
+        lanes = vector_unit(self._tvm_target).lanes
+        laid_out = dict(operands)
+        for name in LAID_OUT:
+            if name in operands:
+                constant = _constant(operands[name])
+                if constant is None:
+                    laid_out[name] = lay_out_computed(operands[name], lanes, self.bb.emit)
+                else:
+                    laid_out[name] = relax.const(lay_out(name, constant, spec, lanes))
+        return laid_out
 
     def _kernel(self, spec: Spec, shapes: Mapping[str, tuple[Any, ...]], dtype: str, name: str) -> tirx.PrimFunc:
         present, target = tuple(shapes), self._tvm_target
@@ -157,12 +178,12 @@ _CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]],
 }
 
 
-def load_onnx(path: Path) -> onnx.ModelProto:
+def load_onnx(path: Path, target: Target) -> onnx.ModelProto:
     """The model with its external data, without model-local functions: their nodes are converted as ops, or written
-    out where the kernels do not compute them.
+    out where the target's kernels do not compute them.
     """
     model = onnx.load(str(path))
-    write_out(model, covers)
+    write_out(model, partial(covers, device=target.device))
     return model
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from attnrewrite.frontend.onnx import read, to_model
 from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, SlideAttention, Spec
-from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, WindowGeometry
 from attnrewrite.lowering.kernels import reference
 from attnrewrite.lowering.kernels.coverage import covers
 from attnrewrite.lowering.written_out import write_out
@@ -90,6 +90,30 @@ def test_what_no_kernel_covers_is_lowered_as_its_body(name: str) -> None:
     for batch in (1, 2):
         x = normal(batch, CHANNELS, 9, 11)
         assert relative_error(run(x), expected(WRITTEN_OUT[name], x)) <= 5e-6
+
+
+def test_a_computed_bias_is_laid_out_when_the_model_runs() -> None:
+    model = network(WINDOW, "batch")
+    weights = bias_of(WINDOW)
+    del model.graph.initializer[:]
+    model.graph.input.append(helper.make_tensor_value_info("bias", TensorProto.FLOAT, weights.shape))
+    x = normal(2, *WINDOW.geometry.feature_size, CHANNELS)
+    assert relative_error(compiled(model)(x, weights), expected(WINDOW, x)) <= 5e-6
+
+
+def test_keys_of_a_map_of_another_size() -> None:
+    keys = KeyWindows((22, 18), (10, 6), (8, 6), (-1, 0), (1, 1))
+    spec = FlashWindowAttention(WindowGeometry((11, 9), (4, 3), (2, 1), True, keys), HEADS, HEAD_DIM**-0.5)
+    site = helper.make_node(spec.op_type, ["x", "y", "y"], ["z"], domain=DOMAIN, **spec.attributes())
+    shapes = {"x": ["batch", 11, 9, CHANNELS], "y": ["batch", 22, 18, CHANNELS]}
+    kind = TensorProto.FLOAT
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()]
+    graph = helper.make_graph([site], "site", inputs, [helper.make_tensor_value_info("z", kind, None)])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    run = compiled(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    x, y = normal(2, 11, 9, CHANNELS), normal(2, 22, 18, CHANNELS)
+    wanted = reference.flash_window_attention(spec, {"query": x, "key": y, "value": y})
+    assert relative_error(run(x, y), wanted) <= 5e-6
 
 
 def test_both_outputs_of_windows_with_extra_queries_are_lowered() -> None:

@@ -30,7 +30,7 @@ def compiled(path: Path, directory: Path) -> build.Built:
     rewritten = directory / "rewritten.onnx"
     frontend.write(Pipeline(list(PASSES.values())).run(frontend.read(path)).graph, rewritten)
     target = gpu_emulator.metal_target()
-    module = importer.import_onnx(importer.load_onnx(rewritten), parse_target("metal"), target)
+    module = importer.import_onnx(importer.load_onnx(rewritten, parse_target("metal")), parse_target("metal"), target)
     with gpu_emulator.emulated_builds(directory):
         return build.build(module, target)
 

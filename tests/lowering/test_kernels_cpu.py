@@ -16,8 +16,9 @@ from tvm.target import Target, codegen  # noqa: E402
 from tvm.tirx import Var  # noqa: E402
 
 from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention, Spec  # noqa: E402
-from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry  # noqa: E402
-from attnrewrite.lowering.kernels import reference, slide_cpu, window_cpu  # noqa: E402
+from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, WindowGeometry  # noqa: E402
+from attnrewrite.lowering.kernels import reference, slide_cpu, window_cpu, window_cpu_operands  # noqa: E402
+from attnrewrite.lowering.kernels.vector_math import vector_unit  # noqa: E402
 
 HOST = Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
 # float32 sums of up to about 600 products of order 1, against a reference in float64.
@@ -36,22 +37,33 @@ def narrower_targets() -> dict[str, Target]:
     return targets
 
 
+def laid_out(spec: Spec, operands: Operands, target: Target = HOST) -> Operands:
+    """The operands as the kernel reads them."""
+    if isinstance(spec, SlideAttention):
+        return operands
+    lanes = vector_unit(target).lanes
+    return {name: window_cpu_operands.lay_out(name, array, spec, lanes) for name, array in operands.items()}
+
+
 def compile_kernel(spec: Spec, operands: Operands, target: Target = HOST, symbolic: bool = False):
-    """A module whose `attend` takes the operands and the output as TVM tensors."""
+    """A module whose `attend` takes the operands, laid out, and the output as TVM tensors."""
     batched = ("query", "key", "value")
     batch = Var("n", "int64")
     shapes = {
         name: (batch, *array.shape[1:]) if symbolic and name in batched else array.shape
-        for name, array in operands.items()
+        for name, array in laid_out(spec, operands, target).items()
     }
     make = window_cpu.flash_window_attention if isinstance(spec, FlashWindowAttention) else slide_cpu.slide_attention
     kernel = make(spec, tuple(operands), shapes, str(operands["query"].dtype), target, "attend")
     return tvm.compile(tvm.IRModule({"attend": kernel}), target)
 
 
-def run_kernel(module, spec: Spec, operands: Operands) -> np.ndarray:
-    output = tvm.runtime.tensor(np.full_like(operands["value"], 7.0))
-    module["attend"](*(tvm.runtime.tensor(operands[name]) for name in spec.operands if name in operands), output)
+def run_kernel(module, spec: Spec, operands: Operands, target: Target = HOST) -> np.ndarray:
+    size = operands["query"].shape[:-1] if isinstance(spec, FlashWindowAttention) else ()
+    value = operands["value"]
+    output = tvm.runtime.tensor(np.full((*size, value.shape[-1]) if size else value.shape, 7.0, value.dtype))
+    arrays = laid_out(spec, operands, target)
+    module["attend"](*(tvm.runtime.tensor(arrays[name]) for name in spec.operands if name in arrays), output)
     return output.numpy()
 
 
@@ -69,11 +81,11 @@ def assert_close(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> Non
 
 def check(spec: Spec, operands: Operands, tolerance: float = FLOAT32, target: Target = HOST) -> None:
     module = compile_kernel(spec, operands, target)
-    assert_close(run_kernel(module, spec, operands), expected(spec, operands), tolerance)
+    assert_close(run_kernel(module, spec, operands, target), expected(spec, operands), tolerance)
 
 
-def window_spec(feature, window, shift=None, padded=False, heads=2, mask_value=None) -> FlashWindowAttention:
-    geometry = WindowGeometry(feature, window, shift or (0,) * len(window), padded)
+def window_spec(feature, window, shift=None, padded=False, heads=2, mask_value=None, keys=None) -> FlashWindowAttention:
+    geometry = WindowGeometry(feature, window, shift or (0,) * len(window), padded, keys)
     return FlashWindowAttention(geometry, heads, 0.3, mask_value)
 
 
@@ -82,13 +94,13 @@ def window_operands(spec: FlashWindowAttention, optional=(), d=16, dv=None, batc
     random = np.random.default_rng(7)
     geometry, heads = spec.geometry, spec.num_heads
     dv = d if dv is None else dv
-    n, windows = geometry.tokens_per_window, geometry.num_windows
+    n, m, windows = geometry.tokens_per_window, geometry.keys_per_window, geometry.num_windows
     shapes = {
         "query": (batch, *geometry.feature_size, heads * d),
-        "key": (batch, *geometry.feature_size, heads * d),
-        "value": (batch, *geometry.feature_size, heads * dv),
-        "bias": (windows if "window_bias" in optional else 1, heads, n, n),
-        "mask": (windows, n, n),
+        "key": (batch, *geometry.key_size, heads * d),
+        "value": (batch, *geometry.key_size, heads * dv),
+        "bias": (windows if "window_bias" in optional else 1, heads, n, m),
+        "mask": (windows, n if geometry.keys is None else 1, m),
         "key_padding": (heads * d,),
         "value_padding": (heads * dv,),
     }
@@ -162,6 +174,26 @@ WINDOWS = {
     "window 24": (window_spec((24, 48), (24, 24), (12, 12), mask_value=-100.0), {"optional": ("bias",), "batch": 1}),
 }
 
+HALO = KeyWindows((8, 12), (8, 6), (4, 4), (-2, -1), (1, 1))
+DILATED = KeyWindows((8, 12), (3, 2), (4, 4), (0, 1), (2, 3))
+POOLED = KeyWindows((16, 24), (8, 8), (8, 8), (0, 0), (1, 1))
+KEY_WINDOWS = {
+    "1-d halo": (window_spec((12,), (4,), keys=KeyWindows((12,), (8,), (4,), (-2,), (1,))), {}),
+    "halo": (window_spec((8, 12), (4, 4), keys=HALO), {"optional": ("bias", "mask", "key_padding", "value_padding")}),
+    "halo of zeros": (window_spec((8, 12), (4, 4), keys=HALO), {"d": 10, "optional": ("bias",)}),
+    "halo around": (window_spec((8, 12), (4, 4), keys=replace(HALO, border="wrap")), {}),
+    "halo of the edge": (window_spec((8, 12), (4, 4), (1, 2), keys=replace(HALO, border="edge")), {}),
+    "halo reflected": (window_spec((8, 12), (4, 4), keys=replace(HALO, border="reflect")), {"d": 24}),
+    "halo shifted": (window_spec((8, 12), (4, 4), (1, 2), keys=HALO), {"optional": ("window_bias",)}),
+    "halo of a padded map": (window_spec((7, 12), (4, 4), (2, 0), keys=replace(HALO, feature_size=(7, 12))), {}),
+    "dilated keys": (window_spec((8, 12), (4, 4), keys=DILATED), {}),
+    "keys of a larger map": (window_spec((8, 12), (4, 4), (0, 2), keys=POOLED), {"optional": ("bias",)}),
+    "many keys": (
+        window_spec((16, 32), (16, 16), keys=KeyWindows((16, 32), (26, 26), (16, 16), (-5, -5), (1, 1))),
+        {"batch": 1, "d": 10, "optional": ("bias",)},
+    ),
+}
+
 # Those of the kernel; the other operands of the op are computed by its written-out body (coverage.py).
 ALL_SLIDE_OPERANDS = ("bias", "key_kernel", "key_bias", "value_kernel", "value_bias")
 SLIDES = {
@@ -206,6 +238,12 @@ SLIDES = {
 @pytest.mark.parametrize("case", WINDOWS)
 def test_window_attention(case):
     spec, options = WINDOWS[case]
+    check(spec, window_operands(spec, **options))
+
+
+@pytest.mark.parametrize("case", KEY_WINDOWS)
+def test_window_attention_to_keys_elsewhere(case):
+    spec, options = KEY_WINDOWS[case]
     check(spec, window_operands(spec, **options))
 
 
