@@ -16,6 +16,7 @@ from tvm.relax import transform
 
 from attnrewrite.errors import CompilerError
 from attnrewrite.lowering.kernels.vector_math import vector_unit
+from attnrewrite.lowering.layout import channels_last
 from attnrewrite.lowering.packing import pack_weights
 from attnrewrite.lowering.schedules.stack import PIPELINE
 from attnrewrite.lowering.targets import Target
@@ -76,7 +77,7 @@ def build(mod: IRModule, target: tvm.target.Target) -> Built:
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _apply(mod, transform.DecomposeOpsForInference(), transform.CanonicalizeBindings())
         if on_cpu:
-            mod = pack_weights(mod, vector_unit(target))
+            mod = pack_weights(channels_last(mod), vector_unit(target))
         mod = _apply(
             mod,
             transform.LegalizeOps(),

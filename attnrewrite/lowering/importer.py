@@ -172,7 +172,22 @@ def _gemm(bb: relax.BlockBuilder, inputs: Inputs, attrs: Mapping[str, Any]) -> A
     return relax.op.add(bb.emit(result), c)
 
 
+def _batch_normalization(bb: relax.BlockBuilder, inputs: Inputs, attrs: Mapping[str, Any]) -> Any:
+    """With constant statistics one product and one sum; TVM's own converter otherwise."""
+    x, *parameters = inputs
+    arrays = [_constant(parameter) for parameter in parameters]
+    if attrs.get("training_mode", 0) or any(array is None for array in arrays):
+        return None
+    gamma, beta, mean, variance = (array.astype(np.float64) for array in arrays if array is not None)
+    factor = gamma / np.sqrt(variance + attrs.get("epsilon", 1e-5))
+    dtype = arrays[0].dtype if arrays[0] is not None else np.float32
+    shape = (1, -1, *[1] * (int(x.ty.ndim) - 2))
+    scale, shift = (relax.const(v.astype(dtype).reshape(shape)) for v in (factor, beta - mean * factor))
+    return relax.op.add(bb.emit(relax.op.multiply(x, scale)), shift)
+
+
 _CONVERTERS: dict[str, Callable[[relax.BlockBuilder, Inputs, Mapping[str, Any]], Any]] = {
+    "BatchNormalization": _batch_normalization,
     "Gemm": _gemm,
     "Col2Im": col2im,
 }

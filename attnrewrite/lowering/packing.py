@@ -7,6 +7,8 @@ then follow each other in memory. `columns` is that of the register tile, so it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,16 @@ def packed(weights: np.ndarray, columns: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(depth, panels, columns).transpose(1, 0, 2))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Of a 2-D convolution: strides and dilation of both axes."""
+
+    row_stride: int
+    column_stride: int
+    row_dilation: int
+    column_dilation: int
+
+
 @mutator
 class _Packer(PyExprMutator):  # type: ignore[misc]
     def __init__(self, mod: IRModule, unit: VectorUnit) -> None:
@@ -49,6 +61,8 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
 
     def visit_call_(self, call: ir.Call) -> Any:
         call = self.visit_expr_post_order(call)
+        if call.op == ir.Op.get("relax.nn.conv2d") and call.attrs.data_layout == "NHWC":
+            return self._convolution(call)
         if call.op != ir.Op.get("relax.matmul"):
             return call
         features, weights = call.args
@@ -59,13 +73,31 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
         width = int(weights.ty.shape[1])
         if width < MIN_COLUMNS:
             return call
-        columns = choose_tile(_static_rows([*features.ty.shape][:-1]), width, self._unit).columns
+        panels = self._panels(weights, [*features.ty.shape][:-1], width)
+        return self.builder_.call_te(_packed_matmul, features, panels, width, primfunc_name_hint="packed_matmul")
+
+    def _panels(self, weights: Any, rows: Sequence[Any], width: int) -> Any:
+        """Constant weights `[*K, width]` packed for a product with so many rows; once for all its users."""
+        columns = choose_tile(_static_rows(rows), width, self._unit).columns
         key = (weights, columns)
         if key not in self._packed:
-            self._packed[key] = relax.const(packed(weights.value.numpy(), columns))
-        return self.builder_.call_te(
-            _packed_matmul, features, self._packed[key], width, primfunc_name_hint="packed_matmul"
-        )
+            self._packed[key] = relax.const(packed(weights.value.numpy().reshape(-1, width), columns))
+        return self._packed[key]
+
+    def _convolution(self, call: ir.Call) -> Any:
+        """A channels-last convolution: a matrix product over patches that are read in place, of a padded map."""
+        (data, weights), attributes = call.args, call.attrs
+        top, left, bottom, right = (int(v) for v in attributes.padding)
+        if top or left or bottom or right:
+            data = self.builder_.emit(relax.op.nn.pad(data, [0, 0, top, bottom, left, right, 0, 0]))
+        steps = Steps(*(int(v) for v in (*attributes.strides, *attributes.dilation)))
+        if int(attributes.groups) > 1:
+            depthwise = partial(_depthwise, steps=steps)
+            return self.builder_.call_te(depthwise, data, weights, primfunc_name_hint="depthwise_conv2d")
+        size, width = [int(v) for v in weights.ty.shape][:2], int(weights.ty.shape[3])
+        panels = self._panels(weights, [*call.ty.shape][:-1], width)
+        convolution = partial(_packed_convolution, size=size, width=width, steps=steps)
+        return self.builder_.call_te(convolution, data, panels, primfunc_name_hint="packed_conv2d")
 
 
 def _static_rows(extents: Sequence[Any]) -> int | None:
@@ -88,3 +120,59 @@ def _packed_matmul(features: te.Tensor, weights: te.Tensor, width: int) -> te.Te
         return te.sum(product, axis=k)
 
     return te.compute((*features.shape[:-1], tirx.IntImm("int64", width)), element, name="packed_matmul")
+
+
+def _extent(padded: Any, kernel: int, stride: int, dilation: int) -> Any:
+    return tirx.floordiv(padded - (kernel - 1) * dilation - 1, stride) + 1
+
+
+def _packed_convolution(
+    data: te.Tensor, weights: te.Tensor, size: Sequence[int], width: int, steps: Steps
+) -> te.Tensor:
+    """out[b, y, x, n] = sum over i, j, c of data[b, y s + i d, x s + j d, c] w[i, j, c, n], w packed over (i, j, c)."""
+    batch, height, across, channels = data.shape
+    (rows, in_row), columns = size, int(weights.shape[2])
+    shape = (
+        batch,
+        _extent(height, rows, steps.row_stride, steps.row_dilation),
+        _extent(across, in_row, steps.column_stride, steps.column_dilation),
+        tirx.IntImm("int64", width),
+    )
+    i, j, c = _reduced(rows, "i"), _reduced(in_row, "j"), _reduced(int(channels), "c")
+
+    def element(b: Any, y: Any, x: Any, n: Any) -> Any:
+        row, column = y * steps.row_stride + i * steps.row_dilation, x * steps.column_stride + j * steps.column_dilation
+        weight = weights[tirx.floordiv(n, columns), (i * in_row + j) * channels + c, tirx.floormod(n, columns)]
+        return te.sum(data[b, row, column, c] * weight, axis=[i, j, c])
+
+    return te.compute(shape, element, name="packed_conv2d")
+
+
+def _reduced(extent: Any, name: str) -> Any:
+    return te.reduce_axis((tirx.IntImm("int64", 0), tirx.const(extent, "int64")), name)
+
+
+def _reduced(extent: Any, name: str) -> Any:
+    return te.reduce_axis(
+        (tirx.IntImm("int64", 0), tirx.IntImm("int64", extent) if isinstance(extent, int) else extent), name
+    )
+
+
+def _depthwise(data: te.Tensor, weights: te.Tensor, steps: Steps) -> te.Tensor:
+    """out[b, y, x, c] = sum over (i, j) of data[b, y s + i d, x s + j d, c] weights[i, j, 0, c]."""
+    batch, height, width, channels = data.shape
+    rows, columns = int(weights.shape[0]), int(weights.shape[1])
+    shape = (
+        batch,
+        _extent(height, rows, steps.row_stride, steps.row_dilation),
+        _extent(width, columns, steps.column_stride, steps.column_dilation),
+        channels,
+    )
+    i, j = _reduced(rows, "i"), _reduced(columns, "j")
+
+    def element(b: Any, y: Any, x: Any, c: Any) -> Any:
+        row = y * steps.row_stride + i * steps.row_dilation
+        column = x * steps.column_stride + j * steps.column_dilation
+        return te.sum(data[b, row, column, c] * weights[i, j, 0, c], axis=[i, j])
+
+    return te.compute(shape, element, name="depthwise_conv2d")

@@ -8,7 +8,6 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr as IrExpr
-from tvm.script import tirx as T
 
 from attnrewrite.lowering.kernels import vector_math
 from attnrewrite.lowering.schedules.stages import Axis, Expr, simplify
@@ -121,7 +120,10 @@ def store(buffer: tirx.Buffer, value: Expr, indices: Sequence[Expr]) -> Stmt:
 
 
 def expand_intrinsics(value: Expr) -> Expr:
-    """Transcendental calls as polynomials in float32. The result is a DAG: pass it to `share`, not to tree walkers."""
+    """Transcendental calls as polynomials in float32, divisions by a constant as products.
+
+    The result is a DAG: pass it to `share`, not to tree walkers.
+    """
 
     def expand(call: Any) -> Any:
         dtype = str(call.ty.dtype) if isinstance(call.ty, ir.PrimType) else ""
@@ -133,7 +135,14 @@ def expand_intrinsics(value: Expr) -> Expr:
         result = _VECTOR_MATH[name](*(_cast(argument, "float32") for argument in call.args))
         return _cast(result, dtype)
 
-    return tvm_ffi.structural_map(value, (ir.Call, expand), order="post")
+    def multiply(quotient: Any) -> Any:
+        divisor = float(quotient.b.value) if isinstance(quotient.b, tirx.FloatImm) else 0.0
+        # The reciprocal of a tiny number overflows.
+        if str(quotient.ty.dtype) != "float32" or not 1e-30 < abs(divisor) < 1e30:
+            return quotient
+        return quotient.a * tirx.FloatImm("float32", 1.0 / divisor)
+
+    return tvm_ffi.structural_map(value, [(ir.Call, expand), (tirx.Div, multiply)], order="post")
 
 
 def _power(call: Any) -> Any:
@@ -150,21 +159,12 @@ def _cast(value: Expr, dtype: str) -> Expr:
     return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
 
 
-def _sigmoid(x: Expr) -> Expr:
-    return T.float32(1.0) / (T.float32(1.0) + vector_math.exp(T.float32(0.0) - x))
-
-
-def _tanh(x: Expr) -> Expr:
-    """1 - 2 / (e**2x + 1): 3e-7 absolute, which is what activations need."""
-    return T.float32(1.0) - T.float32(2.0) / (vector_math.exp(x * T.float32(2.0)) + T.float32(1.0))
-
-
 _VECTOR_MATH: dict[str, Callable[..., Expr]] = {
     "tirx.exp": vector_math.exp,
     "tirx.exp2": vector_math.exp2,
     "tirx.erf": vector_math.erf,
-    "tirx.sigmoid": _sigmoid,
-    "tirx.tanh": _tanh,
+    "tirx.sigmoid": vector_math.sigmoid,
+    "tirx.tanh": vector_math.tanh,
 }
 
 

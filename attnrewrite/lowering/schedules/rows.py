@@ -43,8 +43,10 @@ Bound = Mapping[tirx.Var, Expr]
 # Stores the value of one output element, given where the row's own axes are.
 Put = Callable[[Expr, Bound], Stmt]
 
-# Vectors a reduction keeps in flight: enough to hide the latency of an addition.
+# Vectors a reduction keeps in flight: enough to hide the latency of an addition. Where a sum reads one operand only, it
+# waits for memory, and longer pieces of a row are better.
 VECTORS = 4
+STREAMED_VECTORS = 12
 
 
 def lower_stage(stage: Stage, lanes: int) -> Stmt:
@@ -89,7 +91,8 @@ def lower_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], lanes: int)
 
 def _shared_axes(stages: Sequence[Stage]) -> int:
     """How many leading axes all stages have in common, each reading the others only at its own position along them."""
-    shared = min(len(stage.axes) for stage in stages)
+    # The axis that lanes run along is no row.
+    shared = min(len(stage.axes) - (bool(stage.axes) and _lane_axis(stage) is stage.axes[-1]) for stage in stages)
     shared = next(
         (n for n in range(shared) if not all(same(stages[0].axes[n].extent, s.axes[n].extent) for s in stages)), shared
     )
@@ -211,7 +214,8 @@ def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put: Put) -> Stm
     if axis.size is None:
         return loop(axis.extent, lambda x: _reduce_scalar(stage, {**where, axis.var: x}, put))
     width = min(lanes, axis.size)
-    vectors = min(VECTORS, axis.size // width)
+    most = VECTORS if len(loads_of(stage.value)) > 1 else STREAMED_VECTORS
+    vectors = min(most, axis.size // width)
 
     def tile(start: Expr, count: int) -> Stmt:
         sums = local([count * width], dtype, "sums")
@@ -265,14 +269,23 @@ def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put: Put) -> St
         term = _as(substitute(stage.value, mapping), dtype)
         return store(buffer, combine(stage.combine, tirx.BufferLoad(buffer, [slot]), term), [slot])
 
+    def lanes_from(at: Sequence[Expr], start: Expr, count: int) -> Stmt:
+        return vectorized(count, lambda lane: update(at, start + lane, sums, lane))
+
     def step(at: Sequence[Expr]) -> Stmt:
         whole = simplify(tirx.floordiv(axis.extent, width))
-        body = [
-            loop(whole, lambda t: vectorized(width, lambda lane: update(at, t * width + lane, sums, lane)), name="t")
-        ]
-        if axis.size is None or axis.size % width:
+        body = [loop(whole, lambda t: lanes_from(at, t * width, width), name="t")]
+        if axis.size is None:
             rest = simplify(tirx.floormod(axis.extent, width))
             body.append(loop(rest, lambda i: update(at, whole * width + i, total, const(0))))
+            return seq(*body)
+        done, narrower = axis.size // width * width, width
+        while done < axis.size:
+            # What is left of the row in ever shorter vectors.
+            narrower //= 2
+            if axis.size - done >= narrower:
+                body.append(lanes_from(at, const(done), narrower))
+                done += narrower
         return seq(*body)
 
     return allocated(
