@@ -17,8 +17,12 @@ def check(proto, *arrays, tolerance=FP32):
     assert relative_error(compiled(proto)(*arrays), reference(proto, *arrays)) <= tolerance
 
 
-# rows, depth, columns: divisible by every tile; by none; a single row; fewer columns than lanes; primes.
-GEMMS = [(196, 96, 384), (49, 33, 50), (1, 64, 1000), (7, 16, 5), (101, 31, 67), (3136, 8, 24), (5, 1, 48)]
+# rows, depth, columns: divisible by every tile; by none; a single row; fewer columns than lanes; primes; so large that
+# rows go in blocks, and the depth in stretches, with columns that end within a tile, and within a vector.
+GEMMS = [
+    *[(196, 96, 384), (49, 33, 50), (1, 64, 1000), (7, 16, 5), (101, 31, 67), (3136, 8, 24), (5, 1, 48)],
+    *[(401, 1536, 160), (389, 1536, 150), (523, 768, 192), (300, 1021, 144)],
+]
 
 
 @pytest.mark.parametrize(("rows", "depth", "columns"), GEMMS)

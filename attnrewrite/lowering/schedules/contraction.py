@@ -18,6 +18,7 @@ import tvm_ffi
 from tvm import ir, tirx
 
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
+from attnrewrite.lowering.schedules.blocking import CACHE_BYTES, PIECES, Blocks, choose_blocks
 from attnrewrite.lowering.schedules.loops import (
     Stmt,
     allocated,
@@ -49,12 +50,6 @@ from attnrewrite.lowering.schedules.stages import (
     substitute,
     variables,
 )
-
-# A column panel that fits comfortably into the second-level cache of every preset, in bytes.
-CACHE_BYTES = 512 * 1024
-
-# Parallel pieces aimed at where rows could also be shared among threads.
-PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Contraction:
 
 
 def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit, vectors: int | None = None) -> Tile:
-    """The register tile that wastes least on the edges, then the one that loads least per multiplication.
+    """The register tile that wastes least on the edges and on loads.
 
     vectors: of columns, where that is decided already.
     """
@@ -115,8 +110,9 @@ def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit, vectors
         for height in range(1, min(most, rows or most) + 1):
             padded_rows = 1.0 if rows is None else -(-rows // height) * height / rows
             padded_columns = 1.0 if columns is None else -(-columns // width) * width / columns
-            # Per multiply-add: 1 for the arithmetic, and the loads of both operands, which overlap with it in part.
-            cost = padded_rows * padded_columns * (1.0 + 0.5 * (1.0 / height + 1.0 / width_in_vectors))
+            # Per multiply-add: 1 for the arithmetic, and what the loads of both operands delay it by. Elements of rows
+            # are in the first-level cache; vectors of columns come from a panel in the second, once for every row tile.
+            cost = padded_rows * padded_columns * (1.0 + 0.25 / width_in_vectors + 0.75 / height)
             if best is None or cost < best[0] - 1e-9:
                 best = cost, Tile(height, width_in_vectors, unit.lanes)
     assert best is not None
@@ -206,6 +202,15 @@ def _replace_quotient(value: Expr, var: tirx.Var, quotient: tirx.Var) -> Expr:
     )
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """One of `count` consecutive pieces of the reduction, `depth` long."""
+
+    index: Expr
+    depth: int
+    count: int
+
+
 def lower_contraction(product_stage: Contraction, epilogue: Stage | None, unit: VectorUnit) -> Stmt:
     """Loops of a matrix product and of the element-wise stage that consumes it, if any."""
     return _Lowering(product_stage, epilogue, unit).lower()
@@ -249,6 +254,8 @@ class _Lowering:
     def lower(self) -> Stmt:
         work = simplify(self.b * self.m * self.n * self.k)
         if self.in_place:
+            if (blocks := self.blocks()) is not None:
+                return self.lower_blocks(blocks, work)
             # Whichever operand is walked through again and again should be the one that stays in the cache.
             panel_bytes = simplify(self.n * self.k * 4)
             rows_outside = isinstance(panel_bytes, tirx.IntImm) and int(panel_bytes) <= CACHE_BYTES
@@ -277,6 +284,41 @@ class _Lowering:
             return allocated(panel, self.pack(where, j, panel), loop(per_piece, row_tile, name="i"))
 
         return parallel(simplify(self.b * self.n_tiles * pieces), piece, work)
+
+    def blocks(self) -> Blocks | None:
+        m, n, k = (static_size(axes) for axes in (self.c.rows, self.c.columns, self.c.stage.reduction))
+        if not self.packed or m is None or n is None or k is None:
+            return None
+        kept = self.epilogue.buffer if self.epilogue is not None else self.c.stage.buffer
+        exact = str(kept.dtype) == self.c.dtype and (self.n_divides or self.n_tail_free)
+        single = len(self.c.stage.reduction) == 1
+        tile = self.tile.rows, self.tile.columns
+        return choose_blocks(m, n, k, tile, may_cut_depth=exact and single)
+
+    def lower_blocks(self, blocks: Blocks, work: Expr) -> Stmt:
+        """A block of rows passes by every panel, one stretch of the depth after the other."""
+        row_blocks = simplify(tirx.ceildiv(self.m_tiles, blocks.row_tiles))
+        panels = simplify(tirx.ceildiv(self.n_tiles, blocks.panel_groups))
+        stretches = int(self.k) // blocks.depth
+
+        def block(p: Expr) -> Stmt:
+            batch, row_block, group = unravel(p, [self.b, row_blocks, const(blocks.panel_groups)])
+            where = self.batch_at(batch)
+
+            def tile(stretch: Expr, panel: Expr, t: Expr) -> Stmt:
+                i, j = row_block * blocks.row_tiles + t, group * panels + panel
+                whole = simplify(self.m_tiles % blocks.row_tiles), simplify(self.n_tiles % blocks.panel_groups)
+                inside = None if all(int(rest) == 0 for rest in whole) else tirx.And(i < self.m_tiles, j < self.n_tiles)
+                part = Stretch(stretch, blocks.depth, stretches) if stretches > 1 else None
+                return guarded(inside, self.one_tile(where, i, j, None, part))
+
+            return loop(
+                stretches,
+                lambda s: loop(panels, lambda j: loop(blocks.row_tiles, lambda t: tile(s, j, t), name="t"), name="j"),
+                name="s",
+            )
+
+        return parallel(simplify(self.b * row_blocks * blocks.panel_groups), block, work)
 
     def row_pieces(self) -> int:
         """Into how many pieces the rows are cut for the sake of threads; each packs its panel again."""
@@ -319,7 +361,14 @@ class _Lowering:
 
         return nest(self.c.stage.reduction, row)
 
-    def one_tile(self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, panel: tirx.Buffer | None) -> Stmt:
+    def one_tile(
+        self,
+        batch: Mapping[tirx.Var, Expr],
+        i: Expr,
+        j: Expr,
+        panel: tirx.Buffer | None,
+        stretch: Stretch | None = None,
+    ) -> Stmt:
         tile, dtype = self.tile, self.c.dtype
         # One buffer per row: TVM keeps only small buffers on the stack, from where they move to registers.
         sums = [local([tile.columns], dtype, f"sums_{r}") for r in range(tile.rows)]
@@ -334,8 +383,11 @@ class _Lowering:
         rows_at = [dict(zip((a.var for a in self.c.rows), names, strict=True)) for names in row_vars]
         left, right = self.in_own_axes(self.c.left), self.in_own_axes(self.c.right)
 
-        def zero(row: tirx.Buffer) -> Stmt:
-            return self.vectors(lambda at: tirx.BufferStore(row, _zero(dtype), [at]))
+        def begin(r: int) -> Stmt:
+            zero = self.vectors(lambda at: tirx.BufferStore(sums[r], _zero(dtype), [at]))
+            if stretch is None:
+                return zero
+            return guarded(stretch.index > 0, self.partial_sums(batch, i, j, r, sums[r], save=False), zero)
 
         def step(at: Sequence[Expr]) -> Stmt:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
@@ -359,13 +411,39 @@ class _Lowering:
                 statements.append(self.vectors(multiply_add))
             return seq(*statements)
 
-        return seq(
-            *map(tirx.AllocBuffer, sums),
-            *bindings,
-            *map(zero, sums),
-            _reduction_loops(self.c.stage.reduction, step),
-            self.finish(batch, i, j, sums),
-        )
+        if stretch is None:
+            products = _reduction_loops(self.c.stage.reduction, step)
+            end = self.finish(batch, i, j, sums)
+        else:
+            products = loop(stretch.depth, lambda k: step([stretch.index * stretch.depth + k]), name="k")
+            save = [self.partial_sums(batch, i, j, r, row, save=True) for r, row in enumerate(sums)]
+            last = stretch.index == stretch.count - 1
+            end = guarded(last, self.finish(batch, i, j, sums), seq(*save))
+        return seq(*map(tirx.AllocBuffer, sums), *bindings, *map(begin, range(tile.rows)), products, end)
+
+    def partial_sums(
+        self, batch: Mapping[tirx.Var, Expr], i: Expr, j: Expr, r: int, row: tirx.Buffer, save: bool
+    ) -> Stmt:
+        """Row r of the tile between two stretches of the depth: into the output (save), or back from there."""
+        output = self.epilogue.buffer if self.epilogue is not None else self.c.stage.buffer
+
+        def element(at: Expr) -> Stmt:
+            indices = self.output_indices(batch, i * self.tile.rows + r, j * self.tile.columns + at)
+            if save:
+                return tirx.BufferStore(output, tirx.BufferLoad(row, [at]), indices)
+            return tirx.BufferStore(row, tirx.BufferLoad(output, indices), [at])
+
+        def vector(v: Expr) -> Stmt:
+            inside = None if self.n_divides else j * self.tile.columns + v * self.tile.lanes < self.n
+            return guarded(inside, vectorized(self.tile.lanes, lambda lane: element(v * self.tile.lanes + lane)))
+
+        inside = None if self.m_divides else i * self.tile.rows + r < self.m
+        return guarded(inside, unrolled(self.tile.vectors, vector))
+
+    def output_indices(self, batch: Mapping[tirx.Var, Expr], row: Expr, column: Expr) -> list[Expr]:
+        where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
+        own = {**where, **{var: substitute(value, where) for var, value in self.c.split.items()}}
+        return [simplify(own[axis.var]) for axis in self.c.stage.axes]
 
     def vectors(self, body: Callable[[Expr], Stmt]) -> Stmt:
         """`body(column within the tile)` for one row of the tile, a vector at a time, written out."""
@@ -378,10 +456,7 @@ class _Lowering:
         heavy = self.epilogue is not None and bool(calls(self.epilogue.value) & EXPENSIVE)
 
         def element(source: tirx.Buffer, r: int, column: Expr, slot: Expr) -> Stmt:
-            row = i * tile.rows + r
-            where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
-            own = {**where, **{var: substitute(value, where) for var, value in self.c.split.items()}}
-            indices = [own[axis.var] for axis in stage.axes]
+            indices = self.output_indices(batch, i * tile.rows + r, column)
             result = _as(tirx.BufferLoad(source, [slot]), str(stage.buffer.dtype))
             if self.epilogue is None:
                 return store(stage.buffer, result, indices)
