@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from attnrewrite import bench
+from attnrewrite import bench, runtime
 from attnrewrite.verify.runners import CompiledRunner, OnnxRunner, OpenVinoRunner, Runner
 from benchmarks import memory
 
@@ -31,7 +31,7 @@ class Job:
     """kind: a key of `LOADERS`. model: name in the zoo (torch builds it), or of what is measured. onnx: the original.
 
     artifact: a directory written by optimize. inputs: an .npz file, its arrays by input name. sample: where some of the
-    first outputs go.
+    first outputs go. aligned: inputs lie where the compiled model reads them without copying.
     """
 
     kind: str
@@ -42,6 +42,7 @@ class Job:
     sample: str
     threads: int
     block_seconds: float = bench.BLOCK_SECONDS
+    aligned: bool = False
 
 
 class TorchRunner:
@@ -90,7 +91,7 @@ def main() -> None:
     try:
         __import__(ENGINES[job.kind])
         with np.load(job.inputs) as file:
-            inputs = {name: file[name] for name in file.files}
+            inputs = {name: _aligned(file[name]) if job.aligned else file[name] for name in file.files}
         runner = _loaded(job, inputs, answers)
         for _ in sys.stdin:
             _answer(answers, {"seconds": bench.block(runner, inputs)})
@@ -122,6 +123,12 @@ def _write_sample(outputs: list[np.ndarray], path: Path) -> None:
     """Evenly spaced elements of all outputs, float64."""
     step = max(1, sum(array.size for array in outputs) // SAMPLE)
     np.save(path, np.concatenate([array.reshape(-1)[::step].astype(np.float64) for array in outputs]))
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    copy = runtime.empty_aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def _pin(threads: int) -> None:

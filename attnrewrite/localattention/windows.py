@@ -107,7 +107,7 @@ def _match_key(facts: Facts, maps: SiteMaps, key: Source) -> WindowMatch | Decli
     own_keys = Decline("every query has keys of its own, so these are no windows", node, foreign=True)
     single = queries.shape[1] == 1
     widened = len(maps.query.spatial) > len(maps.query.spatial_axes)  # by axes of one pixel
-    if single and (widened or len(np.unique(keys)) < keys.size):
+    if single and (widened or np.bincount(keys.reshape(-1) - PADDING).max() > 1):
         return own_keys
     fitted = fit_windows(queries, maps.query.spatial)
     if isinstance(fitted, str):

@@ -38,6 +38,28 @@ def test_one_library_for_every_batch(on_cpu, batch):
     assert relative_error(result["y"], reference(small_network("batch"), x)) <= 1e-5
 
 
+def test_large_outputs_belong_to_the_caller(tmp_path):
+    """Two outputs of 1 MB, of which one is the input itself: no array shares memory, and later runs touch none."""
+    graph = model([node("Relu", "x", "y")], {"x": ["batch", 512, 512]})
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 512, 512]))
+    artifact(graph, tmp_path, "cpu")
+    loaded = runtime.load(tmp_path)
+    aligned = runtime.empty_aligned((1, 512, 512))
+    aligned[...] = normal(1, 512, 512)
+    before = aligned.copy()
+    first = loaded.run({"x": aligned})
+    second = loaded.run({"x": normal(2, 512, 512)})
+    arrays = [aligned, *first.values(), *second.values()]
+    assert not any(np.may_share_memory(a, b) for i, a in enumerate(arrays) for b in arrays[:i])
+    np.testing.assert_array_equal(first["y"], np.maximum(before, 0))
+    np.testing.assert_array_equal(first["x"], before)
+    for output in first.values():
+        output += 1
+    del loaded
+    np.testing.assert_array_equal(aligned, before)
+    np.testing.assert_array_equal(second["y"], np.maximum(normal(2, 512, 512), 0))
+
+
 def test_manifest_and_report_agree(on_cpu):
     directory, report = on_cpu
     manifest = json.loads((directory / "manifest.json").read_text())
