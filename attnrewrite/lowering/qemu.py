@@ -51,11 +51,14 @@ class Missing:
 
 @dataclass(frozen=True)
 class Emulator:
-    """qemu: the emulator; home: the folder with `root` (the unpacked system) and `site` (the wheels)."""
+    """qemu: the emulator; home: the folder with `root` (the unpacked system) and `site` (the wheels).
+
+    interpreter: file name of the guest's Python.
+    """
 
     qemu: Path
     home: Path
-    python: str
+    interpreter: str
 
     def run(
         self, directory: Path, inputs: Mapping[str, np.ndarray], threads: int = 1, timeout: float | None = None
@@ -69,29 +72,64 @@ class Emulator:
             (work / "package" / "attnrewrite").symlink_to(Path(attnrewrite.__file__).resolve().parent)
             np.savez(work / "inputs.npz", *(inputs[tensor.name] for tensor in manifest.inputs))
             arguments = [str(directory.resolve()), str(work / "inputs.npz"), str(work / "outputs.npz"), str(threads)]
-            try:
-                run = self._python(["-c", _GUEST, *arguments], [work / "package", self.home / "site"], timeout)
-            except subprocess.TimeoutExpired:
-                raise CompilerError(f"{directory.name} did not finish under qemu within {timeout} seconds") from None
-            if run.returncode:
-                lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-                raise CompilerError(f"{directory.name} failed under qemu: {lines[-1]}")
+            self.python(["-c", _GUEST, *arguments], what=directory.name, path=[work / "package"], timeout=timeout)
             with np.load(work / "outputs.npz") as arrays:
                 return {tensor.name: arrays[f"arr_{i}"] for i, tensor in enumerate(manifest.outputs)}
 
-    def _python(
-        self, arguments: Sequence[str], path: Sequence[Path], timeout: float | None
-    ) -> subprocess.CompletedProcess[str]:
+    def python(
+        self,
+        arguments: Sequence[str],
+        *,
+        what: str,
+        path: Sequence[Path] = (),
+        timeout: float | None = None,
+        processor: str | None = None,
+    ) -> str:
+        """Standard output of the guest's Python, which finds TVM, NumPy and, before them, what `path` holds.
+
+        processor: one that qemu knows; None for its default, which has every extension. Raises CompilerError about
+        `what`, with the guest's last words, where the run fails or takes more than `timeout` seconds.
+        """
         root = self.home / "root"
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "QEMU_LD_PREFIX": str(root),
             "PYTHONHOME": str(root / "usr"),
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "PYTHONPATH": os.pathsep.join(map(str, [*path, self.home / "site"])),
             "PYTHONDONTWRITEBYTECODE": "1",
+            **({} if processor is None else {"QEMU_CPU": processor}),
         }
-        command = [str(self.qemu), str(root / "usr" / "bin" / self.python), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        command = [str(self.qemu), str(root / "usr" / "bin" / self.interpreter), *arguments]
+        try:
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            raise CompilerError(f"{what} did not finish under qemu within {timeout} seconds") from None
+        if run.returncode:
+            lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+            raise CompilerError(f"{what} failed under qemu: {lines[-1]}")
+        return run.stdout
+
+    def onnxruntime(self, version: str) -> Path:
+        """A folder to put on `path` that holds ONNX Runtime's own wheel for aarch64, fetched once.
+
+        Raises CompilerError where it cannot be fetched.
+        """
+        minor = int(self.interpreter.rpartition(".")[2])
+        folder = self.home.parent / f"aarch64-onnxruntime-{version}-python3.{minor}"
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=self.home.parent, prefix=".aarch64-") as name:
+                work = Path(name)
+                try:
+                    # NumPy is there already, in the version of this machine.
+                    needed = (f"onnxruntime=={version}", f"numpy=={np.__version__}")
+                    _unpack_wheels(work / "wheels", work / "site", minor, *needed)
+                except subprocess.CalledProcessError as error:
+                    raise CompilerError(
+                        f"ONNX Runtime {version} for aarch64 cannot be fetched: {_words(error)}"
+                    ) from None
+                (work / "site").rename(folder)
+        _describe_processors(self.home / "root")
+        return folder
 
 
 def cache_directory() -> Path:
@@ -116,8 +154,7 @@ def find_emulator(*, prepare: bool = True) -> Emulator | Missing:
         try:
             _prepare(home)
         except subprocess.CalledProcessError as error:
-            words = (error.stderr or error.stdout or "").strip().splitlines()
-            return Missing(f"{Path(error.cmd[0]).name} failed: {words[-1] if words else error.returncode}")
+            return Missing(f"{Path(error.cmd[0]).name} failed: {_words(error)}")
         except OSError as error:
             return Missing(f"the aarch64 system cannot be prepared: {error}")
     pythons = sorted(
@@ -132,7 +169,8 @@ def _prepare(home: Path) -> None:
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".aarch64-") as name:
         work = Path(name)
         minor = _unpack_system(work / "apt", work / "root")
-        _unpack_wheels(work / "wheels", work / "site", minor)
+        needed = (f"apache-tvm=={TVM_VERSION}", f"numpy=={np.__version__}")
+        _unpack_wheels(work / "wheels", work / "site", minor, *needed)
         target = work / "ready"
         target.mkdir()
         for part in ("root", "site"):
@@ -168,15 +206,36 @@ def _unpack_system(state: Path, root: Path) -> int:
     return minor
 
 
-def _unpack_wheels(wheels: Path, site: Path, minor: int) -> None:
+def _unpack_wheels(wheels: Path, site: Path, minor: int, *packages: str) -> None:
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
     abis = [word for abi in (f"cp3{minor}", "abi3", "none") for word in ("--abi", abi)]
     version = ["--python-version", f"3.{minor}", "--implementation", "cp", "--only-binary", ":all:"]
     pip = [sys.executable, "-m", "pip", "download", "-q", "--dest", str(wheels)]
-    _command(*pip, *version, *platforms, *abis, f"apache-tvm=={TVM_VERSION}", f"numpy=={np.__version__}")
+    _command(*pip, *version, *platforms, *abis, *packages)
     for wheel in wheels.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
+
+
+def _describe_processors(root: Path) -> None:
+    """/proc/cpuinfo as an aarch64 kernel writes it: ONNX Runtime crashes at the host's, which qemu would show it."""
+    fields = {
+        "processor": "{}",
+        "Features": "fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp",
+        "CPU implementer": "0x41",
+        "CPU architecture": "8",
+        "CPU variant": "0x3",
+        "CPU part": "0xd0c",  # Neoverse N1
+        "CPU revision": "1",
+    }
+    text = "".join(f"{name}\t: {value}\n" for name, value in fields.items()) + "\n"
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc" / "cpuinfo").write_text("".join(text.format(i) for i in range(os.cpu_count() or 1)))
+
+
+def _words(error: subprocess.CalledProcessError) -> str:
+    lines = (error.stderr or error.stdout or "").strip().splitlines()
+    return str(lines[-1] if lines else error.returncode)
 
 
 def _command(*words: str) -> str:

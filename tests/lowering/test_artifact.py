@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from attnrewrite import runtime
@@ -183,6 +184,20 @@ def test_arm_library_runs_under_qemu(tmp_path):
     artifact(proto, tmp_path, "arm")
     x = normal(2, 3, 13, 10)
     assert relative_error(emulator.run(tmp_path, {"x": x})["y"], reference(proto, x)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_onnxruntime_runs_under_qemu():
+    emulator = find_emulator()
+    if isinstance(emulator, Missing):
+        pytest.skip(emulator.reason)
+    version = onnxruntime.__version__
+    asked = "import onnxruntime, platform; print(onnxruntime.__version__, platform.machine())"
+    folder = emulator.onnxruntime(version)
+    printed = emulator.python(["-c", asked], what="asking", path=[folder], processor="neoverse-n1")
+    assert printed.split() == [version, "aarch64"]
+    with pytest.raises(CompilerError, match="asking failed under qemu: ZeroDivisionError"):
+        emulator.python(["-c", "1 / 0"], what="asking")
 
 
 @pytest.mark.parametrize("target", ["metal:m2", "arm:apple-m1"])
