@@ -10,7 +10,8 @@ from onnx import helper
 
 from attnrewrite.functions.spec import DOMAIN, SPECS, Spec
 
-Covers = Callable[[Spec, Mapping[str, int | None]], bool]
+Shape = tuple[int, ...]
+Covers = Callable[[Spec, Mapping[str, Shape | None]], bool]
 
 
 def write_out(model: onnx.ModelProto, covers: Covers) -> None:
@@ -22,11 +23,11 @@ def write_out(model: onnx.ModelProto, covers: Covers) -> None:
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     taken |= {tensor.name for tensor in model.graph.initializer}
-    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         function = functions.get((node.domain, node.op_type, node.overload))
-        if node.domain != DOMAIN or function is None or _is_covered(node, ranks, covers):
+        if node.domain != DOMAIN or function is None or _is_covered(node, shapes, covers):
             nodes.append(node)
         else:
             nodes.extend(_body(node, function, model.graph, taken))
@@ -35,11 +36,11 @@ def write_out(model: onnx.ModelProto, covers: Covers) -> None:
     del model.functions[:]
 
 
-def _is_covered(node: onnx.NodeProto, ranks: Mapping[str, int], covers: Covers) -> bool:
+def _is_covered(node: onnx.NodeProto, shapes: Mapping[str, Shape], covers: Covers) -> bool:
     specification = SPECS[node.op_type]
     spec = specification.from_attributes({a.name: helper.get_attribute_value(a) for a in node.attribute})
     operands = zip(specification.operands, node.input, strict=False)
-    present = {name: ranks.get(value) for name, value in operands if value}
+    present = {name: shapes.get(value) for name, value in operands if value}
     return covers(spec, present)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,6 +116,29 @@ def test_keys_of_a_map_of_another_size() -> None:
     x, y = normal(2, 11, 9, CHANNELS), normal(2, 22, 18, CHANNELS)
     wanted = reference.flash_window_attention(spec, {"query": x, "key": y, "value": y})
     assert relative_error(run(x, y), wanted) <= 5e-6
+
+
+@pytest.mark.parametrize("rows", [4 * 4 + 3 * 3, 12 * 12], ids=["per axis", "per pair"])
+def test_tables_of_relative_positions(rows: int) -> None:
+    """Tables per axis have a kernel on the CPU; one of all pairs is lowered as standard operators."""
+    spec, size = replace(WINDOW, relative_scale=0.3), WINDOW.geometry.feature_size
+    table = normal(HEADS, rows, HEAD_DIM)
+    inputs = ["x", "x", "x", "", "", "", "", "table"]
+    site = helper.make_node(spec.op_type, inputs, ["y"], domain=DOMAIN, **spec.attributes())
+    graph = helper.make_graph(
+        [site],
+        "site",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *size, CHANNELS])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    model = to_model(read(helper.make_model(graph, opset_imports=opsets, ir_version=9)))
+    write_out(model, partial(covers, device="cpu"))
+    assert any(node.domain == DOMAIN for node in model.graph.node) == (rows == 4 * 4 + 3 * 3)
+    x = normal(2, *size, CHANNELS)
+    operands = {"query": x, "key": x, "value": x, "relative_position": table}
+    assert relative_error(compiled(model)(x), reference.flash_window_attention(spec, operands)) <= 5e-6
 
 
 def test_both_outputs_of_windows_with_extra_queries_are_lowered() -> None:

@@ -90,7 +90,9 @@ def window_spec(feature, window, shift=None, padded=False, heads=2, mask_value=N
 
 
 def window_operands(spec: FlashWindowAttention, optional=(), d=16, dv=None, batch=2, dtype="float32") -> Operands:
-    """Random operands; `optional` names those beyond query, key and value ("window_bias" is a bias per window)."""
+    """Random operands; `optional` names those beyond query, key and value: "window_bias" is a bias per window,
+    "head_positions" one table of relative positions per head.
+    """
     random = np.random.default_rng(7)
     geometry, heads = spec.geometry, spec.num_heads
     dv = d if dv is None else dv
@@ -103,9 +105,17 @@ def window_operands(spec: FlashWindowAttention, optional=(), d=16, dv=None, batc
         "mask": (windows, n if geometry.keys is None else 1, m),
         "key_padding": (heads * d,),
         "value_padding": (heads * dv,),
+        "relative_position": (heads if "head_positions" in optional else 1, positions(spec), d),
     }
     wanted = {"query", "key", "value", *optional} | ({"bias"} if "window_bias" in optional else set())
+    wanted |= {"relative_position"} if "head_positions" in optional else set()
     return {name: random.standard_normal(shapes[name]).astype(dtype) for name in spec.operands if name in wanted}
+
+
+def positions(spec: FlashWindowAttention) -> int:
+    """Rows of one table of relative positions per axis."""
+    window, keys = spec.geometry.window_size, spec.geometry.keys
+    return sum(n * m for n, m in zip(window, window if keys is None else keys.window_size, strict=True))
 
 
 def slide_spec(feature, kernel, dilation=None, heads=2) -> SlideAttention:
@@ -194,6 +204,19 @@ KEY_WINDOWS = {
     ),
 }
 
+RELATIVE_POSITIONS = {
+    "1-d": (window_spec((12,), (4,)), {"optional": ("relative_position",)}),
+    "2-d": (window_spec((6, 15), (3, 5), (1, 2), mask_value=-100.0), {"optional": ("relative_position", "bias")}),
+    "2-d padded": (
+        window_spec((30, 20), (14, 14)),
+        {"optional": ("relative_position", "key_padding", "value_padding")},
+    ),
+    "3-d per head": (window_spec((4, 6, 10), (2, 3, 5)), {"optional": ("head_positions",)}),
+    "long rows": (window_spec((4, 36), (2, 18)), {"optional": ("head_positions",), "d": 7}),
+    "one window": (window_spec((12, 20), (12, 20)), {"optional": ("relative_position",), "batch": 1}),
+    "halo": (window_spec((8, 12), (4, 4), keys=HALO), {"optional": ("relative_position",)}),
+}
+
 # Those of the kernel; the other operands of the op are computed by its written-out body (coverage.py).
 ALL_SLIDE_OPERANDS = ("bias", "key_kernel", "key_bias", "value_kernel", "value_bias")
 SLIDES = {
@@ -247,6 +270,13 @@ def test_window_attention_to_keys_elsewhere(case):
     check(spec, window_operands(spec, **options))
 
 
+@pytest.mark.parametrize("case", RELATIVE_POSITIONS)
+def test_window_attention_with_relative_positions(case):
+    spec, options = RELATIVE_POSITIONS[case]
+    spec = replace(spec, relative_scale=0.2)
+    check(spec, window_operands(spec, **options))
+
+
 @pytest.mark.parametrize("case", SLIDES)
 def test_slide_attention(case):
     spec, options = SLIDES[case]
@@ -254,9 +284,9 @@ def test_slide_attention(case):
 
 
 @pytest.mark.parametrize("lanes", narrower_targets())
-@pytest.mark.parametrize("case", ["2-d shifted", "everything", "head_dim 7, of values 19", "window 24"])
+@pytest.mark.parametrize("case", ["2-d shifted", "everything", "head_dim 7, of values 19", "window 24", "many keys"])
 def test_window_attention_with_shorter_vectors(case, lanes):
-    spec, options = WINDOWS[case]
+    spec, options = {**WINDOWS, **KEY_WINDOWS}[case]
     check(spec, window_operands(spec, **options), target=narrower_targets()[lanes])
 
 

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention, Spec
+from attnrewrite.lowering.kernels.window_cpu_operands import is_decomposed
 
 _WINDOW_OPERANDS = frozenset({"query", "key", "value", "bias", "mask", "key_padding", "value_padding"})
 
 _SLIDE_OPERANDS = frozenset({"query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias"})
 
 
-def covers(spec: Spec, present: Mapping[str, int | None], device: str = "any") -> bool:
+Shape = tuple[int, ...]
+
+
+def covers(spec: Spec, present: Mapping[str, Shape | None], device: str = "any") -> bool:
     """Whether the kernels of a device ("any": of all of them) compute this op. present: the operands given, with the
-    number of axes of those that are constants.
+    shapes of those that are constants.
     """
     match spec:
         case FlashWindowAttention():
             return _covers_windows(spec, present, device)
         case SlideAttention():
             plain = spec.geometry.is_plain and spec.border == "zero"
-            return plain and present.get("bias") in (None, 2) and _SLIDE_OPERANDS.issuperset(present)
+            return plain and len(present.get("bias") or (1, 1)) == 2 and _SLIDE_OPERANDS.issuperset(present)
 
 
-def _covers_windows(spec: FlashWindowAttention, present: Mapping[str, int | None], device: str) -> bool:
-    plain = not spec.shared_query and not spec.head_shifts
-    if device != "cpu":
-        return plain and spec.geometry.keys is None and _WINDOW_OPERANDS.issuperset(present)
-    return plain and _WINDOW_OPERANDS.issuperset(present)
+def _covers_windows(spec: FlashWindowAttention, present: Mapping[str, Shape | None], device: str) -> bool:
+    if spec.shared_query or spec.head_shifts:
+        return False
+    operands = set(present)
+    if device == "cpu":
+        # One table per axis, known while compiling, can be laid out for the kernel.
+        table = present.get("relative_position")
+        if table is not None and is_decomposed(spec, table[1]):
+            operands.remove("relative_position")
+    elif spec.geometry.keys is not None:
+        return False
+    return _WINDOW_OPERANDS.issuperset(operands)

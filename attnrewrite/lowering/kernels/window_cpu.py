@@ -42,8 +42,10 @@ from attnrewrite.lowering.kernels.window_cpu_stages import (
     locate_tokens,
     remember_largest,
     rescale_total,
+    score_positions,
     store_by_channel,
     store_square,
+    transpose_positions,
     weigh_by_channel,
     weigh_by_query,
 )
@@ -76,6 +78,8 @@ def attend_tile(plan, scratch, query_map, output_map, bias, mask, place, start):
     queries = T.meta_var(T.min(plan.tile, plan.tokens - start))
     initial = T.meta_var(initial_logit(plan, bias, mask, scratch.tile_positions, place, start))
     gather_queries(plan, scratch, query_map, place, start)
+    if plan.has_positions:
+        transpose_positions(plan, scratch, start)
     begin_tile(plan, scratch)
     for block in range(plan.key_blocks):
         first_key: T.let = block * plan.key_block
@@ -126,7 +130,7 @@ def flash_window_attention(
     rest = plan.rest()
     batch = shapes["query"][0]
     batch = batch if isinstance(batch, int) else Var("batch", "int64")
-    geometry = spec.geometry
+    geometry, axes = spec.geometry, len(spec.geometry.feature_size)
     query_channels, value_channels = spec.num_heads * plan.head_dim, spec.num_heads * plan.value_dim
 
     def optional_buffer(handle: Any, operand: str) -> Any:
@@ -145,6 +149,7 @@ def flash_window_attention(
         mask: T.Optional(T.handle),
         key_padding: T.Optional(T.handle),
         value_padding: T.Optional(T.handle),
+        relative_position: T.Optional(T.handle),
         output: T.handle,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
@@ -155,6 +160,7 @@ def flash_window_attention(
         logit_mask = T.meta_var(optional_buffer(mask, "mask"))
         padding_key = T.meta_var(optional_buffer(key_padding, "key_padding"))
         padding_value = T.meta_var(optional_buffer(value_padding, "value_padding"))
+        positions_table = T.meta_var(optional_buffer(relative_position, "relative_position"))
         output_map = T.match_buffer(output, (batch, *geometry.feature_size, value_channels), dtype)
         q = flat(query_map, geometry.feature_size, query_channels)
         k = flat(key_map, geometry.key_size, query_channels)
@@ -170,6 +176,14 @@ def flash_window_attention(
             logits = T.alloc_buffer((plan.logit_rows, plan.tile), "float32")
             of_queries = T.alloc_buffer((3, plan.tile), "float32")
             attended = T.alloc_buffer(plan.attended_shape, "float32")
+            positions = T.meta_var(
+                T.alloc_buffer((axes, plan.located_tokens, plan.position_lanes), "float32")
+                if plan.has_positions
+                else None
+            )
+            tile_positions = T.meta_var(
+                T.alloc_buffer((axes, plan.position_lanes, plan.tile), "float32") if plan.has_positions else None
+            )
             largest = T.decl_buffer((plan.tile,), "float32", data=of_queries.data)
             total = T.decl_buffer((plan.tile,), "float32", data=of_queries.data, elem_offset=plan.tile)
             rescale = T.decl_buffer((plan.tile,), "float32", data=of_queries.data, elem_offset=2 * plan.tile)
@@ -186,8 +200,8 @@ def flash_window_attention(
                     total,
                     rescale,
                     attended,
-                    None,
-                    None,
+                    positions,
+                    tile_positions,
                 )
             )
             head: T.let = T.cast(task % plan.num_heads, "int32")
@@ -208,6 +222,12 @@ def flash_window_attention(
                 gather_tokens(
                     plan, values, plan.keys, own_key_pixel, v, padding_value, image, place.value_channel, plan.value_dim
                 )
+                if plan.has_positions:
+                    score_positions(plan, scratch, 0, positions_table, q, place)
+                    if axes > 1:
+                        score_positions(plan, scratch, 1, positions_table, q, place)
+                    if axes > 2:
+                        score_positions(plan, scratch, 2, positions_table, q, place)
                 for t in range(T.min(plan.tiles_per_task, plan.tiles - tile_group * plan.tiles_per_task)):
                     start: T.let = (tile_group * plan.tiles_per_task + t) * plan.tile
                     attend_tile(plan, scratch, q, o, logit_bias, logit_mask, place, start)
@@ -215,5 +235,5 @@ def flash_window_attention(
                     if tile_group == plan.tile_groups - 1:
                         attend_tile(rest, scratch, q, o, logit_bias, logit_mask, place, plan.tiles * plan.tile)
 
-    absent = {operand: None for operand in FlashWindowAttention.operands[3:7] if operand not in present}
+    absent = {operand: None for operand in FlashWindowAttention.operands[3:8] if operand not in present}
     return kernel.specialize(**absent)

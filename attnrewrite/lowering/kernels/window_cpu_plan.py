@@ -46,6 +46,7 @@ class WindowPlan:
     dtype: str
     has_positions: bool
     lanes: int
+    accumulators: int
     vectors: int
     key_rows: int
     key_block: int
@@ -156,6 +157,11 @@ class WindowPlan:
     def position_lanes(self) -> int:
         """Key coordinates along one axis, padded to whole vectors."""
         return ceil_to_multiple(max(self.key_window), self.lanes)
+
+    def position_rows(self, queries: int) -> int:
+        """Register blocks of the products of so many queries with relative positions: rows of queries."""
+        # Each row is read through a pointer of its own, and an x86 core has 15 of them.
+        return _evenly(queries, max(1, min(8, self.accumulators * self.lanes // self.position_lanes)))
 
     def rest(self) -> WindowPlan | None:
         """The plan of the last, narrower tile, or None where the tiles of full width are all."""
@@ -300,6 +306,7 @@ def plan_windows(
         dtype=dtype,
         has_positions="relative_position" in present,
         lanes=unit.lanes,
+        accumulators=unit.accumulators,
         vectors=vectors,
         key_rows=key_rows,
         key_block=key_block,

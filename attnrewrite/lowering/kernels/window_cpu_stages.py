@@ -130,6 +130,57 @@ def gather_queries(plan, scratch, feature_map, place, start):
 
 
 @T.inline
+def score_positions(plan, scratch, axis, table, feature_map, place):
+    """positions[a, n, k] = query n . the table's row for its coordinate and key coordinate k, for one axis a.
+
+    Queries that share a coordinate share a matrix: each is a product of some of those queries and one matrix.
+    """
+    size = T.meta_var(plan.geometry.window_size[axis])
+    sharing = T.meta_var(plan.tokens // size)
+    vectors = T.meta_var(plan.position_lanes // plan.lanes)
+    height = T.meta_var(plan.position_rows(sharing))
+    for coordinate, block in T.grid(size, T.ceildiv(sharing, height)):
+        acc = T.alloc_buffer((height, vectors, plan.lanes), "float32", scope="local")
+        for i in T.unroll(height):
+            for v in T.unroll(vectors):
+                for lane in T.vectorized(plan.lanes):
+                    acc[i, v, lane] = T.float32(0)
+        for c in range(plan.head_dim):
+            for i in T.unroll(height):
+                n = T.meta_var(plan.token_at(axis, coordinate, T.min(block * height + i, sharing - 1)))
+                query = T.meta_var(feature_map[place.image, T.max(scratch.pixel[n], 0), place.channel + c])
+                row = T.meta_var(sum(plan.geometry.window_size[:axis]) + coordinate)
+                for v in T.unroll(vectors):
+                    for lane in T.vectorized(plan.lanes):
+                        acc[i, v, lane] = (
+                            acc[i, v, lane]
+                            + T.cast(query, "float32")
+                            * table[place.head if int(table.shape[0]) > 1 else 0, row, c, v * plan.lanes + lane]
+                        )
+        for i in T.unroll(height):
+            n = T.meta_var(plan.token_at(axis, coordinate, T.min(block * height + i, sharing - 1)))
+            for v in T.unroll(vectors):
+                for lane in T.vectorized(plan.lanes):
+                    scratch.positions[axis, n, v * plan.lanes + lane] = acc[i, v, lane]
+
+
+@T.inline
+def transpose_positions(plan, scratch, start):
+    """tile_positions[a, k, n] = positions[a, start + n, k]."""
+    for axis, part, block in T.grid(len(plan.key_window), plan.position_lanes // plan.lanes, plan.vectors):
+        rows = T.alloc_buffer((plan.lanes.bit_length(), plan.lanes, plan.lanes), "float32", scope="local")
+        for i in T.unroll(plan.lanes):
+            for lane in T.vectorized(plan.lanes):
+                rows[0, i, lane] = scratch.positions[axis, start + block * plan.lanes + i, part * plan.lanes + lane]
+        transpose_square(rows, plan.lanes)
+        for i in T.unroll(plan.lanes):
+            for lane in T.vectorized(plan.lanes):
+                scratch.tile_positions[axis, part * plan.lanes + i, block * plan.lanes + lane] = rows[
+                    plan.lanes.bit_length() - 1, i, lane
+                ]
+
+
+@T.inline
 def compute_logits(plan, scratch, first_key, count, start, initial, across_regions):
     """logits[m, n] = keys[first_key + m] . queries[:, n] + initial(m, n); raises `largest` to what it found.
 
