@@ -39,6 +39,7 @@ from attnrewrite.lowering.kernels.window_cpu_stages import (
     exponentiate,
     gather_queries,
     gather_tokens,
+    invert_total,
     locate_tokens,
     remember_largest,
     rescale_total,
@@ -53,21 +54,24 @@ from attnrewrite.lowering.kernels.window_cpu_stages import (
 
 def initial_logit(
     plan: WindowPlan, bias: Any, mask: Any, positions: Any, place: Place, start: Expr
-) -> Callable[[Expr, Expr], Expr]:
-    """What the logit of key m and query start + n begins with: the sum of all that is added to it."""
+) -> Callable[[Expr, Expr, Expr], Expr]:
+    """What the logits of key m and vector v of the queries from `start` on begin with: the sum of all added to them."""
 
-    def initial(m: Expr, n: Expr) -> Expr:
+    def initial(m: Expr, v: Expr, lane: Expr) -> Expr:
+        vector = T.floordiv(start, plan.lanes) + v
         terms: list[Expr] = []
         if bias is not None:
-            terms.append(bias[place.window if int(bias.shape[0]) > 1 else 0, place.head, m, lane_of(bias, start + n)])
+            window = place.window if int(bias.shape[0]) > 1 else 0
+            terms.append(bias[(window, place.head, *within(bias, vector, m, lane))])
         if mask is not None:
-            terms.append(mask[place.window, m, lane_of(mask, start + n)])
+            terms.append(mask[(place.window, *within(mask, vector, m, lane))])
         if positions is not None:
+            n = v * plan.lanes + lane
             terms += [positions[a, plan.key_coordinate(m, a), n] for a in range(len(plan.key_window))]
         return reduce(lambda a, b: a + b, terms) if terms else T.float32(0)
 
-    def lane_of(term: Any, n: Expr) -> Any:
-        return n if int(term.shape[-1]) > 1 else 0
+    def within(term: Any, vector: Expr, m: Expr, lane: Expr) -> tuple[Any, ...]:
+        return (vector, m, lane) if int(term.shape[-1]) > 1 else (0, m, 0)
 
     return initial
 
@@ -96,12 +100,17 @@ def attend_tile(plan, scratch, query_map, output_map, bias, mask, place, start):
         if plan.key_blocks > 1:
             rescale_total(plan, scratch)
         exponentiate(plan, scratch, count)
+        if plan.key_blocks == 1:
+            invert_total(plan, scratch)
         if plan.by_channel:
-            weigh_by_channel(plan, scratch, first_key, count, queries)
+            weigh_by_channel(plan, scratch, output_map, place, start, first_key, count, queries)
         else:
             weigh_by_query(plan, scratch, first_key, count)
+    if plan.key_blocks > 1:
+        invert_total(plan, scratch)
     if plan.by_channel:
-        store_by_channel(plan, scratch, output_map, place, start, queries)
+        if plan.key_blocks > 1:
+            store_by_channel(plan, scratch, output_map, place, start, queries)
     else:
         for part in range(plan.value_dim // plan.lanes):
             store_square(plan, scratch, output_map, place, start, part, plan.lanes)

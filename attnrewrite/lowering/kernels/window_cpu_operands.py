@@ -1,10 +1,12 @@
 """Operands of the window kernel for CPUs as it reads them: what is added to the logits lies with its queries in lanes.
 
 The kernel starts the sums of its logits, which are in the exponent's base 2, from these operands, so they are
-transposed, padded to whole vectors and multiplied by log2(e): once, while compiling, where they are constants.
+transposed, padded to whole vectors and multiplied by log2(e): once, while compiling, where they are constants. What
+one vector of queries reads for all keys lies side by side, so that it streams from the caches further away.
 
-    bias               [1 or nW, nH, N, M]  ->  float32 [1 or nW, nH, M, lanes * ceil(N / lanes)]
-    mask               [nW, N or 1, M]      ->  float32 [nW, M, lanes * ceil(N / lanes) or 1]
+    bias               [1 or nW, nH, N, M]  ->  float32 [1 or nW, nH, ceil(N / lanes), M, lanes]
+    mask               [nW, N, M]           ->  float32 [nW, ceil(N / lanes), M, lanes]
+    mask               [nW, 1, M]           ->  float32 [nW, 1, M, 1]
     relative_position  [1 or nH, R, d]      ->  float32 [1 or nH, sum of w_a, d, lanes * ceil(max kw_a / lanes)]
 
 The other operands are read as they are. Letters as in docs/ops.md.
@@ -30,26 +32,30 @@ def lay_out(name: str, operand: np.ndarray, spec: FlashWindowAttention, lanes: i
         return _relative_position(operand.astype(np.float64), spec, lanes)
     if name not in LAID_OUT:
         return operand
-    moved = np.swapaxes(operand.astype(np.float64), -1, -2) * LOG2_E
-    missing = _missing_queries(moved.shape[-1], lanes)
-    padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, missing)])
-    return np.ascontiguousarray(padded, np.float32)
+    *outer, queries, keys = operand.shape
+    width = _vector(queries, lanes)
+    padded = np.pad(operand.astype(np.float64), [(0, 0)] * len(outer) + [(0, -queries % width), (0, 0)])
+    vectors = padded.reshape(*outer, -1, width, keys).swapaxes(-1, -2)
+    return np.ascontiguousarray(vectors * LOG2_E, np.float32)
 
 
 def lay_out_computed(operand: Any, lanes: int, emit: Callable[[Any], Any]) -> Any:
     """The same of a bias or mask that is a Relax expression; `emit` binds an intermediate result."""
     from tvm import relax
 
-    axes = len(operand.ty.shape)
-    order = [*range(axes - 2), axes - 1, axes - 2]
-    moved = emit(relax.op.permute_dims(emit(relax.op.astype(operand, "float32")), order))
-    moved = emit(relax.op.multiply(moved, relax.const(LOG2_E, "float32")))
-    missing = _missing_queries(int(operand.ty.shape[-2]), lanes)
-    return emit(relax.op.nn.pad(moved, [0] * (2 * axes - 1) + [missing])) if missing else moved
+    *outer, queries, keys = map(int, operand.ty.shape)
+    width = _vector(queries, lanes)
+    value = emit(relax.op.multiply(emit(relax.op.astype(operand, "float32")), relax.const(LOG2_E, "float32")))
+    if queries % width:
+        value = emit(relax.op.nn.pad(value, [0] * (2 * len(outer) + 1) + [-queries % width, 0, 0]))
+    value = emit(relax.op.reshape(value, [*outer, -(-queries // width), width, keys]))
+    axes = len(outer)
+    return emit(relax.op.permute_dims(value, [*range(axes), axes, axes + 2, axes + 1]))
 
 
-def _missing_queries(queries: int, lanes: int) -> int:
-    return 0 if queries == 1 else ceil_to_multiple(queries, lanes) - queries
+def _vector(queries: int, lanes: int) -> int:
+    """Queries side by side; what is the same for all of them is read as one number."""
+    return 1 if queries == 1 else lanes
 
 
 def is_decomposed(spec: FlashWindowAttention, rows: int) -> bool:

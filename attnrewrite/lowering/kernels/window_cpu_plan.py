@@ -15,10 +15,10 @@ from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.localattention.geometry import Sizes, WindowGeometry, ceil_to_multiple
 from attnrewrite.lowering.kernels.vector_math import LOG2_E, VectorUnit
 
-# A task is what one thread takes at a time: several windows of one head, so that what a task allocates and the bias
-# in the cache serve them all; but a map has to give at least this many tasks, or threads would idle.
-_MIN_TASKS = 32
-_MAX_WINDOWS_PER_TASK = 16
+# A task is what one thread takes at a time: some windows of one head. A map has to give at least so many tasks, or
+# threads would idle; larger tasks than these bring nothing.
+_MIN_TASKS = 64
+_MAX_WINDOWS_PER_TASK = 4
 
 # Logits of one tile that are computed before they are used up: part of a second-level cache, in bytes.
 _LOGIT_BYTES = 128 * 1024

@@ -182,7 +182,7 @@ def transpose_positions(plan, scratch, start):
 
 @T.inline
 def compute_logits(plan, scratch, first_key, count, start, initial, across_regions):
-    """logits[m, n] = keys[first_key + m] . queries[:, n] + initial(m, n); raises `largest` to what it found.
+    """logits[m, n] = keys[first_key + m] . queries[:, n] + initial(m, vector and lane of n); raises `largest` to it.
 
     across_regions: whether mask_value is added where query and key are of different regions.
     """
@@ -192,7 +192,7 @@ def compute_logits(plan, scratch, first_key, count, start, initial, across_regio
             m = T.meta_var(plan.valid_key(first_key + block * plan.key_rows + j))
             for v in T.unroll(plan.vectors):
                 for lane in T.vectorized(plan.lanes):
-                    acc[j, v, lane] = initial(m, v * plan.lanes + lane)
+                    acc[j, v, lane] = initial(m, v, lane)
         for c in range(plan.head_dim):
             for j in T.unroll(plan.key_rows):
                 m = T.meta_var(first_key + block * plan.key_rows + j)
@@ -281,8 +281,32 @@ def rescale_total(plan, scratch):
 
 
 @T.inline
-def weigh_by_channel(plan, scratch, first_key, count, queries):
-    """attended[n] = attended[n] * rescale[n] + sum_m logits[m, n] * values[first_key + m], lanes along channels."""
+def invert_total(plan, scratch):
+    """total = 1 / total; inf where all keys are excluded, which makes NaN of the sums."""
+    for v in range(plan.vectors):
+        for lane in T.vectorized(plan.lanes):
+            scratch.total[v * plan.lanes + lane] = T.float32(1) / scratch.total[v * plan.lanes + lane]
+
+
+@T.inline
+def store_vector(plan, output, place, at, vector, acc, i, v, factor):
+    """Channels vector * value_lanes onwards of one query, as far as the head has them."""
+    c = T.meta_var(place.value_channel + vector * plan.value_lanes)
+    if (vector + 1) * plan.value_lanes <= plan.value_dim:
+        for lane in T.vectorized(plan.value_lanes):
+            output[place.image, at, c + lane] = T.cast(acc[i, v, lane] * factor, plan.dtype)
+    if plan.value_dim % plan.value_lanes > 0:  # noqa: SIM102 - decided here, the next one once the loop is unrolled
+        if vector == plan.value_dim // plan.value_lanes:
+            for lane in T.vectorized(plan.value_dim % plan.value_lanes):
+                output[place.image, at, c + lane] = T.cast(acc[i, v, lane] * factor, plan.dtype)
+
+
+@T.inline
+def weigh_by_channel(plan, scratch, output, place, start, first_key, count, queries):
+    """attended[n] = attended[n] * rescale[n] + sum_m logits[m, n] * values[first_key + m], lanes along channels.
+
+    Where there is one block of keys only, the result goes into the output at once.
+    """
     for block in range(T.ceildiv(queries, plan.query_rows)):
         for part in T.unroll(plan.value_blocks):
             acc = T.alloc_buffer((plan.query_rows, plan.value_vectors, plan.value_lanes), "float32", scope="local")
@@ -306,10 +330,19 @@ def weigh_by_channel(plan, scratch, first_key, count, queries):
                                 * scratch.values[first_key + m, c + lane]
                             )
             for i in T.unroll(plan.query_rows):
-                for v in T.unroll(plan.value_vectors):
-                    c = T.meta_var((part * plan.value_vectors + v) * plan.value_lanes)
-                    for lane in T.vectorized(plan.value_lanes):
-                        scratch.attended[block * plan.query_rows + i, c + lane] = acc[i, v, lane]
+                n = T.meta_var(block * plan.query_rows + i)
+                if plan.key_blocks == 1:
+                    if plan.writes_pixel(scratch.pixel[start + n], plan.query_rows):
+                        for v in T.unroll(plan.value_vectors):
+                            vector = T.meta_var(part * plan.value_vectors + v)
+                            store_vector(
+                                plan, output, place, scratch.pixel[start + n], vector, acc, i, v, scratch.total[n]
+                            )
+                else:
+                    for v in T.unroll(plan.value_vectors):
+                        c = T.meta_var((part * plan.value_vectors + v) * plan.value_lanes)
+                        for lane in T.vectorized(plan.value_lanes):
+                            scratch.attended[n, c + lane] = acc[i, v, lane]
 
 
 @T.inline
@@ -344,22 +377,14 @@ def weigh_by_query(plan, scratch, first_key, count):
 
 @T.inline
 def store_by_channel(plan, scratch, output, place, start, queries):
-    """output[pixel[start + n]] = attended[n] / total[n]."""
+    """output[pixel[start + n]] = attended[n] * total[n], which is the inverse by now."""
     for n in range(queries):
         if plan.writes_pixel(scratch.pixel[start + n], 1):
-            factor: T.let = T.float32(1) / scratch.total[n]
-            for block in range(plan.value_dim // plan.value_lanes):
+            for v in T.unroll(-(-plan.value_dim // plan.value_lanes)):
+                row = T.alloc_buffer((1, 1, plan.value_lanes), "float32", scope="local")
                 for lane in T.vectorized(plan.value_lanes):
-                    c = T.meta_var(block * plan.value_lanes + lane)
-                    output[place.image, scratch.pixel[start + n], place.value_channel + c] = T.cast(
-                        scratch.attended[n, c] * factor, plan.dtype
-                    )
-            if plan.value_dim % plan.value_lanes > 0:
-                for lane in T.vectorized(plan.value_dim % plan.value_lanes):
-                    c = T.meta_var(plan.value_dim // plan.value_lanes * plan.value_lanes + lane)
-                    output[place.image, scratch.pixel[start + n], place.value_channel + c] = T.cast(
-                        scratch.attended[n, c] * factor, plan.dtype
-                    )
+                    row[0, 0, lane] = scratch.attended[n, v * plan.value_lanes + lane]
+                store_vector(plan, output, place, scratch.pixel[start + n], v, row, 0, 0, scratch.total[n])
 
 
 @T.inline
@@ -367,12 +392,10 @@ def store_square(plan, scratch, output, place, start, part, width):
     """The same of `width` channels of attended[c, n], from channel part * lanes on; squares are transposed."""
     for block in range(plan.vectors):
         rows = T.alloc_buffer((plan.lanes.bit_length(), plan.lanes, plan.lanes), "float32", scope="local")
-        factor = T.alloc_buffer((plan.lanes,), "float32", scope="local")
-        for lane in T.vectorized(plan.lanes):
-            factor[lane] = T.float32(1) / scratch.total[block * plan.lanes + lane]
         for i in T.unroll(plan.lanes):
             for lane in T.vectorized(plan.lanes):
-                rows[0, i, lane] = scratch.attended[part * plan.lanes + i, block * plan.lanes + lane] * factor[lane]
+                column = T.meta_var(block * plan.lanes + lane)
+                rows[0, i, lane] = scratch.attended[part * plan.lanes + i, column] * scratch.total[column]
         transpose_square(rows, plan.lanes)
         for i in T.unroll(plan.lanes):
             n = T.meta_var(start + block * plan.lanes + i)
