@@ -18,16 +18,17 @@ from onnx import helper, numpy_helper
 
 @dataclass(frozen=True)
 class _Part:
-    """Columns [start, stop) of the layer's output, and the node that cuts them out."""
+    """Columns of the layer's output, in the order that the node that takes them out has them."""
 
-    start: int
-    stop: int
+    columns: np.ndarray
     output: str
     node: onnx.NodeProto
 
 
 def split_linear(model: onnx.ModelProto) -> None:
-    """Rewrites the model in place: MatMul by a constant, maybe Add of a constant, then only cuts of the last axis."""
+    """Rewrites the model in place: MatMul by a constant, maybe Add of a constant, then only cuts of the last axis; or
+    Conv with constant weights, then only cuts of the channels. A gathering by constant indices counts as a cut.
+    """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     users: dict[str, list[onnx.NodeProto]] = {}
@@ -46,18 +47,27 @@ def split_linear(model: onnx.ModelProto) -> None:
 
     replaced: dict[int, list[onnx.NodeProto]] = {}
     dropped: set[int] = set()
-    for matmul in present:
-        if matmul.op_type != "MatMul" or matmul.input[1] not in constants:
+    for layer in present:
+        weight = constants.get(layer.input[1]) if layer.op_type in ("MatMul", "Conv") else None
+        if weight is None:
             continue
-        weight = constants[matmul.input[1]]
-        if len(weight.dims) != 2:
+        if layer.op_type == "Conv":
+            bias = constants.get(layer.input[2]) if len(layer.input) > 2 else None
+            grouped = any(a.name == "group" and a.i != 1 for a in layer.attribute)
+            if grouped or (len(layer.input) > 2 and bias is None):
+                continue
+            add, cut, width, axes = None, layer.output[0], weight.dims[0], {1}
+        elif len(weight.dims) == 2:
+            width = weight.dims[1]
+            add, bias = _bias_after(layer, users, constants, width)
+            cut = layer.output[0] if add is None else add.output[0]
+            axes = {-1} if cut not in ranks else {-1, ranks[cut] - 1}
+        else:
             continue
-        add, bias = _bias_after(matmul, users, constants, weight.dims[1])
-        cut = matmul.output[0] if add is None else add.output[0]
-        parts = _parts(cut, users, constants, ranks.get(cut), weight.dims[1])
+        parts = _parts(cut, users, constants, axes, width)
         if parts is None:
             continue
-        replaced[id(matmul)] = list(_products(graph, matmul, weight, bias, parts))
+        replaced[id(layer)] = list(_products(graph, layer, weight, bias, parts))
         dropped.update(id(node) for node in (*(p.node for p in parts), *([add] if add is not None else ())))
     if not replaced:
         return
@@ -86,37 +96,41 @@ def _parts(
     name: str,
     users: Mapping[str, list[onnx.NodeProto]],
     constants: Mapping[str, onnx.TensorProto],
-    rank: int | None,
+    axes: set[int],
     width: int,
 ) -> list[_Part] | None:
-    """What is cut out of a value, if nothing else reads it and no column is cut out twice."""
+    """What is taken out of a value, if nothing else reads it and no column is taken twice."""
     parts: list[_Part] = []
     for node in users.get(name, []):
-        found = _cuts(node, name, constants, rank, width)
+        found = _cuts(node, name, constants, axes, width)
         if found is None:
             return None
         parts += found
-    ordered = sorted(parts, key=lambda part: part.start)
-    overlap = any(left.stop > right.start for left, right in itertools.pairwise(ordered))
-    return None if overlap or len(parts) < 2 else parts
+    columns = np.concatenate([part.columns for part in parts]) if parts else np.empty(0, np.int64)
+    return None if len(parts) < 2 or len(np.unique(columns)) < len(columns) else parts
 
 
 def _cuts(
-    node: onnx.NodeProto, name: str, constants: Mapping[str, onnx.TensorProto], rank: int | None, width: int
+    node: onnx.NodeProto, name: str, constants: Mapping[str, onnx.TensorProto], axes: set[int], width: int
 ) -> list[_Part] | None:
-    last = {-1} if rank is None else {-1, rank - 1}
     if node.op_type == "Slice" and node.input[0] == name:
         values = [constants.get(i) for i in node.input[1:]]
         if len(values) < 3 or any(v is None or [*v.dims] != [1] for v in values):
             return None
         start, stop, axis, *step = (int(numpy_helper.to_array(v)[0]) for v in values if v is not None)
-        if axis not in last or step not in ([], [1]):
+        if axis not in axes or step not in ([], [1]):
             return None
         start, stop, _ = slice(start, stop).indices(width)
-        return [_Part(start, stop, node.output[0], node)] if start < stop else None
+        return [_Part(np.arange(start, stop), node.output[0], node)] if start < stop else None
+    if node.op_type == "Gather" and node.input[0] == name:
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        picked = constants.get(node.input[1])
+        if axis not in axes or picked is None or len(picked.dims) != 1:
+            return None
+        return [_Part(numpy_helper.to_array(picked).astype(np.int64) % width, node.output[0], node)]
     if node.op_type == "Split" and node.input[0] == name:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        if axis not in last:
+        if axis not in axes:
             return None
         sizes = constants.get(node.input[1]) if len(node.input) > 1 else None
         if sizes is None and width % len(node.output):
@@ -125,25 +139,39 @@ def _cuts(
             [width // len(node.output)] * len(node.output) if sizes is None else numpy_helper.to_array(sizes).tolist()
         )
         edges = np.cumsum([0, *widths]).tolist()
-        return [_Part(a, b, o, node) for (a, b), o in zip(itertools.pairwise(edges), node.output, strict=True) if o]
+        return [
+            _Part(np.arange(a, b), o, node)
+            for (a, b), o in zip(itertools.pairwise(edges), node.output, strict=True)
+            if o
+        ]
     return None
 
 
 def _products(
     graph: onnx.GraphProto,
-    matmul: onnx.NodeProto,
+    layer: onnx.NodeProto,
     weight: onnx.TensorProto,
     bias: onnx.TensorProto | None,
     parts: list[_Part],
 ) -> Iterator[onnx.NodeProto]:
-    columns = numpy_helper.to_array(weight)
+    outputs = 0 if layer.op_type == "Conv" else 1
+
+    def taken(tensor: onnx.TensorProto, part: _Part, axis: int, name: str) -> str:
+        array = np.ascontiguousarray(np.take(numpy_helper.to_array(tensor), part.columns, axis))
+        graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
     for part in parts:
-        own = f"{part.output}_weight"
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(columns[:, part.start : part.stop]), own))
+        inputs = [layer.input[0], taken(weight, part, outputs, f"{part.output}_weight")]
+        shift = [] if bias is None else [taken(bias, part, 0, f"{part.output}_bias")]
+        if layer.op_type == "Conv":
+            own = onnx.NodeProto()
+            own.CopyFrom(layer)
+            own.name = f"{layer.name}_{part.output}"
+            own.input[:], own.output[:] = [*inputs, *shift], [part.output]
+            yield own
+            continue
         product = part.output if bias is None else f"{part.output}_product"
-        yield helper.make_node("MatMul", [matmul.input[0], own], [product])
+        yield helper.make_node("MatMul", inputs, [product])
         if bias is not None:
-            shift = f"{part.output}_bias"
-            own_bias = numpy_helper.to_array(bias)[part.start : part.stop]
-            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(own_bias), shift))
-            yield helper.make_node("Add", [product, shift], [part.output])
+            yield helper.make_node("Add", [product, *shift], [part.output])

@@ -198,6 +198,34 @@ def test_linear_layer_behind_a_split_becomes_a_product_per_part():
     check(proto, x)
 
 
+def test_linear_layer_behind_gatherings_becomes_a_product_per_part():
+    nodes = [node("MatMul", "x w", "m"), node("Gather", "m even", "q", axis=2), node("Gather", "m odd", "k", axis=2)]
+    nodes.append(node("Sub", "q k", "y"))
+    weights = {"w": normal(24, 40), "even": np.arange(0, 40, 2), "odd": np.arange(1, 40, 2)}
+    proto = model(nodes, {"x": [1, 10, 24]}, weights)
+    proto.graph.value_info.append(_info("m", [1, 10, 40]))
+    assert_split(proto, ["MatMul", "MatMul", "Sub"], normal(1, 10, 24))
+
+
+def test_convolution_cut_along_its_channels_becomes_one_per_part():
+    nodes = [node("Conv", "x w b", "c", pads=[1, 1, 1, 1]), node("Slice", "c s0 s8 one", "q")]
+    nodes += [node("Slice", "c s8 s16 one", "k"), node("Sub", "q k", "y")]
+    weights = {"w": normal(16, 6, 3, 3), "b": normal(16), "one": np.array([1])}
+    weights |= {f"s{i}": np.array([i]) for i in (0, 8, 16)}
+    assert_split(model(nodes, {"x": [2, 6, 5, 7]}, weights), ["Conv", "Conv", "Sub"], normal(2, 6, 5, 7))
+
+
+def assert_split(proto, operators, x):
+    from attnrewrite.lowering.split_linear import split_linear
+
+    split = type(proto)()
+    split.CopyFrom(proto)
+    split_linear(split)
+    assert [n.op_type for n in split.graph.node] == operators
+    assert relative_error(reference(split, x), reference(proto, x)) <= 1e-6
+    check(proto, x)
+
+
 def test_linear_layer_read_whole_stays_whole():
     nodes = [
         node("MatMul", "x w", "m"),
