@@ -52,6 +52,11 @@ from attnrewrite.lowering.schedules.stages import (
 )
 
 
+# With as many row tiles, copying a panel once is cheaper than reading its rows, which lie apart, again and again; if
+# they lie a power of two apart, they push each other out of the cache.
+FEW_TILES = 8
+
+
 @dataclass(frozen=True)
 class Tile:
     """rows x (vectors * lanes) accumulators."""
@@ -245,9 +250,11 @@ class _Lowering:
 
     @property
     def in_place(self) -> bool:
-        """Vectors of `right` can be read where they are."""
+        """Vectors of `right` are read where they are: packed already, or not often enough to be worth copying."""
         if self.packed:
             return True
+        if isinstance(self.m_tiles, tirx.IntImm) and int(self.m_tiles) >= FEW_TILES:
+            return False
         inner = self.c.columns[-1]
         return self.n_divides and len(self.c.columns) == 1 and stride(loads_of(self.c.right)[0], inner.var) == 1
 
@@ -346,18 +353,26 @@ class _Lowering:
     def pack(self, batch: Mapping[tirx.Var, Expr], j: Expr, panel: tirx.Buffer) -> Stmt:
         """panel[k, lane] = right[k, first column + lane]; columns beyond the last repeat it, and are never stored."""
         right = self.in_own_axes(self.c.right)
+        loads = loads_of(right)
+        side_by_side = len(self.c.columns) == 1 and all(stride(v, self.c.columns[0].var) == 1 for v in loads)
 
         def row(at: Sequence[Expr]) -> Stmt:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
 
-            def at_lane(lane: Expr) -> Stmt:
+            def element(lane: Expr, inside: bool) -> Stmt:
                 column = j * self.tile.columns + lane
-                if not self.n_divides:
+                if not inside:
                     column = tirx.min(column, self.n - 1)
                 where = {**batch, **reduction, **self.at(self.c.columns, column)}
                 return store(panel, _as(substitute(right, where), self.c.dtype), [self.reduction_offset(at), lane])
 
-            return loop(self.tile.columns, at_lane, name="l")
+            one_by_one = loop(self.tile.columns, lambda lane: element(lane, self.n_divides), name="l")
+            if not side_by_side:
+                return one_by_one
+            vectors = self.vectors(lambda within: element(within, True))
+            if self.n_divides:
+                return vectors
+            return guarded((j + 1) * self.tile.columns <= self.n, vectors, one_by_one)
 
         return nest(self.c.stage.reduction, row)
 
