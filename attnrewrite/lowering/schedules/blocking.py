@@ -17,7 +17,7 @@ CACHE_BYTES = 512 * 1024
 BLOCK_BYTES = CACHE_BYTES * 3 // 4
 
 # A row of the left operand beyond this depth leaves too few rows for a block.
-MAX_DEPTH = 768
+MAX_DEPTH = 512
 MIN_DEPTH = 192
 
 # Parallel pieces aimed at, so that threads of uneven speed end at about the same time.

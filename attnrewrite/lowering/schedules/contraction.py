@@ -51,10 +51,13 @@ from attnrewrite.lowering.schedules.stages import (
     variables,
 )
 
-
 # With as many row tiles, copying a panel once is cheaper than reading its rows, which lie apart, again and again; if
 # they lie a power of two apart, they push each other out of the cache.
 FEW_TILES = 8
+
+
+# Bytes.
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -268,10 +271,14 @@ class _Lowering:
             rows_outside = isinstance(panel_bytes, tirx.IntImm) and int(panel_bytes) <= CACHE_BYTES
             inner = self.n_tiles if rows_outside else self.m_tiles
 
+            alone = isinstance(self.m_tiles, tirx.IntImm) and int(self.m_tiles) == 1
+
             def tile(p: Expr) -> Stmt:
                 batch, outer, within = unravel(p, [self.b, self.m_tiles if rows_outside else self.n_tiles, inner])
                 i, j = (outer, within) if rows_outside else (within, outer)
-                return self.one_tile(self.batch_at(batch), i, j, None)
+                return self.one_tile(
+                    self.batch_at(batch), i, j, None, i if self.packed and not rows_outside and not alone else None
+                )
 
             return parallel(simplify(self.b * self.m_tiles * self.n_tiles), tile, work)
 
@@ -317,7 +324,7 @@ class _Lowering:
                 whole = simplify(self.m_tiles % blocks.row_tiles), simplify(self.n_tiles % blocks.panel_groups)
                 inside = None if all(int(rest) == 0 for rest in whole) else tirx.And(i < self.m_tiles, j < self.n_tiles)
                 part = Stretch(stretch, blocks.depth, stretches) if stretches > 1 else None
-                return guarded(inside, self.one_tile(where, i, j, None, part))
+                return guarded(inside, self.one_tile(where, i, j, None, t, part))
 
             return loop(
                 stretches,
@@ -382,8 +389,12 @@ class _Lowering:
         i: Expr,
         j: Expr,
         panel: tirx.Buffer | None,
+        turn: Expr | None = None,
         stretch: Stretch | None = None,
     ) -> Stmt:
+        """One register tile. turn: which row tile this is of those that pass by its panel, or None where another panel
+        comes next.
+        """
         tile, dtype = self.tile, self.c.dtype
         # One buffer per row: TVM keeps only small buffers on the stack, from where they move to registers.
         sums = [local([tile.columns], dtype, f"sums_{r}") for r in range(tile.rows)]
@@ -406,7 +417,7 @@ class _Lowering:
 
         def step(at: Sequence[Expr]) -> Stmt:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
-            statements: list[Stmt] = []
+            statements: list[Stmt] = [] if turn is None else [self.fetch_ahead(reduction, j, turn)]
             for r in range(tile.rows):
                 a = tirx.Var("a", dtype)
                 statements.append(tirx.Bind(a, _as(substitute(left, {**batch, **reduction, **rows_at[r]}), dtype)))
@@ -459,6 +470,18 @@ class _Lowering:
         where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
         own = {**where, **{var: substitute(value, where) for var, value in self.c.split.items()}}
         return [simplify(own[axis.var]) for axis in self.c.stage.axes]
+
+    def fetch_ahead(self, reduction: Mapping[tirx.Var, Expr], j: Expr, turn: Expr) -> Stmt:
+        """Into the second-level cache: one line of what the next panel has at this depth. The first row tiles fetch all
+        of it, while memory would idle; its own first row tile would wait for it.
+        """
+        load = loads_of(self.c.right)[0]
+        lines = -(-self.tile.columns * load.source.dtype.itemsize // CACHE_LINE)
+        column = tirx.min(turn, lines - 1) * (CACHE_LINE // load.source.dtype.itemsize)
+        depth = substitute(load.indices[1], reduction)
+        ahead = tirx.BufferLoad(load.source, [tirx.min(j + 1, load.source.shape[0] - 1), depth, simplify(column)])
+        level_two = [tirx.const(0, "int32"), tirx.const(2, "int32"), tirx.const(1, "int32")]  # read, locality, data
+        return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", tirx.address_of(ahead), *level_two))
 
     def vectors(self, body: Callable[[Expr], Stmt]) -> Stmt:
         """`body(column within the tile)` for one row of the tile, a vector at a time, written out."""
