@@ -80,6 +80,7 @@ class _Layout(PyExprMutator):  # type: ignore[misc]
         self._constants: dict[Var, Any] = {}
         self._rules: dict[str, Callable[[Call], tuple[Any, Sequence[int]] | None]] = {
             "relax.nn.conv2d": self._convolution,
+            "relax.nn.conv2d_transpose": self._transposed_convolution,
             "relax.permute_dims": self._permutation,
             "relax.reshape": self._reshape,
             "relax.concat": self._concatenation,
@@ -172,6 +173,44 @@ class _Layout(PyExprMutator):  # type: ignore[misc]
             out_layout="NHWC",
         )
         return convolution, to_first(4)
+
+    def _transposed_convolution(self, call: Call) -> tuple[Any, Sequence[int]] | None:
+        """A convolution that computes all pixels of a step at once, one after the other in the channels, which then are
+        shuffled into the map, and the border cut off.
+        """
+        (data, weight), attributes, shape = call.args, call.attrs, _shape(call)
+        if not isinstance(weight, ir.GenericConst) or int(attributes.groups) != 1 or shape is None:
+            return None
+        strides, padding, dilation = (
+            [int(v) for v in numbers] for numbers in (attributes.strides, attributes.padding, attributes.dilation)
+        )
+        if (attributes.data_layout, attributes.kernel_layout) != ("NCHW", "IOHW") or dilation != [1, 1]:
+            return None
+        before = _shape(data)
+        if before is None or not all(isinstance(extent, tirx.IntImm) for extent in (*before[1:], *shape[1:])):
+            return None
+        kernel, reach = step_kernel(weight.value.numpy(), strides)
+        batch, outputs, height, width = shape
+        steps = [int(before[2 + a]) + reach[a] - 1 for a in range(2)]
+        if any(padding[a] + int(shape[2 + a]) > steps[a] * strides[a] for a in range(2)):
+            return None  # output padding beyond all that the kernel reaches
+        border = [extent - 1 for extent in reach]
+        convolution = relax.op.nn.conv2d(
+            self._in_order(data, to_first(4)),
+            relax.const(kernel),
+            padding=[*border, *border],
+            data_layout="NHWC",
+            kernel_layout="HWIO",
+            out_layout="NHWC",
+        )
+        apart = relax.op.reshape(self._emitted(convolution), [batch, *steps, *strides, outputs])
+        shuffled = self._permuted(self._emitted(apart), [0, 1, 3, 2, 4, 5])
+        extents = [steps[a] * strides[a] for a in range(2)]
+        whole = self._emitted(relax.op.reshape(shuffled, [batch, *extents, outputs]))
+        if extents == [int(height), int(width)]:
+            return whole, to_first(4)
+        ends = [padding[0] + int(height), padding[1] + int(width)]
+        return relax.op.strided_slice(whole, [1, 2], padding[:2], ends), to_first(4)
 
     def _permutation(self, call: Call) -> tuple[Any, Sequence[int]]:
         source = call.args[0]
@@ -291,6 +330,22 @@ class _Layout(PyExprMutator):  # type: ignore[misc]
             out_dtype=attributes.out_dtype,
         )
         return resized, to_first(4)
+
+
+def step_kernel(weights: np.ndarray, strides: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Weights `[I, O, kh, kw]` of a transposed convolution as those of a convolution, `[mh, mw, I, sh * sw * O]`, and
+    (mh, mw), the inputs that a pixel reads per axis.
+
+    Output pixel q s + r is the sum over m of input[q - m] * weights[r + s m]: for each of the s values of r a
+    convolution of its own, with m backwards.
+    """
+    inputs, outputs, *size = weights.shape
+    reach = [-(-k // s) for k, s in zip(size, strides, strict=True)]
+    padded = np.zeros((inputs, outputs, *(m * s for m, s in zip(reach, strides, strict=True))), weights.dtype)
+    padded[:, :, : size[0], : size[1]] = weights
+    apart = padded.reshape(inputs, outputs, reach[0], strides[0], reach[1], strides[1])[:, :, ::-1, :, ::-1]
+    kernel = apart.transpose(2, 4, 0, 3, 5, 1).reshape(*reach, inputs, strides[0] * strides[1] * outputs)
+    return np.ascontiguousarray(kernel), reach
 
 
 def _groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]] | None:

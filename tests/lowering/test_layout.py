@@ -31,6 +31,10 @@ def check(proto, *arrays):
     assert relative_error(compiled(proto)(*arrays), reference(proto, *arrays)) <= FP32
 
 
+def pair(value) -> list[int]:
+    return list(value) if isinstance(value, tuple) else [value, value]
+
+
 # channels in and out, kernel, stride, padding, dilation, groups: odd sizes, asymmetric borders, depthwise, grouped.
 CONVOLUTIONS = [
     (3, 60, 3, 1, (1, 1, 1, 1), 1, 1),
@@ -49,13 +53,29 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "pads", "dilation", "groups"), CONVOLUTIONS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_convolution(inputs, outputs, kernel, stride, pads, dilation, groups, batch):
-    def pair(v):
-        return list(v) if isinstance(v, tuple) else [v, v]
-
     attributes = {"strides": pair(stride), "pads": list(pads), "dilations": pair(dilation), "group": groups}
     weights = {"w": normal(outputs, inputs // groups, *pair(kernel)), "b": normal(outputs)}
     nodes = [node("Conv", "x w b", "c", **attributes), node("Relu", "c", "y")]
     check(model(nodes, {"x": [batch, inputs, 13, 18]}, weights), normal(batch, inputs, 13, 18))
+
+
+# kernel, stride, padding, output padding: without overlap, with it, a kernel that is no multiple, unequal axes.
+TRANSPOSED = [
+    (2, 2, (0, 0, 0, 0), 0),
+    (4, 2, (1, 1, 1, 1), 0),
+    (3, 2, (1, 1, 1, 1), 1),
+    ((3, 5), (1, 3), (0, 2, 1, 1), 0),
+    (2, 3, (0, 0, 0, 0), 0),
+    (3, 2, (0, 0, 0, 0), 1),
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "pads", "more"), TRANSPOSED)
+def test_transposed_convolution(kernel, stride, pads, more):
+    attributes = {"strides": pair(stride), "pads": list(pads), "output_padding": pair(more)}
+    weights = {"w": normal(6, 5, *pair(kernel)), "b": normal(5)}
+    nodes = [node("ConvTranspose", "x w b", "c", **attributes), node("Relu", "c", "y")]
+    check(model(nodes, {"x": [2, 6, 7, 4]}, weights), normal(2, 6, 7, 4))
 
 
 def residual_block():
