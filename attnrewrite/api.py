@@ -132,19 +132,24 @@ def optimize(
     input_shapes: InputShapes | None = None,
     threads: int | None = None,
     tvm_target: str | None = None,
+    tune: float | None = None,
     on_pass: Callable[[str, Graph], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Rewrite a model, verify it, and compile it for a target ("cpu", "arm:cortex-a76", "metal", "cuda:sm_90" ...).
 
     target None: rewrite and verify only. passes: names or Pass values, in order, or a Pipeline; all by default.
+    tune: seconds in which register tiles are measured on this machine, for target "cpu"; what is found is remembered
+    for the machine kind and used by later runs, unless they are given 0.
     on_pass: called with the name and the graph after each pass. progress: called with a few words as each stage begins.
     Raises UserError for bad input, VerificationError where the result is not the original's, CompilerError where the
     compiler failed (with compile=False the rewritten model is to be had all the same).
     """
     from attnrewrite.verify.numeric import require
 
-    options = Options(target, passes, precision, compile, inline, verify, dict(input_shapes or {}), threads, tvm_target)
+    options = Options(
+        target, passes, precision, compile, inline, verify, dict(input_shapes or {}), threads, tvm_target, tune
+    )
     home = tempfile.TemporaryDirectory(prefix="attnrewrite-")
     try:
         directory = Path(home.name) / "artifact"

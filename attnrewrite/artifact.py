@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from attnrewrite.report import Report
 if TYPE_CHECKING:
     from attnrewrite.graph import Graph
     from attnrewrite.localattention.site import Site
+    from attnrewrite.lowering.search import Progress
     from attnrewrite.lowering.targets import Target
     from attnrewrite.pipeline import Outcome, Pass, Pipeline
     from attnrewrite.verify.numeric import Precision, Verification
@@ -41,7 +43,10 @@ Passes = Sequence["Pass | str"]
 
 @dataclass(frozen=True)
 class Options:
-    """What `optimize` is asked to do. target None: rewrite only. tvm_target: a TVM target as JSON text."""
+    """What `optimize` is asked to do. target None: rewrite only. tvm_target: a TVM target as JSON text.
+
+    tune: seconds to measure register tiles; None: use what was measured before, 0: do not.
+    """
 
     target: str | None = None
     passes: Passes | Pipeline | None = None
@@ -52,6 +57,7 @@ class Options:
     input_shapes: InputShapes = field(default_factory=dict)
     threads: int | None = None
     tvm_target: str | None = None
+    tune: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,11 +161,13 @@ def build(
     name: str | None = None,
     on_pass: Callable[[str, Graph], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    on_tuning: Callable[[Progress], object] | None = None,
 ) -> Built:
     """Fill an existing, empty directory with model.onnx, the compiled library, manifest.json and the reports.
 
     name: how the report calls the model; the path of `source` otherwise. A wrong result does not raise: the caller
-    looks at `Built.verification`; nor does a failed compiler: what was built before it is whole.
+    looks at `Built.verification`; nor does a failed compiler: what was built before it is whole. on_tuning: told how
+    far the measuring of tiles is.
     Raises UserError for bad input.
     """
     from attnrewrite.frontend.onnx import copy_model, write
@@ -195,7 +203,8 @@ def build(
     if options.compile and target is not None:
         with stages.stage("compile", f"compiling for {options.target}"):
             try:
-                report = replace(report, compile=_compile(lowered, target, directory, options, source_sha256))
+                compiled = _compile(lowered, target, directory, options, source_sha256, on_tuning)
+                report = replace(report, compile=compiled)
             except CompilerError as error:
                 compiler_error = error
                 report = replace(report, compile={"target": target.name, "error": str(error)})
@@ -386,11 +395,35 @@ def check_options(options: Options) -> Target | None:
     if options.target is None:
         if options.tvm_target is not None:
             raise UserError("--tvm-target changes a target: name one with --target")
+        if options.tune is not None:
+            raise UserError("--tune measures compiled kernels: name a target with --target cpu")
         return None
-    return parse_target(options.target, options.tvm_target)
+    target = parse_target(options.target, options.tvm_target)
+    if options.tune is not None:
+        _check_tuning(options.tune, target, options.compile)
+    return target
 
 
-def _compile(rewritten: Path, target: Target, directory: Path, options: Options, source_sha256: str) -> dict[str, Any]:
+def _check_tuning(seconds: float, target: Target, compiles: bool) -> None:
+    """Raises UserError where there is nothing to measure, or not on this machine."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UserError(f"--tune takes a number of seconds, got {seconds:g}")
+    if target.kind != "cpu":
+        raise UserError(
+            f"--tune runs kernels on this machine's CPU, so it goes with --target cpu only, got {target.name}"
+        )
+    if not compiles:
+        raise UserError("--tune measures compiled kernels, so it cannot go with --no-compile")
+
+
+def _compile(
+    rewritten: Path,
+    target: Target,
+    directory: Path,
+    options: Options,
+    source_sha256: str,
+    on_tuning: Callable[[Progress], object] | None,
+) -> dict[str, Any]:
     """Compile into the directory; what the report says of it. Raises CompilerError."""
     from attnrewrite.lowering.compile import compile_model
 
@@ -402,8 +435,10 @@ def _compile(rewritten: Path, target: Target, directory: Path, options: Options,
         precision=options.precision,
         threads=options.threads,
         source_sha256=source_sha256,
+        tune=options.tune,
+        on_tuning=on_tuning,
     )
-    return {
+    document = {
         "target": compiled.target,
         "library": compiled.library,
         "bytes": compiled.library_bytes,
@@ -414,3 +449,4 @@ def _compile(rewritten: Path, target: Target, directory: Path, options: Options,
         "peak_memory_bytes": compiled.peak_memory_bytes,
         "versions": compiled.versions,
     }
+    return document if compiled.tuning is None else document | {"tuning": compiled.tuning}

@@ -25,8 +25,11 @@ from attnrewrite.errors import AttnRewriteError, CompilerError, UserError, Verif
 if TYPE_CHECKING:
     from types import FrameType
 
+    from rich.status import Status
+
     from attnrewrite.artifact import Options
     from attnrewrite.graph import Graph
+    from attnrewrite.lowering.search import Progress
     from attnrewrite.report import Report
 
 EXIT_VERIFICATION, EXIT_USAGE, EXIT_COMPILER = 1, 2, 3
@@ -144,6 +147,16 @@ def optimize(
     tvm_target: Annotated[
         str | None, typer.Option("--tvm-target", metavar="JSON", help="A TVM target in place of the preset.")
     ] = None,
+    tune: Annotated[
+        float | None,
+        typer.Option(
+            "--tune",
+            min=0,
+            metavar="SECONDS",
+            help="Measure register tiles on this machine for so long (--target cpu). What is found is remembered and "
+            "used by later runs; 0 does without it.",
+        ),
+    ] = None,
     threads: Threads = None,
     print_after: Annotated[
         str | None, typer.Option("--print-after", metavar="PASS|all", help="Print the graph after a pass.")
@@ -171,6 +184,7 @@ def optimize(
         input_shapes=parse_shapes(input_shape),
         threads=threads,
         tvm_target=tvm_target,
+        tune=tune,
     )
     known = artifact.check_options(options)
     destination = (
@@ -182,7 +196,9 @@ def optimize(
             _status(quiet=as_json or quiet) as say,
             staged_directory(destination, artifact.REPORT_NAME, (model,)) as stage,
         ):
-            built = artifact.build(model, stage, options, on_pass=_printer(print_after, options), progress=say)
+            built = artifact.build(
+                model, stage, options, on_pass=_printer(print_after, options), progress=say, on_tuning=say.tuning
+            )
             if built.verification is not None:
                 require(built.verification)
     except VerificationError:
@@ -356,16 +372,60 @@ def _stdout() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
+class _Silent:
+    """How the user is told what goes on: here, not at all."""
+
+    def __call__(self, sentence: str) -> None:
+        """A stage begins."""
+
+    def tuning(self, progress: Progress) -> None:
+        """Tiles are being measured."""
+
+
+class _Lines(_Silent):
+    """One line per stage, for files and pipes."""
+
+    _announced = False
+
+    def __call__(self, sentence: str) -> None:
+        typer.echo(f"{sentence} ...", err=True)
+
+    def tuning(self, progress: Progress) -> None:
+        if not self._announced:
+            self(f"measuring register tiles of {progress.products} matrix products for {progress.budget:g} s")
+        self._announced = True
+
+
+class _Live(_Silent):
+    """A moving line on a terminal, with a bar while tiles are measured."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def __call__(self, sentence: str) -> None:
+        self._status.update(sentence)
+
+    def tuning(self, progress: Progress) -> None:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(progress.budget, progress.used, width=24)
+        seconds = f"{progress.used:.0f} of {progress.budget:g} s"
+        line.add_row("tuning", bar, seconds, progress.sentence)
+        self._status.update(line)
+
+
 @contextlib.contextmanager
-def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
+def _status(quiet: bool) -> Iterator[_Silent]:
     """A way to say what goes on: a moving line on a terminal, one line per stage elsewhere, nothing when quiet."""
     if quiet:
-        yield lambda _: None
+        yield _Silent()
     elif stderr.is_terminal:
         with stderr.status("starting") as status:
-            yield lambda sentence: status.update(sentence)
+            yield _Live(status)
     else:
-        yield lambda sentence: typer.echo(f"{sentence} ...", err=True)
+        yield _Lines()
 
 
 def _show(report: Report, as_json: bool, quiet: bool = False) -> None:

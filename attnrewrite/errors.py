@@ -21,3 +21,9 @@ class CompilerError(AttnRewriteError):
 
 class PassError(AttnRewriteError):
     """Our own bug: a pass left the graph invalid; names the pass and those that ran before it."""
+
+
+def last_line(error: BaseException) -> str:
+    """What went wrong in one line: TVM's messages start with a stack trace and say it last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

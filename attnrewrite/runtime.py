@@ -161,13 +161,17 @@ def set_threads(threads: int) -> None:
     tvm.get_global_func("runtime.config_threadpool")(all_cores, threads)
 
 
+def default_threads() -> int:
+    """One for every core this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _size_thread_pool(threads: int = 0) -> None:
     """Let TVM's pool, which is made on first use and never grows, have a thread for every core this process may use.
 
     On x86 TVM would take half the cores for hyperthreads and leave them idle.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads > int(os.environ.setdefault(_POOL_VARIABLE, str(cores))):
+    if threads > int(os.environ.setdefault(_POOL_VARIABLE, str(default_threads()))):
         os.environ[_POOL_VARIABLE] = str(threads)
 
 

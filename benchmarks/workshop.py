@@ -57,7 +57,7 @@ class Workshop:
         if not figures.exists():
             command = [sys.executable, "-m", "attnrewrite", "optimize", str(model), "--no-verify", "-o", str(directory)]
             start = time.perf_counter()
-            _run([*command, *(["--target", "cpu"] if compiled else ["--no-compile"])], OPTIMIZE_SECONDS)
+            _run([*command, *(["--target", "cpu", "--tune", "0"] if compiled else ["--no-compile"])], OPTIMIZE_SECONDS)
             document = {"seconds": round(time.perf_counter() - start, 1)}
             if compiled:
                 library = next(p for p in directory.iterdir() if p.suffix in (".so", ".dylib"))

@@ -15,6 +15,7 @@ from tvm import IRModule, relax, tirx
 from tvm.relax import transform
 
 from attnrewrite.errors import CompilerError
+from attnrewrite.lowering.choices import Choices
 from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.layout import channels_last
 from attnrewrite.lowering.packing import pack_weights
@@ -71,14 +72,13 @@ def device_compiler(target: Target, description: tvm.target.Target) -> Iterator[
         yield cubins.finish
 
 
-def build(mod: IRModule, target: tvm.target.Target) -> Built:
-    """The module compiled for the target: operators made loops, fused, scheduled, turned into machine code."""
-    on_cpu = target.kind.name == "llvm"
+def fuse(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None) -> IRModule:
+    """The module as calls of fused functions, each of them plain loops still."""
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _apply(mod, transform.DecomposeOpsForInference(), transform.CanonicalizeBindings())
-        if on_cpu:
-            mod = pack_weights(channels_last(mod), vector_unit(target))
-        mod = _apply(
+        if target.kind.name == "llvm":
+            mod = pack_weights(channels_last(mod), vector_unit(target), tuned)
+        return _apply(
             mod,
             transform.LegalizeOps(),
             transform.AnnotateTIROpPattern(),
@@ -89,7 +89,17 @@ def build(mod: IRModule, target: tvm.target.Target) -> Built:
             # Before scheduling: it recognises reshapes by their loops.
             transform.RewriteDataflowReshape(),
         )
-        mod = _schedule(mod, target)
+
+
+def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None) -> Built:
+    """The module compiled for the target: operators made loops, fused, scheduled, turned into machine code.
+
+    tuned: tiles to use in place of the cost model's, on CPUs.
+    """
+    on_cpu = target.kind.name == "llvm"
+    mod = fuse(mod, target, tuned)
+    with target, tvm.transform.PassContext(opt_level=3):
+        mod = _schedule(mod, target, tuned)
         kernels = [name.name_hint for name, func in mod.functions.items() if isinstance(func, tirx.PrimFunc)]
         mod = _apply(
             mod,
@@ -115,11 +125,11 @@ def _apply(mod: IRModule, *passes: Any) -> IRModule:
     return tvm.transform.Sequential(list(passes))(mod)
 
 
-def _schedule(mod: IRModule, target: tvm.target.Target) -> IRModule:
+def _schedule(mod: IRModule, target: tvm.target.Target, tuned: Choices | None) -> IRModule:
     if target.kind.name == "llvm":
         from attnrewrite.lowering.schedules import cpu
 
-        return cpu.schedule(mod, target)
+        return cpu.schedule(mod, target, tuned)
     from attnrewrite.lowering.schedules import gpu
 
     mod = gpu.schedule(mod, target)

@@ -1,27 +1,31 @@
 """The compiling process: `python -m attnrewrite.lowering.child DIRECTORY`.
 
 Reads request.json in the directory, leaves the library and result.json there. result.json is either what was made or
-`{"error": sentence}`; if this process dies, there is none.
+`{"error": sentence}`; if this process dies, there is none. How far tuning is goes to standard output, a JSON document
+per line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attnrewrite.errors import AttnRewriteError
-from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME
+from attnrewrite.errors import AttnRewriteError, last_line
+from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME, versions
 from attnrewrite.lowering.targets import Target
 
 
 def main() -> int:
+    say = _messages()
     work = Path(sys.argv[1])
     request = json.loads((work / REQUEST_NAME).read_text(encoding="utf-8"))
     stage = ["starting"]
@@ -35,19 +39,24 @@ def main() -> int:
         seconds[name] = round(time.perf_counter() - start, 3)
 
     try:
-        result = compile_request(request, work, timed)
+        result = compile_request(request, work, timed, say)
         result["seconds"] = seconds
     except AttnRewriteError as error:
         result = {"error": str(error)}
     except Exception as error:
         traceback.print_exc()
-        result = {"error": f"{_last_line(error)} (while {stage[0]})"}
+        result = {"error": f"{last_line(error)} (while {stage[0]})"}
     (work / RESULT_NAME).write_text(json.dumps(result), encoding="utf-8")
     return 1 if "error" in result else 0
 
 
-def compile_request(request: dict[str, Any], work: Path, timed: Any) -> dict[str, Any]:
-    """Everything between the ONNX file and the linked library; `timed(name)` is entered for each stage."""
+def compile_request(
+    request: dict[str, Any], work: Path, timed: Any, say: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Everything between the ONNX file and the linked library.
+
+    timed(name) is entered for each stage; say(document) is told how far tuning is.
+    """
     with timed("loading TVM"):
         from attnrewrite.lowering import build, importer
         from attnrewrite.lowering.precision import to_half
@@ -64,9 +73,17 @@ def compile_request(request: dict[str, Any], work: Path, timed: Any) -> dict[str
         del model
         inputs, outputs = importer.interface(mod, *names)
     library = work / target.library
+    tiles = None
+    if target.kind == "cpu":
+        from attnrewrite.lowering.tuning import find_tiles
+
+        with timed("tuning"):
+            tiles = find_tiles(
+                mod, tvm_target, request["tune"], request["threads"], versions(), lambda p: say(asdict(p))
+            )
     with build.device_compiler(target, tvm_target) as finish:
         with timed("compiling"):
-            built = build.build(mod, tvm_target)
+            built = build.build(mod, tvm_target, None if tiles is None else tiles.choices)
         with timed("linking"):
             build.export(built.executable, target, library)
             finish(library)
@@ -76,18 +93,23 @@ def compile_request(request: dict[str, Any], work: Path, timed: Any) -> dict[str
         "outputs": outputs,
         "kernels": built.kernels,
         "attention_kernels": built.attention_kernels,
+        "tuning": None if tiles is None else tiles.to_json(),
         "library_bytes": library.stat().st_size,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _last_line(error: Exception) -> str:
-    """TVM's messages start with a stack trace; what went wrong comes last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _messages() -> Callable[[dict[str, Any]], None]:
+    """A way to say something to the parent; what TVM prints goes to the diagnostics from now on."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = sys.stderr
+
+    def say(document: dict[str, Any]) -> None:
+        print(json.dumps(document), file=out, flush=True)
+
+    return say
 
 
 if __name__ == "__main__":
-    # What TVM prints belongs with the diagnostics.
-    sys.stdout = sys.stderr
     sys.exit(main())

@@ -14,14 +14,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import attnrewrite
 from attnrewrite.errors import CompilerError, UserError
+from attnrewrite.lowering.search import Progress
 from attnrewrite.lowering.targets import Target
-from attnrewrite.runtime import Manifest, Tensor, write_manifest
+from attnrewrite.runtime import Manifest, Tensor, default_threads, write_manifest
 
 # TVM's Python interface changes with every release.
 TVM_VERSION = "0.27.0.post1"
@@ -40,7 +42,8 @@ class CompileReport:
     """What one compilation made.
 
     kernels: functions in the library, attention_kernels: those of the two ops among them. seconds: by stage.
-    peak_memory_bytes: of the compiling process.
+    peak_memory_bytes: of the compiling process. tuning: the register tiles that were measured, where any were used;
+    `Tiles.to_json` of lowering/tuning.py.
     """
 
     target: str
@@ -54,6 +57,7 @@ class CompileReport:
     seconds: dict[str, float]
     peak_memory_bytes: int
     versions: dict[str, str]
+    tuning: dict[str, Any] | None = None
 
 
 def compile_model(
@@ -64,23 +68,44 @@ def compile_model(
     precision: str = "fp32",
     threads: int | None = None,
     source_sha256: str = "",
+    tune: float | None = None,
+    on_tuning: Callable[[Progress], object] | None = None,
 ) -> CompileReport:
     """Compile an ONNX file (standard operators, and nodes of domain `attnrewrite`) into `output_dir`.
 
     Writes the library and manifest.json there, or nothing. precision: what the model computes in; inputs and outputs
     keep their dtypes. threads: what the manifest says to run with; None: all cores. source_sha256: for the manifest,
-    of the model before rewriting. Raises CompilerError, with the compiler's last words as a note, and UserError for a
-    precision that is not known.
+    of the model before rewriting. tune: seconds to search for faster register tiles on this machine's CPU; None: only
+    use what earlier runs found, 0: do not. on_tuning: told how far the search is.
+
+    Raises CompilerError, with the compiler's last words as a note, and UserError for a precision that is not known.
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
     check_tvm_version()
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".compile-") as name:
         work = Path(name)
-        request = {"model": str(model_path.resolve()), "target": target.to_json(), "precision": precision}
+        request = {
+            "model": str(model_path.resolve()),
+            "target": target.to_json(),
+            "precision": precision,
+            "tune": tune,
+            "threads": threads or default_threads(),
+        }
         (work / REQUEST_NAME).write_text(json.dumps(request), encoding="utf-8")
-        _run_child(work, model_path, target)
+        note = None
+        try:
+            _run_child(work, model_path, target, on_tuning)
+        except CompilerCrash as crash:
+            if not tune:
+                raise
+            # A kernel under trial ran into something this machine cannot do. What was found before it is kept.
+            (work / REQUEST_NAME).write_text(json.dumps(request | {"tune": None}), encoding="utf-8")
+            _run_child(work, model_path, target)
+            note = f"tuning ended early: {crash}"
         report = _report(json.loads((work / RESULT_NAME).read_text(encoding="utf-8")), target)
+        if note is not None:
+            report = replace(report, tuning=_with_note(report.tuning, note))
         library = output_dir / report.library
         shutil.move(work / report.library, library)
     manifest = Manifest(
@@ -117,34 +142,53 @@ def versions() -> dict[str, str]:
     return {"attnrewrite": attnrewrite.__version__, "apache-tvm": TVM_VERSION}
 
 
-def _run_child(work: Path, model_path: Path, target: Target) -> None:
+class CompilerCrash(CompilerError):
+    """The compiling process was ended by a signal."""
+
+
+def _run_child(
+    work: Path, model_path: Path, target: Target, on_tuning: Callable[[Progress], object] | None = None
+) -> None:
     """Raises CompilerError unless the child left a result."""
     package_root = str(Path(attnrewrite.__file__).resolve().parents[1])
     path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    run = subprocess.run(
-        [sys.executable, "-m", "attnrewrite.lowering.child", str(work)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    with (work / "diagnostics.txt").open("w+", encoding="utf-8", errors="replace") as diagnostics:
+        with subprocess.Popen(
+            [sys.executable, "-m", "attnrewrite.lowering.child", str(work)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=diagnostics,
+            text=True,
+        ) as child:
+            try:
+                for line in child.stdout or ():
+                    if on_tuning is not None:
+                        on_tuning(Progress(**json.loads(line)))
+            except BaseException:
+                child.kill()
+                raise
+        diagnostics.seek(0)
+        tail = diagnostics.read().strip().splitlines()[-DETAIL_LINES:]
     result = work / RESULT_NAME
     answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    if run.returncode == 0 and "error" not in answer:
+    if child.returncode == 0 and "error" not in answer:
         return
     what = f"{model_path.name} for {target.name}"
     if "error" in answer:
-        sentence = f"compiling {what} failed: {answer['error']}"
-    elif run.returncode < 0:
-        sentence = f"the compiler crashed ({_signal_name(-run.returncode)}) while compiling {what}"
+        error = CompilerError(f"compiling {what} failed: {answer['error']}")
+    elif child.returncode < 0:
+        error = CompilerCrash(f"the compiler crashed ({_signal_name(-child.returncode)}) while compiling {what}")
     else:
-        sentence = f"the compiler stopped with exit code {run.returncode} while compiling {what}"
-    error = CompilerError(sentence)
-    if tail := run.stderr.strip().splitlines()[-DETAIL_LINES:]:
+        error = CompilerError(f"the compiler stopped with exit code {child.returncode} while compiling {what}")
+    if tail:
         error.add_note("\n".join(tail))
     raise error
+
+
+def _with_note(tuning: dict[str, Any] | None, note: str) -> dict[str, Any]:
+    tuning = tuning or {}
+    return {**tuning, "notes": [note, *tuning.get("notes", [])]}
 
 
 def _signal_name(number: int) -> str:

@@ -6,25 +6,67 @@ then follow each other in memory. `columns` is that of the register tile, so it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import tvm_ffi
 from tvm import IRModule, ir, relax, te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from attnrewrite.lowering.choices import Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
 from attnrewrite.lowering.schedules.contraction import choose_tile
+from attnrewrite.lowering.schedules.stages import same
 
 # Fewer columns than this are not worth a layout of their own.
 MIN_COLUMNS = 4
 
 
-def pack_weights(mod: IRModule, unit: VectorUnit) -> IRModule:
+def pack_weights(mod: IRModule, unit: VectorUnit, tuned: Choices | None = None) -> IRModule:
     """The module with every matrix product by a constant matrix reading packed weights."""
-    return _Packer(mod, unit).run()
+    return _Packer(mod, unit, tuned or Choices()).run()
+
+
+def repacked(func: tirx.PrimFunc, width: int, columns: int) -> tirx.PrimFunc:
+    """The function reading its weights, of `width` columns in all, packed `columns` to a panel."""
+    packed_params: dict[Any, tuple[tirx.Buffer, int]] = {}
+
+    def find(load: ir.TensorLoad) -> None:
+        at = _panels_of(load)
+        if at is not None and any(load.source.same_as(param) for param in func.params):
+            shape = [*load.source.shape]
+            shape[at], shape[-1] = tirx.IntImm("int64", -(-width // columns)), tirx.IntImm("int64", columns)
+            packed_params[load.source] = tirx.decl_buffer(shape, load.source.dtype, load.source.name, layout=None), at
+
+    tvm_ffi.structural_walk(func.body, (ir.TensorLoad, find), order="post")
+
+    def replaced(load: ir.TensorLoad) -> ir.TensorLoad:
+        if load.source not in packed_params:
+            return load
+        buffer, at = packed_params[load.source]
+        column = load.indices[-1].a
+        indices = [*load.indices]
+        indices[at], indices[-1] = tirx.floordiv(column, columns), tirx.floormod(column, columns)
+        return tirx.BufferLoad(buffer, indices)
+
+    body = tvm_ffi.structural_map(func.body, (ir.TensorLoad, replaced), order="post")
+    params = [packed_params[p][0] if p in packed_params else p for p in func.params]
+    return tirx.PrimFunc(params, body, func.ret_type).with_attrs(dict(func.attrs))
+
+
+def _panels_of(load: ir.TensorLoad) -> int | None:
+    """The axis of panels of a load `[.., n // columns, .., n % columns]`; None for others."""
+    lane = load.indices[-1] if load.indices else None
+    if not isinstance(lane, tirx.FloorMod):
+        return None
+    for axis, index in enumerate(load.indices):
+        if isinstance(index, tirx.FloorDiv) and index.a.same_as(lane.a) and same(index.b, lane.b):
+            return axis
+    return None
 
 
 def packed(weights: np.ndarray, columns: int) -> np.ndarray:
@@ -48,9 +90,10 @@ class Steps:
 
 @mutator
 class _Packer(PyExprMutator):  # type: ignore[misc]
-    def __init__(self, mod: IRModule, unit: VectorUnit) -> None:
+    def __init__(self, mod: IRModule, unit: VectorUnit, tuned: Choices) -> None:
         super().__init__(mod)
         self._unit = unit
+        self._tuned = tuned
         self._packed: dict[tuple[Any, int], Any] = {}
 
     def run(self) -> IRModule:
@@ -78,7 +121,11 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
 
     def _panels(self, weights: Any, rows: Sequence[Any], width: int) -> Any:
         """Constant weights `[*K, width]` packed for a product with so many rows; once for all its users."""
-        columns = choose_tile(_static_rows(rows), width, self._unit).columns
+        number, depth = _static_rows(rows), math.prod(int(extent) for extent in weights.ty.shape) // width
+        dtype = str(weights.ty.dtype.dtype)
+        choice = self._tuned.of(None if number is None else Product(1, number, width, depth, dtype, packed=True))
+        vectors = choose_tile(number, width, self._unit).vectors if choice is None else choice.vectors
+        columns = vectors * self._unit.lanes
         key = (weights, columns)
         if key not in self._packed:
             self._packed[key] = relax.const(packed(weights.value.numpy().reshape(-1, width), columns))

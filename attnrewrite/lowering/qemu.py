@@ -21,6 +21,7 @@ import numpy as np
 
 import attnrewrite
 from attnrewrite.errors import CompilerError
+from attnrewrite.lowering.cache import cache_directory
 from attnrewrite.lowering.compile import TVM_VERSION
 from attnrewrite.runtime import read_manifest
 
@@ -130,11 +131,6 @@ class Emulator:
                 (work / "site").rename(folder)
         _describe_processors(self.home / "root")
         return folder
-
-
-def cache_directory() -> Path:
-    """Where things that can be fetched again are kept; the first use creates it."""
-    return Path(os.environ.get("ATTNREWRITE_CACHE") or Path.home() / ".cache" / "attnrewrite")
 
 
 def find_emulator(*, prepare: bool = True) -> Emulator | Missing:

@@ -131,6 +131,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     rows += _verification_rows(report.verification)
     if report.compile is not None:
         rows.append(("Library", _compile_sentence(report.compile)))
+        rows += _tuning_rows(report.compile.get("tuning"))
     if report.gains is not None:
         rows += _gain_rows(report.gains)
     if report.seconds:
@@ -174,6 +175,24 @@ def _compile_sentence(compiled: dict[str, Any]) -> str:
     if "seconds" in compiled:
         sentence += f", in {compiled['seconds']:.1f} s"
     return sentence
+
+
+def _tuning_rows(tuning: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if tuning is None:
+        return []
+    rows = []
+    if "tried" in tuning:
+        sentence = (
+            f"{_counted(tuning['tried'], 'tile')} tried in {tuning['seconds']:.0f} s: {len(tuning['faster'])} of "
+            f"{_counted(tuning['products'], 'matrix product')} faster than with the cost model's tile"
+        )
+        if tuning["faster"]:
+            sentence += f", {tuning['saved_ms']:.2f} of {tuning['measured_ms']:.2f} ms saved"
+        rows.append(("Tuning", sentence))
+    elif tuning.get("applied"):
+        sentence = f"tiles measured by an earlier run for {_counted(len(tuning['applied']), 'matrix product')}"
+        rows.append(("Tuning", f"{sentence} (--tune 0 does without)"))
+    return rows + [("Note", note) for note in tuning.get("notes", [])]
 
 
 def _gain_rows(gains: dict[str, Any]) -> list[tuple[str, str]]:

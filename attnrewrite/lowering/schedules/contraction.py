@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import tvm_ffi
 from tvm import ir, tirx
 
+from attnrewrite.lowering.choices import Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
 from attnrewrite.lowering.schedules.blocking import CACHE_BYTES, PIECES, Blocks, choose_blocks
 from attnrewrite.lowering.schedules.loops import (
@@ -102,13 +103,36 @@ class Contraction:
             return int(lane.b)
         return None
 
+    @property
+    def product(self) -> Product | None:
+        """Its sizes, where all of them are known."""
+        sizes = [static_size(axes) for axes in (self.batch, self.rows, self.columns, self.stage.reduction)]
+        batch, rows, columns, depth = sizes
+        if batch is None or rows is None or columns is None or depth is None:
+            return None
+        dtype = str(loads_of(self.right)[0].source.dtype)
+        return Product(batch, rows, columns, depth, dtype, self.packed_columns is not None)
+
+
+def narrowed(unit: VectorUnit, columns: int | None) -> VectorUnit:
+    """With lanes for no more than twice the columns."""
+    lanes = unit.lanes
+    while columns is not None and lanes > 4 and lanes >= 2 * columns:
+        lanes //= 2
+    return VectorUnit(lanes, unit.accumulators)
+
 
 def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit, vectors: int | None = None) -> Tile:
     """The register tile that wastes least on the edges and on loads.
 
     vectors: of columns, where that is decided already.
     """
-    best: tuple[float, Tile] | None = None
+    return ranked_tiles(rows, columns, unit, vectors)[0]
+
+
+def ranked_tiles(rows: int | None, columns: int | None, unit: VectorUnit, vectors: int | None = None) -> list[Tile]:
+    """Every register tile there is, the most promising first."""
+    ranked: list[tuple[float, Tile]] = []
     for width_in_vectors in range(1, 7) if vectors is None else [vectors]:
         width = width_in_vectors * unit.lanes
         if columns is not None and width_in_vectors > 1 and width - unit.lanes >= columns:
@@ -121,10 +145,8 @@ def choose_tile(rows: int | None, columns: int | None, unit: VectorUnit, vectors
             # Per multiply-add: 1 for the arithmetic, and what the loads of both operands delay it by. Elements of rows
             # are in the first-level cache; vectors of columns come from a panel in the second, once for every row tile.
             cost = padded_rows * padded_columns * (1.0 + 0.25 / width_in_vectors + 0.75 / height)
-            if best is None or cost < best[0] - 1e-9:
-                best = cost, Tile(height, width_in_vectors, unit.lanes)
-    assert best is not None
-    return best[1]
+            ranked.append((round(cost, 9), Tile(height, width_in_vectors, unit.lanes)))
+    return [tile for _, tile in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def match_contraction(stage: Stage) -> Contraction | None:
@@ -219,15 +241,17 @@ class Stretch:
     count: int
 
 
-def lower_contraction(product_stage: Contraction, epilogue: Stage | None, unit: VectorUnit) -> Stmt:
+def lower_contraction(
+    product_stage: Contraction, epilogue: Stage | None, unit: VectorUnit, tuned: Choices | None = None
+) -> Stmt:
     """Loops of a matrix product and of the element-wise stage that consumes it, if any."""
-    return _Lowering(product_stage, epilogue, unit).lower()
+    return _Lowering(product_stage, epilogue, unit, tuned or Choices()).lower()
 
 
 class _Lowering:
     """The loops of one contraction. Letters: M rows, N columns, K reduction."""
 
-    def __init__(self, contraction: Contraction, epilogue: Stage | None, unit: VectorUnit) -> None:
+    def __init__(self, contraction: Contraction, epilogue: Stage | None, unit: VectorUnit, tuned: Choices) -> None:
         self.c = contraction
         self.epilogue = epilogue
         self.m = product(a.extent for a in contraction.rows)
@@ -236,15 +260,19 @@ class _Lowering:
         self.b = product(a.extent for a in contraction.batch)
         m, n = static_size(contraction.rows), static_size(contraction.columns)
         packed = contraction.packed_columns
+        choice = tuned.of(contraction.product)
         if packed is not None:
             lanes = min(unit.lanes, packed)
             vectors = packed // lanes
-            self.tile = Tile(choose_tile(m, packed, unit, vectors).rows, vectors, lanes)
+            if choice is not None and choice.vectors != vectors:
+                choice = None  # made for another layout of the weights
+            rows = choice.rows if choice is not None else choose_tile(m, packed, unit, vectors).rows
+            self.tile = Tile(rows, vectors, lanes)
         else:
-            lanes = unit.lanes
-            while n is not None and lanes > 4 and lanes >= 2 * n:
-                lanes //= 2
-            self.tile = choose_tile(m, n, VectorUnit(lanes, unit.accumulators))
+            narrow = narrowed(unit, n)
+            chosen = None if choice is None else Tile(choice.rows, choice.vectors, narrow.lanes)
+            self.tile = chosen or choose_tile(m, n, narrow)
+        self.rows_outside = None if choice is None else choice.rows_outside
         self.packed = packed is not None
         self.m_tiles = simplify(tirx.ceildiv(self.m, self.tile.rows))
         self.n_tiles = simplify(tirx.ceildiv(self.n, self.tile.columns))
@@ -264,11 +292,14 @@ class _Lowering:
     def lower(self) -> Stmt:
         work = simplify(self.b * self.m * self.n * self.k)
         if self.in_place:
-            if (blocks := self.blocks()) is not None:
+            blocks = self.blocks() if self.rows_outside is None else None
+            if blocks is not None:
                 return self.lower_blocks(blocks, work)
             # Whichever operand is walked through again and again should be the one that stays in the cache.
             panel_bytes = simplify(self.n * self.k * 4)
             rows_outside = isinstance(panel_bytes, tirx.IntImm) and int(panel_bytes) <= CACHE_BYTES
+            if self.rows_outside is not None:
+                rows_outside = self.rows_outside
             inner = self.n_tiles if rows_outside else self.m_tiles
 
             alone = isinstance(self.m_tiles, tirx.IntImm) and int(self.m_tiles) == 1
