@@ -65,7 +65,9 @@ class Outcome:
         figures = Timing.of("", "", self.seconds).to_json()
         document = {key: figures[key] for key in ("median_ms", "min_ms", "p90_ms", "runs")}
         document["load_s"] = round(self.loaded["load_seconds"], 2)
-        document |= {f"{part}_mb": round(self.loaded[f"{part}_bytes"] / 1e6, 1) for part in ("load", "run", "output")}
+        document |= {
+            f"{part}_mb": round(self.loaded[f"{part}_bytes"] / 1e6, 1) for part in ("load", "first", "run", "output")
+        }
         if self.difference is not None:
             document["difference"] = float(f"{self.difference:.2g}")
         return document

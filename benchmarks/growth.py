@@ -4,8 +4,8 @@
     python benchmarks/growth.py --families unfold_k7 --sizes 64,128 --threads 2
 
 Contestants run one after the other, for at the large sizes only one of them fits into memory; what does not fit, or
-takes longer than the limit, is given up and said so. Memory is the peak of a run beyond the inputs and the output; the
-weights and what the engine keeps of the model are in it.
+takes longer than the limit, is given up and said so. Memory is the peak of the first run beyond the inputs and the
+output; the weights and what the engine keeps of the model are in it.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ def cells(name: str, threads: int, figures: Mapping[str, Mapping[str, Any]]) -> 
     line = [name, str(threads)]
     for kind in CONTESTANTS:
         own = figures.get(kind, {})
-        line.append(f"{own['median_ms']:.1f}" if "median_ms" in own else own.get("failed", "").split(":")[0])
+        reason = own.get("failed", "")
+        line.append(f"{own['median_ms']:.1f}" if "median_ms" in own else "failed" if ":" in reason else reason)
     for kind in CONTESTANTS:
         own = figures.get(kind, {})
-        line.append(f"{own['run_mb'] - own['output_mb']:.0f}" if "run_mb" in own else "")
+        line.append(f"{own['first_mb'] - own['output_mb']:.0f}" if "first_mb" in own else "")
     return line
 
 

@@ -35,7 +35,7 @@ GEMM_BLOCK_SECONDS = 0.3
 BLOCK_SECONDS = 1.0
 
 
-def peak_of(workshop: Workshop, threads: int) -> dict[str, Any]:
+def peak_of(workshop: Workshop, threads: int, clock: str) -> dict[str, Any]:
     """The fastest matrix product of the machine, and its copy bandwidth."""
     jobs, shapes = {}, {}
     for shape in machine.GEMM_SHAPES:
@@ -43,7 +43,7 @@ def peak_of(workshop: Workshop, threads: int) -> dict[str, Any]:
         for engine in machine.GEMM_ENGINES:
             artifact = workshop.artifact(model)[0] if engine == "compiled" else None
             name = f"{engine}-{model.stem}"
-            jobs[name] = workshop.job(engine, model, threads, artifact, GEMM_BLOCK_SECONDS)
+            jobs[name] = workshop.job(engine, model, threads, artifact, GEMM_BLOCK_SECONDS, clock)
             shapes[name] = (engine, shape)
     outcomes = compete(jobs)
     rates = {
@@ -68,7 +68,14 @@ def peak_of(workshop: Workshop, threads: int) -> dict[str, Any]:
 
 
 def measured(
-    workshop: Workshop, name: str, threads: int, peers: Sequence[str], rounds: int, limits: Limits, peak: Any
+    workshop: Workshop,
+    name: str,
+    threads: int,
+    peers: Sequence[str],
+    rounds: int,
+    limits: Limits,
+    peak: Any,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """One row of the document that `tables` prints. Raises Unavailable where the model cannot be exported."""
     model = workshop.model(name)
@@ -84,11 +91,11 @@ def measured(
         except Unavailable as again:
             broken["rewritten"] = f"optimize: {again}"
     kinds = [kind for kind in tables.CONTESTANTS if kind in (*peers, "compiled") and kind not in broken]
-    jobs = {kind: workshop.job(kind, model, threads, artifact, BLOCK_SECONDS) for kind in kinds}
+    jobs = {kind: workshop.job(kind, model, threads, artifact, BLOCK_SECONDS, clock) for kind in kinds}
     if peak is not None:
         gemm = workshop.gemm(peak["rows"], peak["columns"])
         own = workshop.artifact(gemm)[0] if peak["engine"] == "compiled" else None
-        jobs["gemm"] = workshop.job(peak["engine"], gemm, threads, own, GEMM_BLOCK_SECONDS)
+        jobs["gemm"] = workshop.job(peak["engine"], gemm, threads, own, GEMM_BLOCK_SECONDS, clock)
     outcomes = compete(jobs, rounds=rounds, limits=limits)
     gemm_outcome = outcomes.pop("gemm", None)
     if gemm_outcome is not None and gemm_outcome.failed is None:
@@ -99,6 +106,13 @@ def measured(
     outcomes |= {kind: Outcome(failed=reason) for kind, reason in broken.items() if kind in (*peers, "compiled")}
     row["contestants"] = {kind: outcomes[kind].to_json() for kind in tables.CONTESTANTS if kind in outcomes}
     return row
+
+
+def continued(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A new document with the peaks and rows of an earlier one; without them where machine or clock is another."""
+    if any(earlier["machine"][key] != new["machine"][key] for key in ("description", "clock")):
+        return new
+    return {**earlier, "machine": new["machine"]}
 
 
 def merged(document: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +131,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=240.0, help="seconds a contestant may take to load, or for a turn"
     )
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread on a busy machine")
     parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep exports and artifacts there for the next run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this file, in place of older ones")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to those of this file")
     parser.add_argument("--print", type=Path, metavar="FILE", help="only print the tables of such a file")
     return parser.parse_args(arguments)
 
@@ -136,24 +151,31 @@ def main() -> None:
         names = [name for name in arguments.models.split(",") if zoo.model(name)]
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if arguments.clock == "cpu" and arguments.threads != "1":
+        raise SystemExit("--clock cpu counts the waiting of several threads as work: use it with --threads 1")
     limits = Limits(load_seconds=arguments.limit, turn_seconds=arguments.limit)
-    about = {"description": machine.description(), "date": f"{datetime.date.today()}", "versions": machine.versions()}
+    about: dict[str, Any] = {
+        "description": machine.description(),
+        "date": f"{datetime.date.today()}",
+        "versions": machine.versions(),
+    }
+    about["clock"] = arguments.clock
     document: dict[str, Any] = {"machine": about, "peaks": {}, "rows": []}
     if arguments.json and arguments.json.exists():
-        document |= {key: value for key, value in json.loads(arguments.json.read_text()).items() if key != "machine"}
+        document = continued(json.loads(arguments.json.read_text()), document)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
         workshop = Workshop(arguments.keep or Path(temporary))
         counts = [int(count) for count in arguments.threads.split(",")]
         if not arguments.no_roofline:
-            for threads in counts:
+            for threads in (count for count in counts if str(count) not in document["peaks"]):
                 _say(f"measuring the machine, {tables.counted(threads)}")
-                document["peaks"][str(threads)] = peak_of(workshop, threads)
+                document["peaks"][str(threads)] = peak_of(workshop, threads, arguments.clock)
         for name in names:
             for threads in counts:
                 _say(f"{name}, {tables.counted(threads)}")
                 peak = None if arguments.no_roofline else document["peaks"][str(threads)]
                 try:
-                    row = measured(workshop, name, threads, peers, arguments.rounds, limits, peak)
+                    row = measured(workshop, name, threads, peers, arguments.rounds, limits, peak, arguments.clock)
                 except Unavailable as reason:
                     row = {"model": name, "threads": threads, "contestants": {"export": {"failed": str(reason)}}}
                 document = merged(document, row)

@@ -1,6 +1,6 @@
 """The figures of a run as Markdown tables. A run is a JSON document:
 
-{"machine": {"description", "date", "versions"},
+{"machine": {"description", "date", "clock", "versions"},
  "peaks": {threads: {"gflops", "engine", "shape", "copy_gbs"}},
  "rows": [{"model", "threads", "contestants": {name: figures or {"failed": reason}}, "gemm_gflops",
            "work": {"products", "attention", "compulsory", "moved"}, "artifact": {"seconds", ...}}]}
@@ -137,7 +137,8 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
 def _heading(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['date']}, {machine['description']}. {versions}."
+    clock = " Times are CPU seconds of one thread." if machine["clock"] == "cpu" else ""
+    return f"{machine['date']}, {machine['description']}. {versions}.{clock}"
 
 
 def _peaks(peaks: Mapping[str, Row]) -> str:

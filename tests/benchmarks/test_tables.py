@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import models, tables, zoo
+from benchmarks import growth, models, tables, zoo
 from benchmarks.contest import Outcome, difference
 
 
@@ -40,7 +40,7 @@ def test_roofline_takes_the_peak_of_the_same_contest():
 
 
 def test_every_table_has_as_many_cells_as_its_header():
-    document = {"machine": {"date": "2026-01-01", "description": "a CPU", "versions": {"torch": "2"}}}
+    document = {"machine": {"date": "2026-01-01", "description": "a CPU", "clock": "cpu", "versions": {"torch": "2"}}}
     text = tables.markdown({**document, "peaks": {"2": PEAK}, "rows": [ROW]})
     header = None
     for line in text.splitlines():
@@ -49,6 +49,7 @@ def test_every_table_has_as_many_cells_as_its_header():
             continue
         header = header or line.count("|")
         assert line.count("|") == header
+    assert text.splitlines()[0] == "2026-01-01, a CPU. torch 2. Times are CPU seconds of one thread."
     assert "* torch-compile on net, 2 threads: failed: took more than 9 s" in text
     assert "| net | 31 | 22.0 | 20.0 | 1.10 |" in text
 
@@ -58,6 +59,13 @@ def test_a_wrong_result_is_marked():
     assert "8.00 (differs)" in tables.speed_cells(row)
 
 
+def test_growth_is_in_milliseconds_and_in_megabytes_beyond_the_output():
+    ran = figures(30.0, first_mb=120.0, output_mb=100.0)
+    assert growth.cells("net_64", 1, {"onnxruntime": ran, "compiled": {"failed": "optimize: no"}}) == [
+        *("net_64", "1", "30.0", "", "failed", "20", "", ""),
+    ]
+
+
 def test_a_row_replaces_the_older_one():
     document = models.merged({"rows": [ROW, {**ROW, "threads": 1}]}, {**ROW, "gemm_gflops": 1.0})
     assert [row["threads"] for row in document["rows"]] == [2, 1]
@@ -65,8 +73,18 @@ def test_a_row_replaces_the_older_one():
     assert len(models.merged(document, {**ROW, "model": "other"})["rows"]) == 3
 
 
+def test_figures_of_another_machine_are_not_continued():
+    about = {"description": "a CPU", "clock": "wall"}
+    earlier = {"machine": {**about, "date": "2026-01-01"}, "peaks": {"2": PEAK}, "rows": [ROW]}
+    same = {"machine": about, "peaks": {}, "rows": []}
+    assert models.continued(earlier, same) == {**earlier, "machine": about}
+    for other in ({"description": "another CPU"}, {"clock": "cpu"}):
+        new = {**same, "machine": {**about, **other}}
+        assert models.continued(earlier, new) == new
+
+
 def test_median_of_an_outcome_is_in_milliseconds():
-    loaded = {"load_seconds": 1.0, "load_bytes": 2e6, "run_bytes": 1e6, "output_bytes": 4}
+    loaded = {"load_seconds": 1.0, "load_bytes": 2e6, "first_bytes": 2e6, "run_bytes": 1e6, "output_bytes": 4}
     outcome = Outcome(loaded=loaded, seconds=[0.001, 0.004, 0.002]).to_json()
     assert (outcome["median_ms"], outcome["load_mb"], outcome["runs"]) == (2.0, 2.0, 3)
     assert Outcome(failed="no").to_json() == {"failed": "no"}
