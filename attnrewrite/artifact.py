@@ -242,7 +242,8 @@ def verify(
     load: Callable[[], Runner] | str | None = None
     if report is not None and has_library(report):
         load = _loader(report, rewritten.parent, options.threads, emulate)
-    precision: Precision = "fp16" if report is not None and report.precision == "fp16" else "fp32"
+    asked = None if report is None else report.precision
+    precision: Precision = "bf16" if asked == "bf16" else "fp16" if asked == "fp16" else "fp32"
     verification = verify_models(
         source,
         rewritten,
@@ -386,11 +387,10 @@ def default_directory(model: Path, target: str) -> Path:
 
 def check_options(options: Options) -> Target | None:
     """The target as lowering knows it, None where none is asked for. Raises UserError for options that mean nothing."""
-    from attnrewrite.lowering.compile import PRECISIONS
+    from attnrewrite.lowering.compile import check_precision
     from attnrewrite.lowering.targets import parse_target
 
-    if options.precision not in PRECISIONS:
-        raise UserError(f"there is no precision {options.precision!r}; the precisions are {', '.join(PRECISIONS)}")
+    check_precision(options.precision, None)
     pipeline_of(options.passes)
     if options.target is None:
         if options.tvm_target is not None:
@@ -399,6 +399,7 @@ def check_options(options: Options) -> Target | None:
             raise UserError("--tune measures compiled kernels: name a target with --target cpu")
         return None
     target = parse_target(options.target, options.tvm_target)
+    check_precision(options.precision, target)
     if options.tune is not None:
         _check_tuning(options.tune, target, options.compile)
     return target

@@ -136,7 +136,8 @@ def optimize(
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write; by default beside the model.")
     ] = None,
     precision: Annotated[
-        str, typer.Option("--precision", metavar="fp32|fp16", help="Arithmetic of the library.")
+        str,
+        typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the library; bf16: x86 CPUs with AVX512-BF16."),
     ] = "fp32",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Rewrite only.")] = False,
     inline: Annotated[bool, typer.Option("--inline", help="Write the ops out as standard ONNX operators.")] = False,

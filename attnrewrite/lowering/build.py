@@ -72,12 +72,12 @@ def device_compiler(target: Target, description: tvm.target.Target) -> Iterator[
         yield cubins.finish
 
 
-def fuse(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None) -> IRModule:
+def fuse(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None, precision: str = "fp32") -> IRModule:
     """The module as calls of fused functions, each of them plain loops still."""
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _apply(mod, transform.DecomposeOpsForInference(), transform.CanonicalizeBindings())
         if target.kind.name == "llvm":
-            mod = pack_weights(channels_last(mod), vector_unit(target), tuned)
+            mod = pack_weights(channels_last(mod), vector_unit(target), tuned, precision)
         return _apply(
             mod,
             transform.LegalizeOps(),
@@ -91,13 +91,14 @@ def fuse(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None)
         )
 
 
-def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None) -> Built:
+def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None, precision: str = "fp32") -> Built:
     """The module compiled for the target: operators made loops, fused, scheduled, turned into machine code.
 
-    tuned: tiles to use in place of the cost model's, on CPUs.
+    tuned: tiles to use in place of the cost model's, on CPUs. precision: of products by constant weights, on CPUs
+    (lowering/narrow.py).
     """
     on_cpu = target.kind.name == "llvm"
-    mod = fuse(mod, target, tuned)
+    mod = fuse(mod, target, tuned, precision)
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _schedule(mod, target, tuned)
         kernels = [name.name_hint for name, func in mod.functions.items() if isinstance(func, tirx.PrimFunc)]

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attnrewrite.errors import AttnRewriteError, last_line
+from attnrewrite.errors import AttnRewriteError, UserError, last_line
 from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME, versions
 from attnrewrite.lowering.targets import Target
 
@@ -42,7 +42,7 @@ def main() -> int:
         result = compile_request(request, work, timed, say)
         result["seconds"] = seconds
     except AttnRewriteError as error:
-        result = {"error": str(error)}
+        result = {"error": str(error), "usage": isinstance(error, UserError)}
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{last_line(error)} (while {stage[0]})"}
@@ -58,14 +58,16 @@ def compile_request(
     timed(name) is entered for each stage; say(document) is told how far tuning is.
     """
     with timed("loading TVM"):
-        from attnrewrite.lowering import build, importer
+        from attnrewrite.lowering import build, importer, narrow
         from attnrewrite.lowering.precision import to_half
         from attnrewrite.lowering.split_linear import split_linear
     target = Target.from_json(request["target"])
     tvm_target = build.tvm_target(target)
+    if request["precision"] == "bf16":
+        narrow.check_bf16(tvm_target)
     with timed("importing"):
         model = importer.load_onnx(Path(request["model"]), target)
-        if request["precision"] == "fp16":
+        if request["precision"] == "fp16" and target.device != "cpu":
             to_half(model)
         split_linear(model)
         names = importer.interface_names(model)
@@ -83,7 +85,7 @@ def compile_request(
             )
     with build.device_compiler(target, tvm_target) as finish:
         with timed("compiling"):
-            built = build.build(mod, tvm_target, None if tiles is None else tiles.choices)
+            built = build.build(mod, tvm_target, None if tiles is None else tiles.choices, request["precision"])
         with timed("linking"):
             build.export(built.executable, target, library)
             finish(library)

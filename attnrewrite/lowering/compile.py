@@ -28,7 +28,7 @@ from attnrewrite.runtime import Manifest, Tensor, default_threads, write_manifes
 # TVM's Python interface changes with every release.
 TVM_VERSION = "0.27.0.post1"
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 REQUEST_NAME = "request.json"
 RESULT_NAME = "result.json"
@@ -78,10 +78,10 @@ def compile_model(
     of the model before rewriting. tune: seconds to search for faster register tiles on this machine's CPU; None: only
     use what earlier runs found, 0: do not. on_tuning: told how far the search is.
 
-    Raises CompilerError, with the compiler's last words as a note, and UserError for a precision that is not known.
+    Raises CompilerError, with the compiler's last words as a note, and UserError for a precision that is not known
+    or that the target does not have.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
+    check_precision(precision, target)
     check_tvm_version()
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".compile-") as name:
         work = Path(name)
@@ -121,6 +121,14 @@ def compile_model(
     )
     write_manifest(output_dir, manifest)
     return report
+
+
+def check_precision(precision: str, target: Target | None) -> None:
+    """Raises UserError for a precision that is not known, or that no target of this kind has."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
+    if precision == "bf16" and target is not None and target.kind != "cpu":
+        raise UserError(f"precision bf16 is for x86 CPUs; target {target.name} has fp32 and fp16")
 
 
 def check_tvm_version() -> None:
@@ -175,6 +183,8 @@ def _run_child(
     if child.returncode == 0 and "error" not in answer:
         return
     what = f"{model_path.name} for {target.name}"
+    if answer.get("usage"):
+        raise UserError(answer["error"])
     if "error" in answer:
         error = CompilerError(f"compiling {what} failed: {answer['error']}")
     elif child.returncode < 0:

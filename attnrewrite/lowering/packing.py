@@ -15,20 +15,30 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 from tvm import IRModule, ir, relax, te, tirx
+from tvm.relax import transform
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from attnrewrite.lowering import narrow
 from attnrewrite.lowering.choices import Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
 from attnrewrite.lowering.schedules.contraction import choose_tile
 from attnrewrite.lowering.schedules.stages import same
 
+# What follows a product element by element may be fused with it; TVM would not see that of a product of pairs.
+_FUSABLE = {"op_pattern": 4}
+
 # Fewer columns than this are not worth a layout of their own.
 MIN_COLUMNS = 4
 
 
-def pack_weights(mod: IRModule, unit: VectorUnit, tuned: Choices | None = None) -> IRModule:
-    """The module with every matrix product by a constant matrix reading packed weights."""
-    return _Packer(mod, unit, tuned or Choices()).run()
+def pack_weights(mod: IRModule, unit: VectorUnit, tuned: Choices | None = None, precision: str = "fp32") -> IRModule:
+    """The module with every matrix product by a constant matrix reading packed weights.
+
+    precision: of these products (lowering/narrow.py); fp32 leaves them as they are.
+    """
+    result = _Packer(mod, unit, tuned or Choices(), precision).run()
+    # Products that read the same features narrow them once.
+    return transform.EliminateCommonSubexpr()(result) if precision == "bf16" else result
 
 
 def repacked(func: tirx.PrimFunc, width: int, columns: int) -> tirx.PrimFunc:
@@ -90,10 +100,11 @@ class Steps:
 
 @mutator
 class _Packer(PyExprMutator):  # type: ignore[misc]
-    def __init__(self, mod: IRModule, unit: VectorUnit, tuned: Choices) -> None:
+    def __init__(self, mod: IRModule, unit: VectorUnit, tuned: Choices, precision: str) -> None:
         super().__init__(mod)
         self._unit = unit
         self._tuned = tuned
+        self._precision = precision
         self._packed: dict[tuple[Any, int], Any] = {}
 
     def run(self) -> IRModule:
@@ -116,8 +127,21 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
         width = int(weights.ty.shape[1])
         if width < MIN_COLUMNS:
             return call
+        pairs = self._in_pairs(weights)
+        if pairs:
+            features = self._narrowed(features)
         panels = self._panels(weights, [*features.ty.shape][:-1], width)
-        return self.builder_.call_te(_packed_matmul, features, panels, width, primfunc_name_hint="packed_matmul")
+        return self.builder_.call_te(
+            _packed_matmul, features, panels, width, pairs, primfunc_name_hint="packed_matmul", primfunc_attrs=_FUSABLE
+        )
+
+    def _in_pairs(self, weights: Any) -> bool:
+        """The product is one of bfloat16 pairs: no pair reaches over the end of the channels, `[..., C, N]`."""
+        single = str(weights.ty.dtype.dtype) == "float32"
+        return self._precision == "bf16" and single and int(weights.ty.shape[-2]) % 2 == 0
+
+    def _narrowed(self, features: Any) -> Any:
+        return self.builder_.emit_te(narrow.narrowed, features, primfunc_name_hint="narrow")
 
     def _panels(self, weights: Any, rows: Sequence[Any], width: int) -> Any:
         """Constant weights `[*K, width]` packed for a product with so many rows; once for all its users."""
@@ -128,7 +152,12 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
         columns = vectors * self._unit.lanes
         key = (weights, columns)
         if key not in self._packed:
-            self._packed[key] = relax.const(packed(weights.value.numpy().reshape(-1, width), columns))
+            matrix = weights.value.numpy().reshape(-1, width)
+            if self._in_pairs(weights):
+                matrix = narrow.paired_weights(matrix)
+            elif self._precision == "fp16":
+                matrix = narrow.halved_weights(matrix)
+            self._packed[key] = relax.const(packed(matrix, columns))
         return self._packed[key]
 
     def _convolution(self, call: ir.Call) -> Any:
@@ -143,8 +172,13 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
             return self.builder_.call_te(depthwise, data, weights, primfunc_name_hint="depthwise_conv2d")
         size, width = [int(v) for v in weights.ty.shape][:2], int(weights.ty.shape[3])
         panels = self._panels(weights, [*call.ty.shape][:-1], width)
-        convolution = partial(_packed_convolution, size=size, width=width, steps=steps)
-        return self.builder_.call_te(convolution, data, panels, primfunc_name_hint="packed_conv2d")
+        pairs = self._in_pairs(weights)
+        if pairs:
+            data = self._narrowed(data)
+        convolution = partial(_packed_convolution, size=size, width=width, steps=steps, pairs=pairs)
+        return self.builder_.call_te(
+            convolution, data, panels, primfunc_name_hint="packed_conv2d", primfunc_attrs=_FUSABLE
+        )
 
 
 def _static_rows(extents: Sequence[Any]) -> int | None:
@@ -156,17 +190,27 @@ def _static_rows(extents: Sequence[Any]) -> int | None:
     return rows
 
 
-def _packed_matmul(features: te.Tensor, weights: te.Tensor, width: int) -> te.Tensor:
-    """out[..., n] = sum_k features[..., k] weights[n // columns, k, n % columns]."""
+def _packed_matmul(features: te.Tensor, weights: te.Tensor, width: int, pairs: bool) -> te.Tensor:
+    """out[..., n] = sum_k features[..., k] weights[n // columns, k, n % columns]; pairs: of two channels in each k."""
     columns = int(weights.shape[2])
-    k = te.reduce_axis((tirx.IntImm("int64", 0), features.shape[-1]), "k")
+    k = te.reduce_axis((tirx.IntImm("int64", 0), weights.shape[1]), "k")
 
     def element(*at: Any) -> Any:
         n = at[-1]
-        product = features[(*at[:-1], k)] * weights[tirx.floordiv(n, columns), k, tirx.floormod(n, columns)]
-        return te.sum(product, axis=k)
+        return te.sum(
+            _product(features, at[:-1], k, weights[tirx.floordiv(n, columns), k, tirx.floormod(n, columns)], pairs),
+            axis=k,
+        )
 
     return te.compute((*features.shape[:-1], tirx.IntImm("int64", width)), element, name="packed_matmul")
+
+
+def _product(features: te.Tensor, at: Sequence[Any], channel: Any, weight: Any, pairs: bool) -> Any:
+    if pairs:
+        return narrow.product(features, at, channel, weight)
+    feature = features[(*at, channel)]
+    # Weights may be narrower than what they are multiplied by.
+    return feature * (weight if weight.dtype == feature.dtype else weight.astype(feature.dtype))
 
 
 def _extent(padded: Any, kernel: int, stride: int, dilation: int) -> Any:
@@ -174,7 +218,7 @@ def _extent(padded: Any, kernel: int, stride: int, dilation: int) -> Any:
 
 
 def _packed_convolution(
-    data: te.Tensor, weights: te.Tensor, size: Sequence[int], width: int, steps: Steps
+    data: te.Tensor, weights: te.Tensor, size: Sequence[int], width: int, steps: Steps, pairs: bool
 ) -> te.Tensor:
     """out[b, y, x, n] = sum over i, j, c of data[b, y s + i d, x s + j d, c] w[i, j, c, n], w packed over (i, j, c)."""
     batch, height, across, channels = data.shape
@@ -185,12 +229,13 @@ def _packed_convolution(
         _extent(across, in_row, steps.column_stride, steps.column_dilation),
         tirx.IntImm("int64", width),
     )
-    i, j, c = _reduced(rows, "i"), _reduced(in_row, "j"), _reduced(int(channels), "c")
+    channels = int(channels) // 2 if pairs else int(channels)
+    i, j, c = _reduced(rows, "i"), _reduced(in_row, "j"), _reduced(channels, "c")
 
     def element(b: Any, y: Any, x: Any, n: Any) -> Any:
         row, column = y * steps.row_stride + i * steps.row_dilation, x * steps.column_stride + j * steps.column_dilation
         weight = weights[tirx.floordiv(n, columns), (i * in_row + j) * channels + c, tirx.floormod(n, columns)]
-        return te.sum(data[b, row, column, c] * weight, axis=[i, j, c])
+        return te.sum(_product(data, (b, row, column), c, weight, pairs), axis=[i, j, c])
 
     return te.compute(shape, element, name="packed_conv2d")
 

@@ -100,7 +100,7 @@ BAD_OPTIONS = {
     "unknown target": (["--target", "tpu"], "unknown target 'tpu'"),
     "unknown chip": (["--target", "cuda:sm_1"], "unknown chip in target 'cuda:sm_1'"),
     "no target": ([], "--target is missing"),
-    "unknown precision": (["--target", "cpu", "--precision", "fp8"], "there is no precision 'fp8'"),
+    "unknown precision": (["--target", "cpu", "--precision", "fp8"], "unknown precision 'fp8'"),
     "unknown pass": (["--target", "cpu", "--passes", "fuse-everything"], "there is no pass named fuse-everything"),
     "unknown pass to print": (["--target", "cpu", "--print-after", "nothing"], "there is no pass 'nothing'"),
     "unknown option": (["--target", "cpu", "--fast"], "No such option"),

@@ -65,11 +65,13 @@ class Loop:
         return [line for line in self.lines if _LANE_BY_LANE.match(line)]
 
 
-def assembly(proto: onnx.ModelProto, target: str, tvm_target: str | None = None) -> str:
+def assembly(proto: onnx.ModelProto, target: str, tvm_target: str | None = None, precision: str = "fp32") -> str:
     """What the whole CPU pipeline makes of a model."""
     chosen = parse_target(target, tvm_target)
     description = build.tvm_target(chosen)
-    executable = build.build(importer.import_onnx(proto, chosen, description), description).executable
+    executable = build.build(
+        importer.import_onnx(proto, chosen, description), description, precision=precision
+    ).executable
     return "\n".join(_sources(executable.mod))
 
 

@@ -49,7 +49,7 @@ def normal(*shape: int, dtype: type = np.float32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
 
 
-def compiled(proto: onnx.ModelProto):  # type: ignore[no-untyped-def]
+def compiled(proto: onnx.ModelProto, precision: str = "fp32"):  # type: ignore[no-untyped-def]
     """The model's function on this CPU: arrays in, first output out."""
     import tvm
     from tvm import relax
@@ -59,7 +59,9 @@ def compiled(proto: onnx.ModelProto):  # type: ignore[no-untyped-def]
     split_linear(copy)
     target = parse_target("cpu")
     description = build.tvm_target(target)
-    executable = build.build(importer.import_onnx(copy, target, description), description).executable
+    executable = build.build(
+        importer.import_onnx(copy, target, description), description, precision=precision
+    ).executable
     function = relax.VirtualMachine(executable, tvm.cpu())["main"]
 
     def run(*arrays: np.ndarray) -> np.ndarray:

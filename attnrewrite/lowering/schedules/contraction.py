@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import tvm_ffi
 from tvm import ir, tirx
 
+from attnrewrite.lowering import narrow
 from attnrewrite.lowering.choices import Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
 from attnrewrite.lowering.schedules.blocking import CACHE_BYTES, PIECES, Blocks, choose_blocks
@@ -151,12 +152,10 @@ def ranked_tiles(rows: int | None, columns: int | None, unit: VectorUnit, vector
 
 def match_contraction(stage: Stage) -> Contraction | None:
     """The stage as a matrix product, or None where it is not one worth a register tile."""
-    if stage.combine != "sum" or not isinstance(stage.value, tirx.Mul) or not stage.axes:
+    if stage.combine != "sum" or not stage.axes or str(stage.buffer.dtype) not in ("float32", "float16", "float64"):
         return None
-    if str(stage.buffer.dtype) not in ("float32", "float16", "float64"):
-        return None
-    operands = [stage.value.a, stage.value.b]
-    if any(len(loads_of(o)) != 1 for o in operands):
+    operands = _factors(stage.value)
+    if operands is None:
         return None
     inner = next((axis for axis in reversed(stage.axes) if axis.size != 1), stage.axes[-1])
     having = [o for o in operands if inner.var in variables(o)]
@@ -165,6 +164,13 @@ def match_contraction(stage: Stage) -> Contraction | None:
     right = having[0]
     left = operands[0] if right is operands[1] else operands[1]
     return _classify(stage, left, right)
+
+
+def _factors(value: Expr) -> list[Expr] | None:
+    """The two factors of a product of two loads, or of a product of pairs."""
+    if isinstance(value, tirx.Mul):
+        return None if any(len(loads_of(o)) != 1 for o in (value.a, value.b)) else [value.a, value.b]
+    return narrow.dot_operands(value)
 
 
 def _classify(stage: Stage, left: Expr, right: Expr) -> Contraction | None:
@@ -245,7 +251,8 @@ def lower_contraction(
     product_stage: Contraction, epilogue: Stage | None, unit: VectorUnit, tuned: Choices | None = None
 ) -> Stmt:
     """Loops of a matrix product and of the element-wise stage that consumes it, if any."""
-    return _Lowering(product_stage, epilogue, unit, tuned or Choices()).lower()
+    lowering = _Lowering(product_stage, epilogue, unit, tuned or Choices())
+    return narrow.with_dot(lowering.lower()) if lowering.pairs else lowering.lower()
 
 
 class _Lowering:
@@ -269,11 +276,12 @@ class _Lowering:
             rows = choice.rows if choice is not None else choose_tile(m, packed, unit, vectors).rows
             self.tile = Tile(rows, vectors, lanes)
         else:
-            narrow = narrowed(unit, n)
-            chosen = None if choice is None else Tile(choice.rows, choice.vectors, narrow.lanes)
-            self.tile = chosen or choose_tile(m, n, narrow)
+            fitting = narrowed(unit, n)
+            chosen = None if choice is None else Tile(choice.rows, choice.vectors, fitting.lanes)
+            self.tile = chosen or choose_tile(m, n, fitting)
         self.rows_outside = None if choice is None else choice.rows_outside
         self.packed = packed is not None
+        self.pairs = narrow.dot_operands(contraction.stage.value) is not None
         self.m_tiles = simplify(tirx.ceildiv(self.m, self.tile.rows))
         self.n_tiles = simplify(tirx.ceildiv(self.n, self.tile.columns))
         self.m_divides = m is not None and m % self.tile.rows == 0
@@ -450,8 +458,18 @@ class _Lowering:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
             statements: list[Stmt] = [] if turn is None else [self.fetch_ahead(reduction, j, turn)]
             for r in range(tile.rows):
+                of_row = substitute(left, {**batch, **reduction, **rows_at[r]})
+                if self.pairs:
+                    a = tirx.Var("a", "int32")
+                    statements.append(tirx.Bind(a, of_row))
+                    load = loads_of(right)[0]
+                    statements += [
+                        narrow.multiply_add(sums[r], v, a, load.source, [j, substitute(load.indices[1], reduction)])
+                        for v in range(tile.vectors)
+                    ]
+                    continue
                 a = tirx.Var("a", dtype)
-                statements.append(tirx.Bind(a, _as(substitute(left, {**batch, **reduction, **rows_at[r]}), dtype)))
+                statements.append(tirx.Bind(a, _as(of_row, dtype)))
 
                 def multiply_add(within: Expr, row: tirx.Buffer = sums[r], a: tirx.Var = a) -> Stmt:
                     if panel is not None:
