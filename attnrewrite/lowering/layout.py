@@ -370,9 +370,9 @@ def _groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int]
                 return None
         i, j = old[-1] + 1, new[-1] + 1
         groups.append((old, new))
-    for rest, extents, side in ((i, before, 0), (j, after, 1)):
+    for rest, extents, of_side in ((i, before, 0), (j, after, 1)):
         for axis in range(rest, len(extents)):  # of extent 1
             if not groups or not isinstance(extents[axis], tirx.IntImm) or int(extents[axis]) != 1:
                 return None
-            groups[-1][side].append(axis)
+            groups[-1][of_side].append(axis)
     return groups

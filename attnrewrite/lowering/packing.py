@@ -240,14 +240,8 @@ def _packed_convolution(
     return te.compute(shape, element, name="packed_conv2d")
 
 
-def _reduced(extent: Any, name: str) -> Any:
-    return te.reduce_axis((tirx.IntImm("int64", 0), tirx.const(extent, "int64")), name)
-
-
-def _reduced(extent: Any, name: str) -> Any:
-    return te.reduce_axis(
-        (tirx.IntImm("int64", 0), tirx.IntImm("int64", extent) if isinstance(extent, int) else extent), name
-    )
+def _reduced(extent: int, name: str) -> Any:
+    return te.reduce_axis((tirx.IntImm("int64", 0), tirx.IntImm("int64", extent)), name)
 
 
 def _depthwise(data: te.Tensor, weights: te.Tensor, steps: Steps) -> te.Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import helper
 
 pytest.importorskip("tvm")
 
+from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention
+from attnrewrite.localattention.geometry import WindowGeometry
 from attnrewrite.lowering import build
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
 from attnrewrite.lowering.schedules import cpu
@@ -67,6 +70,8 @@ PRODUCTS = {
     "logits": lambda: batched(24, 49, 32, 49),
     "odd batched": lambda: batched(3, 17, 23, 29),
     "1 x 1": lambda: convolution(96, 28, 96, 1),
+    "3 x 3": lambda: convolution(60, 28, 60, 3),
+    "3 x 3, odd": lambda: convolution(13, 17, 19, 3),
 }
 
 
@@ -80,6 +85,18 @@ def assert_sums_stay_in_registers(loop: Loop) -> None:
 def test_inner_loop_of_a_product(target, product):
     loops = multiply_add_loops(assembly(PRODUCTS[product](), *TARGETS[target]))
     assert loops
+    for loop in loops:
+        assert_sums_stay_in_registers(loop)
+
+
+@pytest.mark.parametrize("target", ["cortex-a76", "avx2"])
+def test_inner_loops_of_window_attention(target):
+    spec = FlashWindowAttention(WindowGeometry((56, 56), (7, 7), (3, 3), False), 3, 0.3, -100.0)
+    op = helper.make_node(spec.op_type, ["q", "k", "v", "bias"], ["y"], domain=DOMAIN, **spec.attributes())
+    proto = model([op], dict.fromkeys("qkv", (1, 56, 56, 96)), {"bias": normal(1, 3, 49, 49)})
+    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    loops = multiply_add_loops(assembly(proto, *TARGETS[target]))
+    assert len(loops) >= 3  # logits, exponentials, values
     for loop in loops:
         assert_sums_stay_in_registers(loop)
 

@@ -24,7 +24,7 @@ def _pipeline() -> tuple[Any, Any, Any]:
     """TVM's default pipeline, with its buffers placed last: the passes before drop the annotation."""
     default, finalize_host, finalize_device = get_tir_pipeline("default")
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def lower(mod: IRModule, _: Any) -> IRModule:
         mod = default(mod)
         for name, func in mod.functions.items():
