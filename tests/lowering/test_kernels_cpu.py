@@ -351,6 +351,24 @@ def test_a_row_without_keys_is_nan_and_only_that_row():
     assert np.isnan(found).sum() == operands["value"].shape[0] * operands["value"].shape[-1]
 
 
+def test_keys_excluded_in_whole_blocks():
+    """More keys than are computed at a time: for some queries those of the first block are all excluded."""
+    spec = window_spec((24, 24), (24, 24))
+    operands = window_operands(spec, ("mask",), batch=1)
+    operands["mask"][0, ::3, :550] = -np.inf
+    operands["mask"][0, 1::3, 20:] = -np.inf
+    operands["mask"][0, 7] = -np.inf
+    check(spec, operands)
+
+
+def test_a_row_of_the_lowest_number_is_a_mean():
+    spec = window_spec((6, 15), (3, 5))
+    operands = window_operands(spec, ("mask",))
+    operands["mask"][1, 3] = np.finfo(np.float32).min
+    operands["query"][:] = 0
+    check(spec, operands)
+
+
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_large_logits_stay_finite(scale):
     """Softmax is an argmax here; the logits of the two largest keys differ by far more than float32 rounds them."""

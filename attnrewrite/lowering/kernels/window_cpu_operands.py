@@ -36,7 +36,10 @@ def lay_out(name: str, operand: np.ndarray, spec: FlashWindowAttention, lanes: i
     width = _vector(queries, lanes)
     padded = np.pad(operand.astype(np.float64), [(0, 0)] * len(outer) + [(0, -queries % width), (0, 0)])
     vectors = padded.reshape(*outer, -1, width, keys).swapaxes(-1, -2)
-    return np.ascontiguousarray(vectors * LOG2_E, np.float32)
+    scaled = vectors * LOG2_E
+    # The lowest number there is masks as well; a row of nothing else is a mean of all values, not of none.
+    lowest = np.finfo(np.float32).min
+    return np.ascontiguousarray(np.where(np.isfinite(scaled), np.clip(scaled, lowest, -lowest), scaled), np.float32)
 
 
 def lay_out_computed(operand: Any, lanes: int, emit: Callable[[Any], Any]) -> Any:
