@@ -21,7 +21,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from attnrewrite.lowering import narrow
 from attnrewrite.lowering.choices import Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
-from attnrewrite.lowering.schedules.contraction import choose_tile
+from attnrewrite.lowering.schedules.products import choose_tile
 from attnrewrite.lowering.schedules.stages import same
 
 # What follows a product element by element may be fused with it; TVM would not see that of a product of pairs.

@@ -19,8 +19,8 @@ from attnrewrite.lowering.build import fuse
 from attnrewrite.lowering.choices import Choice, Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit, vector_unit
 from attnrewrite.lowering.remembered import Finding, Machine, Memory, choices_of, cpu_model
-from attnrewrite.lowering.schedules.contraction import choose_tile, match_contraction, narrowed, ranked_tiles
 from attnrewrite.lowering.schedules.cpu import stages_of
+from attnrewrite.lowering.schedules.products import choose_tile, match_contraction, narrowed, ranked_tiles
 from attnrewrite.lowering.search import Progress, Search, Subject
 from attnrewrite.lowering.timing import Kernel, Timer
 from attnrewrite.runtime import set_threads

@@ -21,8 +21,8 @@ from attnrewrite.lowering.choices import Choice, Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit, vector_unit
 from attnrewrite.lowering.packing import repacked
 from attnrewrite.lowering.remembered import Finding, Machine, Memory
-from attnrewrite.lowering.schedules.contraction import choose_tile
 from attnrewrite.lowering.schedules.cpu import schedule_function
+from attnrewrite.lowering.schedules.products import choose_tile
 from attnrewrite.lowering.search import MARGIN, Search, Subject
 from attnrewrite.lowering.targets import parse_target
 from tests.lowering.compiling import artifact, model, node, normal, relative_error, small_network

@@ -7,8 +7,9 @@ from tvm.target import Target
 
 from attnrewrite.lowering.choices import Choices
 from attnrewrite.lowering.kernels.vector_math import VectorUnit, vector_unit
-from attnrewrite.lowering.schedules.contraction import can_follow, lower_contraction, match_contraction
+from attnrewrite.lowering.schedules.contraction import can_follow, lower_contraction
 from attnrewrite.lowering.schedules.loops import Stmt, seq
+from attnrewrite.lowering.schedules.products import match_contraction
 from attnrewrite.lowering.schedules.rows import lower_rows, lower_stage
 from attnrewrite.lowering.schedules.stages import Stage, inline, parse, reads
 

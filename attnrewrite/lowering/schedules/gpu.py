@@ -9,10 +9,11 @@ from tvm.s_tir import dlight
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
-from attnrewrite.lowering.schedules.contraction import Contraction, can_follow, match_contraction
+from attnrewrite.lowering.schedules.contraction import can_follow
 from attnrewrite.lowering.schedules.gpu_contraction import emit_contraction, worth_tiling
 from attnrewrite.lowering.schedules.gpu_emit import Device, rebuild
 from attnrewrite.lowering.schedules.gpu_rows import emit_rows, emit_stage, rows_fit
+from attnrewrite.lowering.schedules.products import Contraction, match_contraction
 from attnrewrite.lowering.schedules.stages import Stage, inline, parse, reads
 
 

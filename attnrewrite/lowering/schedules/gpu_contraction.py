@@ -28,7 +28,6 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     store,
     when,
 )
-from attnrewrite.lowering.schedules.contraction import Contraction
 from attnrewrite.lowering.schedules.gpu_emit import (
     Bound,
     Device,
@@ -43,6 +42,7 @@ from attnrewrite.lowering.schedules.gpu_emit import (
     put,
 )
 from attnrewrite.lowering.schedules.loops import const
+from attnrewrite.lowering.schedules.products import Contraction
 from attnrewrite.lowering.schedules.stages import (
     Axis,
     Expr,
