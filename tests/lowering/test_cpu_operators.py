@@ -105,6 +105,19 @@ def test_convolution(kind):
     check(model(nodes, {"x": [2, c, h, w]}, {"w": normal(o, c // g, k, k), "b": normal(o)}), normal(2, c, h, w))
 
 
+# Pixels: panels that divide them, in groups that do not divide the panels; neither; a batch, whose maps lie apart.
+@pytest.mark.parametrize("shape", [(1, 40, 48, 57), (1, 40, 47, 61), (2, 40, 32, 33), (1, 33, 64, 96)])
+def test_pointwise_convolution_of_a_large_map(shape):
+    nodes = [node("Conv", "x w b", "y", kernel_shape=[1, 1])]
+    check(model(nodes, {"x": [*shape]}, {"w": normal(72, shape[1], 1, 1), "b": normal(72)}), normal(*shape))
+
+
+@pytest.mark.parametrize("columns", [768, 48 * 17, 1000])
+def test_product_of_computed_operands_in_many_panels(columns):
+    a, b = (3, 90, 40), (3, 40, columns)
+    check(model([node("MatMul", "a b", "y")], {"a": [*a], "b": [*b]}), normal(*a), normal(*b))
+
+
 def test_squeeze_and_excite_broadcasts_a_convolution():
     nodes = [
         node("ReduceMean", "x axes", "m", keepdims=1),

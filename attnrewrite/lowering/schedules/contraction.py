@@ -41,6 +41,7 @@ from attnrewrite.lowering.schedules.stages import (
     Expr,
     Stage,
     calls,
+    is_load,
     loads_of,
     product,
     reads,
@@ -55,6 +56,9 @@ from attnrewrite.lowering.schedules.stages import (
 # they lie a power of two apart, they push each other out of the cache.
 FEW_TILES = 8
 
+
+# Bytes of panels copied together.
+COPIED_BYTES = 256 * 1024
 
 # Bytes.
 CACHE_LINE = 64
@@ -143,22 +147,26 @@ class _Lowering:
 
             return parallel(simplify(self.b * self.m_tiles * self.n_tiles), tile, work)
 
-        pieces = self.row_pieces()
+        width, pieces = self.panels_at_once(), self.row_pieces()
+        groups = simplify(tirx.ceildiv(self.n_tiles, width))
         per_piece = simplify(tirx.ceildiv(self.m_tiles, pieces))
 
         def piece(p: Expr) -> Stmt:
-            batch, j, part = unravel(p, [self.b, self.n_tiles, const(pieces)])
+            batch, group, part = unravel(p, [self.b, groups, const(pieces)])
             where = self.batch_at(batch)
-            panel = tirx.decl_buffer([self.k, const(self.tile.columns)], self.c.dtype, "panel")
+            panels = tirx.decl_buffer([const(width), self.k, const(self.tile.columns)], self.c.dtype, "panels")
 
-            def row_tile(t: Expr) -> Stmt:
-                i = part * per_piece + t
+            def row_tile(g: Expr, t: Expr) -> Stmt:
+                i, j = part * per_piece + t, group * width + g
                 inside = None if pieces == 1 else i < self.m_tiles
-                return guarded(inside, self.one_tile(where, i, j, panel))
+                if width > 1 and not (isinstance(self.n_tiles, tirx.IntImm) and int(self.n_tiles) % width == 0):
+                    inside = j < self.n_tiles if inside is None else tirx.And(inside, j < self.n_tiles)
+                return guarded(inside, self.one_tile(where, i, j, (panels, g)))
 
-            return allocated(panel, self.pack(where, j, panel), loop(per_piece, row_tile, name="i"))
+            tiles = loop(width, lambda g: loop(per_piece, lambda t: row_tile(g, t), name="i"), name="g")
+            return allocated(panels, self.pack(where, group * width, panels), tiles)
 
-        return parallel(simplify(self.b * self.n_tiles * pieces), piece, work)
+        return parallel(simplify(self.b * groups * pieces), piece, work)
 
     def blocks(self) -> Blocks | None:
         m, n, k = (static_size(axes) for axes in (self.c.rows, self.c.columns, self.c.stage.reduction))
@@ -218,43 +226,64 @@ class _Lowering:
             offset = offset * axis.extent + i
         return offset
 
-    def pack(self, batch: Mapping[tirx.Var, Expr], j: Expr, panel: tirx.Buffer) -> Stmt:
-        """panel[k, lane] = right[k, first column + lane]; columns beyond the last repeat it, and are never stored."""
-        right = self.in_own_axes(self.c.right)
-        loads = loads_of(right)
-        side_by_side = len(self.c.columns) == 1 and all(stride(v, self.c.columns[0].var) == 1 for v in loads)
+    def panels_at_once(self) -> int:
+        """How many panels to copy together: rows that lie far apart are a new page each, and worth reading on."""
+        n_tiles, panel = self.n_tiles, simplify(self.k * self.tile.columns * 4)
+        if not self.side_by_side or not isinstance(n_tiles, tirx.IntImm) or not isinstance(panel, tirx.IntImm):
+            return 1
+        return max(1, min(COPIED_BYTES // int(panel), int(n_tiles) // PIECES))
 
-        def row(at: Sequence[Expr]) -> Stmt:
+    @property
+    def side_by_side(self) -> bool:
+        """Elements of neighbouring columns are neighbours in memory, over all axes of the columns."""
+        right = self.in_own_axes(self.c.right)
+        if not is_load(right):
+            return False
+        inner = 1
+        for axis in reversed([axis for axis in self.c.columns if axis.size != 1]):
+            if axis.size is None or stride(right, axis.var) != inner:
+                return False
+            inner *= axis.size
+        return True
+
+    def pack(self, batch: Mapping[tirx.Var, Expr], first: Expr, panels: tirx.Buffer) -> Stmt:
+        """panels[g, k, lane] = right[k, column lane of panel first + g]; columns beyond the last repeat it."""
+        right, side_by_side = self.in_own_axes(self.c.right), self.side_by_side
+        inner = next((axis for axis in reversed(self.c.columns) if axis.size != 1), self.c.columns[-1])
+
+        def row(at: Sequence[Expr], g: Expr) -> Stmt:
             reduction = dict(zip((a.var for a in self.c.stage.reduction), at, strict=True))
+            start = (first + g) * self.tile.columns
 
             def element(lane: Expr, inside: bool) -> Stmt:
-                column = j * self.tile.columns + lane
-                if not inside:
-                    column = tirx.min(column, self.n - 1)
-                where = {**batch, **reduction, **self.at(self.c.columns, column)}
-                return store(panel, _as(substitute(right, where), self.c.dtype), [self.reduction_offset(at), lane])
+                column = start + lane if inside else tirx.min(start + lane, self.n - 1)
+                # The address is the same where the innermost axis runs on past its end, and it has no divisions.
+                flat = {**{axis.var: const(0) for axis in self.c.columns}, inner.var: column}
+                where = {**batch, **reduction, **(flat if side_by_side else self.at(self.c.columns, column))}
+                return store(panels, _as(substitute(right, where), self.c.dtype), [g, self.reduction_offset(at), lane])
 
-            one_by_one = loop(self.tile.columns, lambda lane: element(lane, self.n_divides), name="l")
+            one_by_one = loop(self.tile.columns, lambda lane: element(lane, self.n_divides and width == 1), name="l")
             if not side_by_side:
                 return one_by_one
             vectors = self.vectors(lambda within: element(within, True))
-            if self.n_divides:
+            if self.n_divides and width == 1:
                 return vectors
-            return guarded((j + 1) * self.tile.columns <= self.n, vectors, one_by_one)
+            return guarded(start + self.tile.columns <= self.n, vectors, one_by_one)
 
-        return nest(self.c.stage.reduction, row)
+        width = int(panels.shape[0])
+        return nest(self.c.stage.reduction, lambda at: loop(width, lambda g: row(at, g), name="g"))
 
     def one_tile(
         self,
         batch: Mapping[tirx.Var, Expr],
         i: Expr,
         j: Expr,
-        panel: tirx.Buffer | None,
+        panel: tuple[tirx.Buffer, Expr] | None,
         turn: Expr | None = None,
         stretch: Stretch | None = None,
     ) -> Stmt:
-        """One register tile. turn: which row tile this is of those that pass by its panel, or None where another panel
-        comes next.
+        """One register tile. panel: the copy of its columns, if there is one, as buffer and index. turn: which row tile
+        this is of those that pass by its panel, or None where another panel comes next.
         """
         tile, dtype = self.tile, self.c.dtype
         # One buffer per row: TVM keeps only small buffers on the stack, from where they move to registers.
@@ -295,7 +324,7 @@ class _Lowering:
 
                 def multiply_add(within: Expr, row: tirx.Buffer = sums[r], a: tirx.Var = a) -> Stmt:
                     if panel is not None:
-                        b = tirx.BufferLoad(panel, [self.reduction_offset(at), within])
+                        b = tirx.BufferLoad(panel[0], [panel[1], self.reduction_offset(at), within])
                     elif self.packed:
                         load = loads_of(right)[0]
                         b = tirx.BufferLoad(load.source, [j, substitute(load.indices[1], reduction), within])
