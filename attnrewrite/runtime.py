@@ -45,6 +45,7 @@ class Manifest:
     """What manifest.json says of a compiled library.
 
     device: cpu, metal or cuda, where its tensors live. threads: how many to use where the caller does not say.
+    constant_outputs: names of those that every run returns in the same memory.
     """
 
     target: str
@@ -56,6 +57,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     source_sha256: str = ""
     threads: int | None = None
+    constant_outputs: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -65,6 +67,7 @@ class Manifest:
         fields = {key: value for key, value in document.items() if key != "format"}
         for key in ("inputs", "outputs"):
             fields[key] = tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in fields[key])
+        fields["constant_outputs"] = tuple(document.get("constant_outputs", ()))
         return cls(**fields)
 
 
@@ -124,7 +127,8 @@ class LoadedModel:
         on_cpu = self.manifest.device == "cpu"
         found: dict[str, np.ndarray] = {}
         for tensor, value in zip(self.outputs, values, strict=True):
-            found[tensor.name] = _handed_over(value, [*arrays, *found.values()]) if on_cpu else value.numpy()
+            own = on_cpu and tensor.name not in self.manifest.constant_outputs
+            found[tensor.name] = _handed_over(value, [*arrays, *found.values()]) if own else value.numpy()
         return found
 
     def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, ir, relax, tirx
 from tvm.relax import transform
 
 from attnrewrite.errors import CompilerError
@@ -27,11 +27,14 @@ ENTRY = "main"
 
 @dataclass(frozen=True)
 class Built:
-    """kernels: functions in the library; attention_kernels: those of the two ops among them."""
+    """kernels: functions in the library; attention_kernels: those of the two ops among them. constant_outputs:
+    positions of the outputs that are constants, which every run returns in the same memory.
+    """
 
     executable: Any
     kernels: int
     attention_kernels: int
+    constant_outputs: tuple[int, ...]
 
 
 def tvm_target(target: Target) -> tvm.target.Target:
@@ -101,6 +104,7 @@ def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None
     mod = fuse(mod, target, tuned, precision)
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _schedule(mod, target, tuned)
+        constants = _constant_outputs(mod)
         kernels = [name.name_hint for name, func in mod.functions.items() if isinstance(func, tirx.PrimFunc)]
         mod = _apply(
             mod,
@@ -119,7 +123,21 @@ def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None
         )
         executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=PIPELINE if on_cpu else "default")
     attention = [name for name in kernels if name.startswith(("flash_window_attention", "slide_attention"))]
-    return Built(executable, len(kernels), len(attention))
+    return Built(executable, len(kernels), len(attention), constants)
+
+
+def _constant_outputs(mod: IRModule) -> tuple[int, ...]:
+    body = mod[ENTRY].body
+    bound = {binding.var: binding.value for block in body.blocks for binding in block.bindings}
+
+    def origin(value: Any) -> Any:
+        while value in bound:
+            value = bound[value]
+        return value
+
+    result = origin(body.body)
+    outputs = result.fields if isinstance(result, relax.Tuple) else [result]
+    return tuple(i for i, output in enumerate(outputs) if isinstance(origin(output), ir.GenericConst))
 
 
 def _apply(mod: IRModule, *passes: Any) -> IRModule:

@@ -95,6 +95,7 @@ def compile_request(
         "outputs": outputs,
         "kernels": built.kernels,
         "attention_kernels": built.attention_kernels,
+        "constant_outputs": [outputs[i]["name"] for i in built.constant_outputs],
         "tuning": None if tiles is None else tiles.to_json(),
         "library_bytes": library.stat().st_size,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

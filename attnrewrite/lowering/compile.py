@@ -42,6 +42,7 @@ class CompileReport:
     """What one compilation made.
 
     kernels: functions in the library, attention_kernels: those of the two ops among them. seconds: by stage.
+    constant_outputs: names of the outputs that are the same in every run.
     peak_memory_bytes: of the compiling process. tuning: the register tiles that were measured, where any were used;
     `Tiles.to_json` of lowering/tuning.py.
     """
@@ -57,6 +58,7 @@ class CompileReport:
     seconds: dict[str, float]
     peak_memory_bytes: int
     versions: dict[str, str]
+    constant_outputs: tuple[str, ...] = ()
     tuning: dict[str, Any] | None = None
 
 
@@ -118,6 +120,7 @@ def compile_model(
         versions=report.versions,
         source_sha256=source_sha256,
         threads=threads,
+        constant_outputs=tuple(report.constant_outputs),
     )
     write_manifest(output_dir, manifest)
     return report

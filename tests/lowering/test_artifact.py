@@ -61,6 +61,17 @@ def test_large_outputs_belong_to_the_caller(tmp_path):
     np.testing.assert_array_equal(second["y"], np.maximum(normal(2, 512, 512), 0))
 
 
+def test_a_constant_output_is_the_callers_own_copy(tmp_path):
+    graph = model([node("Identity", "w", "c"), node("Relu", "x", "y")], {"x": [2, 3]}, {"w": normal(600, 600)})
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.FLOAT, [600, 600]))
+    artifact(graph, tmp_path, "cpu")
+    loaded = runtime.load(tmp_path)
+    for _ in range(2):
+        constant = loaded.run({"x": normal(2, 3)})["c"]
+        np.testing.assert_array_equal(constant, normal(600, 600))
+        constant[...] = 0
+
+
 def test_manifest_and_report_agree(on_cpu):
     directory, report = on_cpu
     manifest = json.loads((directory / "manifest.json").read_text())
