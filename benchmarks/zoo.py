@@ -7,6 +7,7 @@ needed only for the models that come from them.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,55 +85,30 @@ def _slide_swin(size: int) -> Model:
     return Model(build, _image(size))
 
 
-def _swinir_light(size: int) -> Model:
-    """SwinIR-light x2: 4 stages of 6 blocks, windows of 8, 60 channels."""
+def _spandrel(name: str, size: int, **options: Any) -> Model:
+    """An architecture of that package, trained on images of 64 x 64."""
 
     def build() -> torch.nn.Module:
         from examples.exporting import import_torchvision
 
         import_torchvision()
-        from spandrel.architectures.SwinIR import SwinIR
-
-        return SwinIR(
-            upscale=2,
-            img_size=64,
-            window_size=8,
-            depths=[6] * 4,
-            embed_dim=60,
-            num_heads=[6] * 4,
-            mlp_ratio=2,
-            upsampler="pixelshuffledirect",
-            resi_connection="1conv",
-        )
+        architecture = importlib.import_module(f"spandrel.architectures.{name}")
+        return getattr(architecture, name)(img_size=64, mlp_ratio=2, resi_connection="1conv", **options)
 
     return Model(build, _image(size), "torchscript")
+
+
+def _swinir_light(size: int) -> Model:
+    """SwinIR-light x2: 4 stages of 6 blocks, windows of 8, 60 channels."""
+    sizes = {"window_size": 8, "depths": [6] * 4, "embed_dim": 60, "num_heads": [6] * 4}
+    return _spandrel("SwinIR", size, upscale=2, upsampler="pixelshuffledirect", **sizes)
 
 
 def _hat_s(size: int) -> Model:
     """HAT-S x4: 6 groups of 6 blocks, windows of 16 with overlapping cross-attention, 144 channels."""
-
-    def build() -> torch.nn.Module:
-        from examples.exporting import import_torchvision
-
-        import_torchvision()
-        from spandrel.architectures.HAT import HAT
-
-        return HAT(
-            upscale=4,
-            img_size=64,
-            window_size=16,
-            compress_ratio=24,
-            squeeze_factor=24,
-            overlap_ratio=0.5,
-            depths=[6] * 6,
-            embed_dim=144,
-            num_heads=[6] * 6,
-            mlp_ratio=2,
-            upsampler="pixelshuffle",
-            resi_connection="1conv",
-        )
-
-    return Model(build, _image(size), "torchscript")
+    sizes = {"window_size": 16, "depths": [6] * 6, "embed_dim": 144, "num_heads": [6] * 6}
+    ratios = {"compress_ratio": 24, "squeeze_factor": 24, "overlap_ratio": 0.5}
+    return _spandrel("HAT", size, upscale=4, upsampler="pixelshuffle", **sizes, **ratios)
 
 
 _FIXED: dict[str, Model] = {

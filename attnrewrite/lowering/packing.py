@@ -97,6 +97,20 @@ class Steps:
     row_dilation: int
     column_dilation: int
 
+    def extents(self, height: Any, width: Any, kernel: Sequence[int]) -> list[Any]:
+        """Of the output, over a padded map."""
+        return [
+            tirx.floordiv(padded - (size - 1) * dilation - 1, stride) + 1
+            for padded, size, stride, dilation in (
+                (height, kernel[0], self.row_stride, self.row_dilation),
+                (width, kernel[1], self.column_stride, self.column_dilation),
+            )
+        ]
+
+    def pixel(self, y: Any, x: Any, i: Any, j: Any) -> tuple[Any, Any]:
+        """Of the padded map: what element (i, j) of the kernel meets for pixel (y, x) of the output."""
+        return y * self.row_stride + i * self.row_dilation, x * self.column_stride + j * self.column_dilation
+
 
 @mutator
 class _Packer(PyExprMutator):  # type: ignore[misc]
@@ -213,29 +227,19 @@ def _product(features: te.Tensor, at: Sequence[Any], channel: Any, weight: Any, 
     return feature * (weight if weight.dtype == feature.dtype else weight.astype(feature.dtype))
 
 
-def _extent(padded: Any, kernel: int, stride: int, dilation: int) -> Any:
-    return tirx.floordiv(padded - (kernel - 1) * dilation - 1, stride) + 1
-
-
 def _packed_convolution(
     data: te.Tensor, weights: te.Tensor, size: Sequence[int], width: int, steps: Steps, pairs: bool
 ) -> te.Tensor:
     """out[b, y, x, n] = sum over i, j, c of data[b, y s + i d, x s + j d, c] w[i, j, c, n], w packed over (i, j, c)."""
     batch, height, across, channels = data.shape
     (rows, in_row), columns = size, int(weights.shape[2])
-    shape = (
-        batch,
-        _extent(height, rows, steps.row_stride, steps.row_dilation),
-        _extent(across, in_row, steps.column_stride, steps.column_dilation),
-        tirx.IntImm("int64", width),
-    )
+    shape = (batch, *steps.extents(height, across, size), tirx.IntImm("int64", width))
     channels = int(channels) // 2 if pairs else int(channels)
     i, j, c = _reduced(rows, "i"), _reduced(in_row, "j"), _reduced(channels, "c")
 
     def element(b: Any, y: Any, x: Any, n: Any) -> Any:
-        row, column = y * steps.row_stride + i * steps.row_dilation, x * steps.column_stride + j * steps.column_dilation
         weight = weights[tirx.floordiv(n, columns), (i * in_row + j) * channels + c, tirx.floormod(n, columns)]
-        return te.sum(_product(data, (b, row, column), c, weight, pairs), axis=[i, j, c])
+        return te.sum(_product(data, (b, *steps.pixel(y, x, i, j)), c, weight, pairs), axis=[i, j, c])
 
     return te.compute(shape, element, name="packed_conv2d")
 
@@ -247,18 +251,11 @@ def _reduced(extent: int, name: str) -> Any:
 def _depthwise(data: te.Tensor, weights: te.Tensor, steps: Steps) -> te.Tensor:
     """out[b, y, x, c] = sum over (i, j) of data[b, y s + i d, x s + j d, c] weights[i, j, 0, c]."""
     batch, height, width, channels = data.shape
-    rows, columns = int(weights.shape[0]), int(weights.shape[1])
-    shape = (
-        batch,
-        _extent(height, rows, steps.row_stride, steps.row_dilation),
-        _extent(width, columns, steps.column_stride, steps.column_dilation),
-        channels,
-    )
-    i, j = _reduced(rows, "i"), _reduced(columns, "j")
+    size = [int(extent) for extent in weights.shape[:2]]
+    shape = (batch, *steps.extents(height, width, size), channels)
+    i, j = _reduced(size[0], "i"), _reduced(size[1], "j")
 
     def element(b: Any, y: Any, x: Any, c: Any) -> Any:
-        row = y * steps.row_stride + i * steps.row_dilation
-        column = x * steps.column_stride + j * steps.column_dilation
-        return te.sum(data[b, row, column, c] * weights[i, j, 0, c], axis=[i, j])
+        return te.sum(data[(b, *steps.pixel(y, x, i, j), c)] * weights[i, j, 0, c], axis=[i, j])
 
     return te.compute(shape, element, name="depthwise_conv2d")

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Of float32, and of a pair of bfloat16 values.
+ELEMENT_BYTES = 4
+
 # What fits comfortably into the second-level cache of every preset.
 CACHE_BYTES = 512 * 1024
 
@@ -33,16 +36,14 @@ class Blocks:
     panel_groups: int
 
 
-def choose_blocks(
-    rows: int, columns: int, depth: int, tile: tuple[int, int], *, may_cut_depth: bool, itemsize: int = 4
-) -> Blocks | None:
+def choose_blocks(rows: int, columns: int, depth: int, tile: tuple[int, int], *, may_cut_depth: bool) -> Blocks | None:
     """None where one block of all rows is best, or the right operand is small. tile: its rows and columns."""
     height, width = tile
-    if rows * depth * itemsize <= 2 * CACHE_BYTES or columns * depth * itemsize <= CACHE_BYTES:
+    if rows * depth * ELEMENT_BYTES <= 2 * CACHE_BYTES or columns * depth * ELEMENT_BYTES <= CACHE_BYTES:
         return None
     cut = _cut(depth) if may_cut_depth else depth
-    panel = cut * width * itemsize
-    fitting = max(BLOCK_BYTES - panel, BLOCK_BYTES // 3) // (cut * itemsize)
+    panel = cut * width * ELEMENT_BYTES
+    fitting = max(BLOCK_BYTES - panel, BLOCK_BYTES // 3) // (cut * ELEMENT_BYTES)
     row_tiles = max(1, fitting // height)
     all_tiles = -(-rows // height)
     blocks = -(-all_tiles // row_tiles)

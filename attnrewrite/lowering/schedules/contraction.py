@@ -22,6 +22,7 @@ from attnrewrite.lowering.schedules.blocking import CACHE_BYTES, PIECES, Blocks,
 from attnrewrite.lowering.schedules.loops import (
     Stmt,
     allocated,
+    as_dtype,
     const,
     guarded,
     local,
@@ -134,16 +135,14 @@ class _Lowering:
             rows_outside = isinstance(panel_bytes, tirx.IntImm) and int(panel_bytes) <= CACHE_BYTES
             if self.rows_outside is not None:
                 rows_outside = self.rows_outside
-            inner = self.n_tiles if rows_outside else self.m_tiles
-
+            tiles = [self.m_tiles, self.n_tiles] if rows_outside else [self.n_tiles, self.m_tiles]
             alone = isinstance(self.m_tiles, tirx.IntImm) and int(self.m_tiles) == 1
+            take_turns = self.packed and not rows_outside and not alone
 
             def tile(p: Expr) -> Stmt:
-                batch, outer, within = unravel(p, [self.b, self.m_tiles if rows_outside else self.n_tiles, inner])
+                batch, outer, within = unravel(p, [self.b, *tiles])
                 i, j = (outer, within) if rows_outside else (within, outer)
-                return self.one_tile(
-                    self.batch_at(batch), i, j, None, i if self.packed and not rows_outside and not alone else None
-                )
+                return self.one_tile(self.batch_at(batch), i, j, None, i if take_turns else None)
 
             return parallel(simplify(self.b * self.m_tiles * self.n_tiles), tile, work)
 
@@ -248,7 +247,7 @@ class _Lowering:
 
     def pack(self, batch: Mapping[tirx.Var, Expr], first: Expr, panels: tirx.Buffer) -> Stmt:
         """panels[g, k, lane] = right[k, column lane of panel first + g]; columns beyond the last repeat it."""
-        right, side_by_side = self.in_own_axes(self.c.right), self.side_by_side
+        right, side_by_side, width = self.in_own_axes(self.c.right), self.side_by_side, int(panels.shape[0])
         inner = next((axis for axis in reversed(self.c.columns) if axis.size != 1), self.c.columns[-1])
 
         def row(at: Sequence[Expr], g: Expr) -> Stmt:
@@ -260,7 +259,9 @@ class _Lowering:
                 # The address is the same where the innermost axis runs on past its end, and it has no divisions.
                 flat = {**{axis.var: const(0) for axis in self.c.columns}, inner.var: column}
                 where = {**batch, **reduction, **(flat if side_by_side else self.at(self.c.columns, column))}
-                return store(panels, _as(substitute(right, where), self.c.dtype), [g, self.reduction_offset(at), lane])
+                return store(
+                    panels, as_dtype(substitute(right, where), self.c.dtype), [g, self.reduction_offset(at), lane]
+                )
 
             one_by_one = loop(self.tile.columns, lambda lane: element(lane, self.n_divides and width == 1), name="l")
             if not side_by_side:
@@ -270,7 +271,6 @@ class _Lowering:
                 return vectors
             return guarded(start + self.tile.columns <= self.n, vectors, one_by_one)
 
-        width = int(panels.shape[0])
         return nest(self.c.stage.reduction, lambda at: loop(width, lambda g: row(at, g), name="g"))
 
     def one_tile(
@@ -286,7 +286,7 @@ class _Lowering:
         this is of those that pass by its panel, or None where another panel comes next.
         """
         tile, dtype = self.tile, self.c.dtype
-        # One buffer per row: TVM keeps only small buffers on the stack, from where they move to registers.
+        # The stack's buffers move to registers because nothing addresses them by a loop variable.
         sums = [local([tile.columns], dtype, f"sums_{r}") for r in range(tile.rows)]
         row_vars = [[tirx.Var(f"{axis.var.name}_{r}", "int64") for axis in self.c.rows] for r in range(tile.rows)]
         bindings: list[Stmt] = []
@@ -320,7 +320,7 @@ class _Lowering:
                     ]
                     continue
                 a = tirx.Var("a", dtype)
-                statements.append(tirx.Bind(a, _as(of_row, dtype)))
+                statements.append(tirx.Bind(a, as_dtype(of_row, dtype)))
 
                 def multiply_add(within: Expr, row: tirx.Buffer = sums[r], a: tirx.Var = a) -> Stmt:
                     if panel is not None:
@@ -328,10 +328,10 @@ class _Lowering:
                     elif self.packed:
                         load = loads_of(right)[0]
                         b = tirx.BufferLoad(load.source, [j, substitute(load.indices[1], reduction), within])
-                        b = _as(b, dtype)
+                        b = as_dtype(b, dtype)
                     else:
                         column = {self.c.columns[0].var: j * tile.columns + within}
-                        b = _as(substitute(right, {**batch, **reduction, **column}), dtype)
+                        b = as_dtype(substitute(right, {**batch, **reduction, **column}), dtype)
                     return tirx.BufferStore(row, tirx.BufferLoad(row, [within]) + a * b, [within])
 
                 statements.append(self.vectors(multiply_add))
@@ -395,7 +395,7 @@ class _Lowering:
 
         def element(source: tirx.Buffer, r: int, column: Expr, slot: Expr) -> Stmt:
             indices = self.output_indices(batch, i * tile.rows + r, column)
-            result = _as(tirx.BufferLoad(source, [slot]), str(stage.buffer.dtype))
+            result = as_dtype(tirx.BufferLoad(source, [slot]), str(stage.buffer.dtype))
             if self.epilogue is None:
                 return store(stage.buffer, result, indices)
             return store(self.epilogue.buffer, _epilogue_value(self.epilogue, stage, indices, result), indices)
@@ -473,10 +473,6 @@ def _epilogue_value(epilogue: Stage, stage: Stage, indices: Sequence[Expr], resu
 
     value = tvm_ffi.structural_map(epilogue.value, (ir.TensorLoad, replaced), order="post")
     return substitute(value, dict(zip(epilogue.indices, indices, strict=True)))
-
-
-def _as(value: Expr, dtype: str) -> Expr:
-    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
 
 
 def _zero(dtype: str) -> Expr:

@@ -132,8 +132,8 @@ def expand_intrinsics(value: Expr) -> Expr:
             return _power(call)
         if name not in _VECTOR_MATH or dtype not in ("float32", "float16"):
             return call
-        result = _VECTOR_MATH[name](*(_cast(argument, "float32") for argument in call.args))
-        return _cast(result, dtype)
+        result = _VECTOR_MATH[name](*(as_dtype(argument, "float32") for argument in call.args))
+        return as_dtype(result, dtype)
 
     def multiply(quotient: Any) -> Any:
         divisor = float(quotient.b.value) if isinstance(quotient.b, tirx.FloatImm) else 0.0
@@ -155,7 +155,7 @@ def _power(call: Any) -> Any:
     return {2.0: square, 3.0: square * base, 4.0: square * square}[times]
 
 
-def _cast(value: Expr, dtype: str) -> Expr:
+def as_dtype(value: Expr, dtype: str) -> Expr:
     return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
 
 

@@ -16,6 +16,7 @@ from tvm import ir, tirx
 from attnrewrite.lowering.schedules.loops import (
     Stmt,
     allocated,
+    as_dtype,
     const,
     local,
     loop,
@@ -203,10 +204,6 @@ def _accumulator_dtype(stage: Stage) -> str:
     return "float32" if dtype == "float16" else dtype
 
 
-def _as(value: Expr, dtype: str) -> Expr:
-    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
-
-
 def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put: Put) -> Stmt:
     """Every lane reduces an output element of its own."""
     axis = stage.axes[-1]
@@ -227,19 +224,19 @@ def _reduce_lanes_apart(stage: Stage, where: Bound, lanes: int, put: Put) -> Stm
                     axis.var: start + lane,
                     **dict(zip((a.var for a in stage.reduction), at, strict=True)),
                 }
-                term = _as(substitute(stage.value, mapping), dtype)
+                term = as_dtype(substitute(stage.value, mapping), dtype)
                 return store(sums, combine(stage.combine, tirx.BufferLoad(sums, [lane]), term), [lane])
 
             return vectorized(count * width, at_lane)
 
         return allocated(
             sums,
-            vectorized(count * width, lambda lane: store(sums, _as(stage.init, dtype), [lane])),
+            vectorized(count * width, lambda lane: store(sums, as_dtype(stage.init, dtype), [lane])),
             nest(stage.reduction, step),
             vectorized(
                 count * width,
                 lambda lane: put(
-                    _as(tirx.BufferLoad(sums, [lane]), str(stage.buffer.dtype)), {**where, axis.var: start + lane}
+                    as_dtype(tirx.BufferLoad(sums, [lane]), str(stage.buffer.dtype)), {**where, axis.var: start + lane}
                 ),
             ),
         )
@@ -266,7 +263,7 @@ def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put: Put) -> St
 
     def update(at: Sequence[Expr], x: Expr, buffer: tirx.Buffer, slot: Expr) -> Stmt:
         mapping = {**where, axis.var: x, **dict(zip((a.var for a in outer), at, strict=True))}
-        term = _as(substitute(stage.value, mapping), dtype)
+        term = as_dtype(substitute(stage.value, mapping), dtype)
         return store(buffer, combine(stage.combine, tirx.BufferLoad(buffer, [slot]), term), [slot])
 
     def lanes_from(at: Sequence[Expr], start: Expr, count: int) -> Stmt:
@@ -291,14 +288,14 @@ def _reduce_across_lanes(stage: Stage, where: Bound, lanes: int, put: Put) -> St
     return allocated(
         sums,
         tirx.AllocBuffer(total),
-        vectorized(width, lambda lane: store(sums, _as(stage.init, dtype), [lane])),
-        store(total, _as(stage.init, dtype), [const(0)]),
+        vectorized(width, lambda lane: store(sums, as_dtype(stage.init, dtype), [lane])),
+        store(total, as_dtype(stage.init, dtype), [const(0)]),
         nest(outer, step),
         *_halvings(sums, width, stage.combine),
         store(
             total, combine(stage.combine, tirx.BufferLoad(total, [0]), tirx.BufferLoad(sums, [const(0)])), [const(0)]
         ),
-        put(_as(tirx.BufferLoad(total, [0]), str(stage.buffer.dtype)), where),
+        put(as_dtype(tirx.BufferLoad(total, [0]), str(stage.buffer.dtype)), where),
     )
 
 
@@ -322,12 +319,12 @@ def _reduce_scalar(stage: Stage, where: Bound, put: Put) -> Stmt:
 
     def step(at: Sequence[Expr]) -> Stmt:
         mapping = {**where, **dict(zip((a.var for a in stage.reduction), at, strict=True))}
-        term = _as(substitute(stage.value, mapping), dtype)
+        term = as_dtype(substitute(stage.value, mapping), dtype)
         return store(total, combine(stage.combine, tirx.BufferLoad(total, [0]), term), [const(0)])
 
     return allocated(
         total,
-        store(total, _as(stage.init, dtype), [const(0)]),
+        store(total, as_dtype(stage.init, dtype), [const(0)]),
         nest(stage.reduction, step),
-        put(_as(tirx.BufferLoad(total, [0]), str(stage.buffer.dtype)), where),
+        put(as_dtype(tirx.BufferLoad(total, [0]), str(stage.buffer.dtype)), where),
     )
