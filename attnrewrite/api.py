@@ -23,6 +23,7 @@ from attnrewrite import artifact
 from attnrewrite.artifact import InputShapes, Options, Passes
 from attnrewrite.atomic import staged_directory
 from attnrewrite.errors import UserError
+from attnrewrite.frontend.pt2 import as_onnx
 from attnrewrite.localattention.site import Site
 from attnrewrite.report import Report
 
@@ -100,8 +101,8 @@ def inspect(
     input_shapes: extents for symbolic axes, by input name. Raises UserError for bad input.
     """
     stages = artifact.Stages()
-    with _on_disk(model) as source:
-        outcome = artifact.rewrite(source.path, artifact.pipeline_of(passes), input_shapes or {}, stages)
+    with _on_disk(model) as source, as_onnx(source.path) as path:
+        outcome = artifact.rewrite(path, artifact.pipeline_of(passes), input_shapes or {}, stages)
     return artifact.report_of(source.name, outcome, stages)
 
 
@@ -111,13 +112,13 @@ def explain(model: ModelLike, site: str | None = None, input_shapes: InputShapes
 
     Raises UserError for bad input and for a site that the model does not have.
     """
-    with _on_disk(model) as source:
-        report = inspect(source.path, input_shapes)
+    with _on_disk(model) as source, as_onnx(source.path) as path:
+        report = inspect(path, input_shapes)
         chosen = tuple(s for s in report.sites if site is None or site in (s.id, s.node))
         if site is not None and not chosen:
             known = ", ".join(s.id for s in report.sites) or "none, for the model has no softmax"
             raise UserError(f"{source.name} has no site {site!r}; its sites are {known}")
-        return artifact.with_readings(source.path, chosen, input_shapes or {})
+        return artifact.with_readings(path, chosen, input_shapes or {})
 
 
 def optimize(

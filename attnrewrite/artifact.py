@@ -5,6 +5,7 @@ The command line and the Python interface both go it; they differ in where the d
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -12,7 +13,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import numpy as np
 import attnrewrite
 from attnrewrite.atomic import GENERATOR
 from attnrewrite.errors import CompilerError, UserError
+from attnrewrite.frontend.pt2 import as_onnx
 from attnrewrite.report import Report
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._progress = progress
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str, sentence: str) -> Iterator[None]:
         if self._progress is not None:
             self._progress(sentence)
@@ -88,9 +89,7 @@ class Stages:
 
 
 def check_model_path(path: Path) -> None:
-    """Raises UserError for what is no ONNX file by its name or kind; the frontend says the rest."""
-    if path.suffix == ".pt2":
-        raise UserError(f"{path} is a torch.export archive, which is not read yet: export the model to ONNX")
+    """Raises UserError for what is no model file by its kind; the frontend says the rest."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_dir():
@@ -170,11 +169,29 @@ def build(
     far the measuring of tiles is.
     Raises UserError for bad input.
     """
+    target = check_options(options)
+    stages = Stages(progress)
+    with contextlib.ExitStack() as stack:
+        with stages.stage("read", f"reading {source.name}"):
+            model = stack.enter_context(as_onnx(source))
+        return _build(model, source, directory, target, options, stages, name, on_pass, on_tuning)
+
+
+def _build(
+    source: Path,
+    given: Path,
+    directory: Path,
+    target: Target | None,
+    options: Options,
+    stages: Stages,
+    name: str | None,
+    on_pass: Callable[[str, Graph], None] | None,
+    on_tuning: Callable[[Progress], object] | None,
+) -> Built:
+    """source: an ONNX file. given: the file that the user named, which `source` may have been exported from."""
     from attnrewrite.frontend.onnx import copy_model, write
 
-    target = check_options(options)
     pipeline = pipeline_of(options.passes)
-    stages = Stages(progress)
     rewritten = directory / MODEL_NAME
 
     outcome = rewrite(source, pipeline, options.input_shapes, stages, on_pass)
@@ -186,7 +203,7 @@ def build(
         elif options.compile and target is not None:  # compiled from its folded form
             lowered = directory / f"folded-{MODEL_NAME}"
             write(outcome.graph, lowered)
-    report = report_of(name or str(source), outcome, stages)
+    report = report_of(name or str(given), outcome, stages)
     del outcome
     gc.collect()  # the graph holds the weights, and its values and nodes hold each other
     if not changed:  # nothing was rewritten: the model is delivered as it came
@@ -198,7 +215,7 @@ def build(
         precision=options.precision if options.compile and target is not None else None,
     )
 
-    source_sha256 = sha256_of(source)
+    source_sha256 = sha256_of(given)
     compiler_error: CompilerError | None = None
     if options.compile and target is not None:
         with stages.stage("compile", f"compiling for {options.target}"):
@@ -301,9 +318,11 @@ def verify_artifact(
     options = Options(input_shapes=input_shapes, threads=threads)
     if rewritten.is_dir():
         report, _ = read_report(rewritten)
-        return verify(original, rewritten / MODEL_NAME, options, report, trials=trials, emulate=True)
+        with as_onnx(original) as source:
+            return verify(source, rewritten / MODEL_NAME, options, report, trials=trials, emulate=True)
     check_model_path(rewritten)
-    return verify(original, rewritten, options, trials=trials)
+    with as_onnx(original) as source, as_onnx(rewritten) as after:
+        return verify(source, after, options, trials=trials)
 
 
 def runner_of(directory: Path, threads: int | None) -> Runner:

@@ -69,7 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file, or a .pt2 file of torch.export.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads to use.")]
 Shapes = Annotated[
@@ -219,7 +219,7 @@ def optimize(
 
 @app.command()
 def verify(
-    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The .onnx file as it was.")],
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The .onnx or .pt2 file as it was.")],
     rewritten: Annotated[
         Path, typer.Argument(metavar="REWRITTEN_OR_DIR", help="A rewritten .onnx file, or an output of optimize.")
     ],
@@ -283,6 +283,7 @@ def bench(
     """
     from attnrewrite import api, artifact
     from attnrewrite import bench as timing
+    from attnrewrite.frontend.pt2 import as_onnx
 
     peers = [name.strip() for name in against.split(",") if name.strip()]
     original: Path | None = None
@@ -291,7 +292,7 @@ def bench(
         directory = subject
         if not subject.is_dir():
             result = api.optimize(subject, target="cpu", threads=threads, verify=False, progress=say)
-            directory, original = result.directory, subject
+            directory, original = result.directory, stack.enter_context(as_onnx(subject))
         entries = timing.contestants(directory, peers, original, threads)
         say("timing " + ", ".join(f"{entry.name} in {entry.engine}" for entry in entries))
         timings = timing.measure(entries, timing.example_inputs(directory / artifact.MODEL_NAME))

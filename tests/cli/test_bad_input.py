@@ -71,7 +71,7 @@ BAD_MODELS = {
     truncated: "truncated",
     without_weights: "weights.bin, which is missing",
     with_cut_weights: "weights.bin, which is truncated",
-    exported_program: "export the model to ONNX",
+    exported_program: "is not a torch.export archive, or it is truncated",
 }
 
 

@@ -203,6 +203,10 @@ def test_python_compiles_and_names_exist(path: Path) -> None:
 # -- the import order of docs/architecture.md -------------------------------------------------------------------------
 
 
+# Where torch may be imported at the top: nothing else reaches these but through an import of its own in a function.
+OF_TORCH = ("frontend.fx", "operators", "nn", "surgery", "dynamo", "modules")
+
+
 def layers() -> list[list[str]]:
     (listed,) = [b for b in blocks(ROOT / "docs" / "architecture.md") if b.mark == "import order"]
     return [line.split() for line in listed.text.splitlines()]
@@ -234,7 +238,8 @@ def test_modules_import_from_the_lines_above() -> None:
             continue
         module = ".".join(("attnrewrite", *(p for p in relative.parts if p != "__init__")))
         for other in imported(ast.parse(path.read_text())):
-            assert other.split(".")[0] != "torch", f"{module} imports torch"
+            if other.split(".")[0] == "torch":
+                assert module.removeprefix("attnrewrite.").startswith(OF_TORCH), f"{module} imports torch"
             if other.split(".")[0] == "tvm":
                 assert rank(module) == rank("attnrewrite.lowering"), f"{module} imports {other}"
             if other.startswith("attnrewrite.") and other != "attnrewrite.__version__":

@@ -1,0 +1,56 @@
+"""torch.export archives on the command line and in Python: read, rewritten, verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import attnrewrite
+from attnrewrite.errors import UserError
+from examples.models.unfold_attention import UnfoldAttention
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    model = UnfoldAttention(8, num_heads=2, kernel_size=3).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(model, (torch.randn(2, 8, 7, 6),), dynamic_shapes=({0: batch},))
+    path = tmp_path_factory.mktemp("archive") / "unfold.pt2"
+    torch.export.save(program, path)
+    return path, model
+
+
+def test_commands(command, archive, tmp_path):
+    path, model = archive
+    sites = command("inspect", path, "--json").json["sites"]
+    assert [(s["kind"], s["verdict"], s["kernel_size"]) for s in sites] == [("neighborhood", "rewrite", [3, 3])]
+    done = command("optimize", path, "--no-compile", "-o", tmp_path / "out", "--json")
+    assert done.json["model"] == str(path)
+    assert command("verify", path, tmp_path / "out").code == 0
+    x = np.random.default_rng(0).standard_normal((5, 8, 7, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    name = command("explain", path, "--json").json["sites"][0]["node"]
+    assert name
+    command("run", tmp_path / "out", "--input", f"x={tmp_path / 'x.npy'}", "--output", tmp_path / "ys")
+    (found,) = [np.load(f) for f in (tmp_path / "ys").glob("*.npy")]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(torch.from_numpy(x)).numpy(), atol=1e-5)
+
+
+def test_in_python(archive, tmp_path):
+    path, _ = archive
+    result = attnrewrite.optimize(path)
+    assert [s.verdict for s in result.report.sites] == ["rewrite"]
+    assert result.verification is not None
+    with pytest.raises(UserError, match=r"missing\.pt2 does not exist"):
+        attnrewrite.inspect(tmp_path / "missing.pt2")
+
+
+def test_another_model_is_told_from_the_rewritten_one(command, archive, tmp_path):
+    path, _ = archive
+    other = UnfoldAttention(8, num_heads=2, kernel_size=3).eval()
+    torch.export.save(torch.export.export(other, (torch.randn(2, 8, 7, 6),)), tmp_path / "other.pt2")
+    assert command("verify", tmp_path / "other.pt2", path).code == 1
