@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
@@ -16,14 +17,25 @@ from attnrewrite.graph import Node, Value
 class Expansion:
     """The nodes of the graph view that stand for one torch.fx node, in order, and what they read from outside.
 
-    inputs: of each node as it was read, by which the writer tells whether a pass has edited it. replaces: whether the
-    torch.fx node writes in place, so that it cannot stay where the graph around it is edited.
+    inputs: of each node as it was read (folded), by which the writer tells whether a pass has edited it; so are forms,
+    which say operator and attributes. replaces: whether the torch.fx node writes in place, so that it cannot stay where
+    the graph around it is edited.
     """
 
     nodes: tuple[Node, ...]
     inputs: tuple[tuple[Value | None, ...], ...]
     reads: tuple[Value, ...]
     replaces: bool = False
+    forms: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forms", tuple(map(form, self.nodes)))
+
+
+def form(node: Node) -> str:
+    """What a node computes from its inputs, for comparison."""
+    attributes = [(k, v.tobytes() if isinstance(v, np.ndarray) else v) for k, v in sorted(node.attributes.items())]
+    return f"{node.domain}.{node.op} {attributes}"
 
 
 @dataclass
@@ -32,7 +44,11 @@ class Program:
 
     values: of each torch.fx node, a Value for every tensor it returns (in the tuple or list that it returns them in),
     anything else as it is. expansions: of each node that computes tensors. symbols: of each symbol in the graph's
-    shapes, the placeholder and axis whose extent it is.
+    shapes, the placeholder and axis whose extent it is. fakes: what each node returns on fake tensors, where its own
+    `meta` does not say. The graph's outputs are the values of the output node's tensors, in order.
+
+    `Value.source` of a parameter or buffer is its placeholder or get_attr node, or its qualified name in the module
+    where no node stands for it (inside of a call_module).
     """
 
     module: torch.fx.GraphModule
@@ -40,10 +56,22 @@ class Program:
     values: dict[torch.fx.Node, Any] = field(default_factory=dict)
     expansions: dict[torch.fx.Node, Expansion] = field(default_factory=dict)
     symbols: dict[str, tuple[torch.fx.Node, int]] = field(default_factory=dict)
+    fakes: dict[torch.fx.Node, Any] = field(default_factory=dict)
 
     def node_of(self) -> dict[Value, torch.fx.Node]:
         """The torch.fx node of every value that one node alone returns."""
         return {v: node for node, v in self.values.items() if isinstance(v, Value)}
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """How a constant of the rewritten graph follows from a value that a torch.fx node computes from parameters.
+
+    index: int64 of the constant's shape, the row-major position in `value` of each element; None where it is `value`.
+    """
+
+    value: Value
+    index: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
