@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from attnrewrite.operators import schema
+from attnrewrite.operators import register, schema
 
-__all__ = ["schema"]
+__all__ = ["register", "schema"]

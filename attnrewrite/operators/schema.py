@@ -74,6 +74,13 @@ def dtype_of(number: int) -> torch.dtype:
     return _DTYPES[number]
 
 
+def number_of(dtype: torch.dtype) -> int:
+    """The ONNX TensorProto data type of an operand."""
+    if dtype not in _NUMBERS:
+        raise TypeError(f"operands are of {', '.join(map(str, _NUMBERS))}, got {dtype}")
+    return _NUMBERS[dtype]
+
+
 @dataclass(frozen=True)
 class Operator:
     """One torch operator. required, optional: its operands in order; attributes: name -> schema type."""
@@ -186,7 +193,7 @@ def _spec(name: str, keywords: tuple[tuple[str, Any], ...]) -> Spec:
     if missing := [n for n, kind in operator.attributes.items() if "=" not in kind and n not in attributes]:
         raise TypeError(f"{name} needs the argument {missing[0]!r}")
     axes = len(attributes["feature_size"])
-    attributes["softmax_dtype"] = _NUMBERS[attributes["softmax_dtype"]] if "softmax_dtype" in attributes else 0
+    attributes["softmax_dtype"] = number_of(attributes["softmax_dtype"]) if "softmax_dtype" in attributes else 0
     if operator.spec is FlashWindowAttention:
         attributes.setdefault("shift_size", (0,) * axes)
     else:
