@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,18 @@ from torch.export import ExportedProgram
 
 from attnrewrite.graph import Node, Value
 
+# Of nodes that ONNX has no name for: the operator is ATen's, attributes are `target` (the OpOverload) and `arguments`
+# (by the names of its schema, tensors as Operand, symbolic sizes as Dim). `state` reads a tensor that the graph writes
+# to and that outlives it, a buffer say.
+TORCH_DOMAIN = "torch"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stands for the input at an index in the arguments of an opaque node."""
+
+    index: int
+
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
@@ -19,13 +31,17 @@ class Expansion:
 
     inputs: of each node as it was read (folded), by which the writer tells whether a pass has edited it; so are forms,
     which say operator and attributes. replaces: whether the torch.fx node writes in place, so that it cannot stay where
-    the graph around it is edited.
+    the graph around it is edited. stays: whether it writes to what outlives the graph (a buffer, an input), so that it
+    must stay, and run once. seen: of argument nodes whose tensor had been written to since, the value that this node
+    finds there instead of `Program.values`.
     """
 
     nodes: tuple[Node, ...]
     inputs: tuple[tuple[Value | None, ...], ...]
     reads: tuple[Value, ...]
     replaces: bool = False
+    stays: bool = False
+    seen: Mapping[torch.fx.Node, Value] = field(default_factory=dict)
     forms: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,8 +60,9 @@ class Program:
 
     values: of each torch.fx node, a Value for every tensor it returns (in the tuple or list that it returns them in),
     anything else as it is. expansions: of each node that computes tensors. symbols: of each symbol in the graph's
-    shapes, the placeholder and axis whose extent it is. fakes: what each node returns on fake tensors, where its own
-    `meta` does not say. The graph's outputs are the values of the output node's tensors, in order.
+    shapes, the node (a placeholder, if one has it) and axis whose extent it is. fakes: what each node returns on fake
+    tensors, where its own `meta` does not say. names: of parameters and buffers, what the module's state calls them.
+    The graph's outputs are the values of the output node's tensors, in order.
 
     `Value.source` of a parameter or buffer is its placeholder or get_attr node, or its qualified name in the module
     where no node stands for it (inside of a call_module).
@@ -57,6 +74,7 @@ class Program:
     expansions: dict[torch.fx.Node, Expansion] = field(default_factory=dict)
     symbols: dict[str, tuple[torch.fx.Node, int]] = field(default_factory=dict)
     fakes: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    names: dict[Value, str] = field(default_factory=dict)
 
     def node_of(self) -> dict[Value, torch.fx.Node]:
         """The torch.fx node of every value that one node alone returns."""

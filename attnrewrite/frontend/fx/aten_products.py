@@ -1,0 +1,224 @@
+"""Linear layers, convolutions and attention of ATen as ONNX operators; `building.entry` says how an entry is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from attnrewrite.dims import static
+from attnrewrite.frontend.fx.building import Builder, Opaque, Results, Table, entry, plain
+from attnrewrite.frontend.shapes import broadcast
+from attnrewrite.graph import UnknownShape, Value
+
+PRODUCTS: Table = {}
+
+
+def matmul(write: Builder, a: Value, b: Value) -> Value:
+    """a b of matrices, the axes in front broadcast."""
+    try:
+        lead = (
+            broadcast([a.known_shape[:-2], b.known_shape[:-2]])
+            if max(len(a.known_shape), len(b.known_shape)) > 2
+            else ()
+        )
+    except UnknownShape as error:
+        raise Opaque(str(error)) from error
+    return write.op("MatMul", [a, b], (*lead, a.known_shape[-2], b.known_shape[-1]))
+
+
+def _transposed(write: Builder, x: Value) -> Value:
+    rank = len(x.known_shape)
+    return write.transpose(x, [*range(rank - 2), rank - 1, rank - 2])
+
+
+def _scaled(write: Builder, x: Value, factor: Any) -> Value:
+    return x if factor == 1 else write.binary("Mul", x, write.scalar(factor, x))
+
+
+def _floating(write: Builder) -> None:
+    """Products of whole numbers wrap around in torch and are no MatMul of every runtime."""
+    if write.dtype.kind not in "fV":
+        raise Opaque(f"a product in {write.dtype}")
+
+
+@entry(PRODUCTS, "linear")
+def linear(write: Builder, input: Value, weight: Value, bias: Value | None) -> Value:
+    _floating(write)
+    if len(weight.known_shape) != 2 or len(input.known_shape) < 2:
+        raise Opaque("a linear layer of a vector")
+    product = matmul(write, input, _transposed(write, weight))
+    return product if bias is None else write.binary("Add", product, bias)
+
+
+@entry(PRODUCTS, "matmul", "mm", "bmm")
+def product(write: Builder, x: Value, other: Value | None = None, mat2: Value | None = None) -> Value:
+    _floating(write)
+    other = other if other is not None else mat2
+    assert other is not None
+    if min(len(x.known_shape), len(other.known_shape)) < 2:
+        raise Opaque("a product with a vector")
+    return matmul(write, x, other)
+
+
+@entry(PRODUCTS, "addmm")
+def addmm(write: Builder, x: Value, mat1: Value, mat2: Value, beta: Any, alpha: Any) -> Value:
+    """beta * x + alpha * mat1 mat2."""
+    _floating(write)
+    return write.binary("Add", _scaled(write, matmul(write, mat1, mat2), alpha), _scaled(write, x, beta))
+
+
+@entry(PRODUCTS, "baddbmm")
+def baddbmm(write: Builder, x: Value, batch1: Value, batch2: Value, beta: Any, alpha: Any) -> Value:
+    _floating(write)
+    return write.binary("Add", _scaled(write, matmul(write, batch1, batch2), alpha), _scaled(write, x, beta))
+
+
+@entry(PRODUCTS, "einsum")
+def einsum(write: Builder, equation: str, tensors: Sequence[Value], path: Any) -> Value:
+    _floating(write)
+    if any(v.dtype != write.dtype for v in tensors):
+        raise Opaque("an einsum of several dtypes")
+    return write.op("Einsum", list(tensors), write.shape, equation=equation.replace(" ", ""))
+
+
+@entry(PRODUCTS, "convolution")
+def convolution(
+    write: Builder,
+    input: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Value:
+    """The attributes of one number are those of every axis."""
+    spatial = len(weight.known_shape) - 2
+    alone = len(input.known_shape) == spatial + 1
+    shape = (1, *write.shape) if alone else write.shape
+    image = write.reshape(input, (1, *input.known_shape)) if alone else input
+
+    def every(numbers: Sequence[int]) -> list[int]:
+        return [plain(n) for n in (numbers if len(numbers) == spatial else list(numbers) * spatial)]
+
+    attributes: dict[str, Any] = {
+        "kernel_shape": [static(e) for e in weight.known_shape[2:]],
+        "strides": every(stride),
+        "pads": every(padding) * 2,
+        "dilations": every(dilation),
+        "group": groups,
+    }
+    if transposed:
+        attributes["output_padding"] = every(output_padding)
+    operands = [image, weight, *([] if bias is None else [bias])]
+    result = write.op("ConvTranspose" if transposed else "Conv", operands, shape, **attributes)
+    return write.reshape(result, write.shape)
+
+
+def attention(
+    write: Builder,
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    scale: float | None,
+    *,
+    is_causal: bool,
+) -> Value:
+    """softmax(scale * query key^T + mask) value, all [..., L, d]; a mask of bools excludes where it is false."""
+    _floating(write)
+    factor = 1 / math.sqrt(static(query.known_shape[-1])) if scale is None else scale
+    logits = matmul(write, _scaled(write, query, factor), _transposed(write, key))
+    if is_causal:
+        allowed = np.tri(plain(query.known_shape[-2]), plain(key.known_shape[-2]), dtype=bool)
+        logits = _excluded(write, logits, write.constant(allowed))
+    if mask is not None:
+        boolean = mask.dtype == np.dtype(bool)
+        logits = (
+            _excluded(write, logits, mask) if boolean else write.binary("Add", logits, write.cast(mask, write.dtype))
+        )
+    weights = write.unary("Softmax", logits, axis=-1)
+    return matmul(write, weights, value)
+
+
+def _excluded(write: Builder, logits: Value, allowed: Value) -> Value:
+    lowest = write.scalar(-math.inf, logits)
+    return write.op("Where", [allowed, logits, lowest], logits.known_shape, logits.dtype)
+
+
+@entry(PRODUCTS, "scaled_dot_product_attention")
+def scaled_dot_product_attention(
+    write: Builder,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Value:
+    if dropout_p:
+        raise Opaque("dropout of attention weights")
+    if enable_gqa and query.known_shape[-3] != key.known_shape[-3]:
+        raise Opaque("query heads that share a key head")
+    return attention(write, query, key, value, attn_mask, scale, is_causal=is_causal)
+
+
+@entry(PRODUCTS, "_scaled_dot_product_flash_attention_for_cpu")
+def flash_attention_for_cpu(
+    write: Builder,
+    query: Value,
+    key: Value,
+    value: Value,
+    dropout_p: float,
+    is_causal: bool,
+    attn_mask: Value | None,
+    scale: float | None,
+) -> Results:
+    if dropout_p:
+        raise Opaque("dropout of attention weights")
+    return [attention(write, query, key, value, attn_mask, scale, is_causal=is_causal), None]
+
+
+@entry(PRODUCTS, "_scaled_dot_product_attention_math")
+def attention_math(
+    write: Builder,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None,
+    dropout_p: float,
+    is_causal: bool,
+    dropout_mask: Value | None,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Results:
+    if dropout_p or dropout_mask is not None or enable_gqa:
+        raise Opaque("dropout of attention weights")
+    return [attention(write, query, key, value, attn_mask, scale, is_causal=is_causal), None]
+
+
+@entry(PRODUCTS, "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+@entry(PRODUCTS, "_scaled_dot_product_cudnn_attention")
+def fused_attention(
+    write: Builder,
+    query: Value,
+    key: Value,
+    value: Value,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    attn_bias: Value | None = None,
+    **saved: Any,
+) -> Results:
+    """Of the results only the first, the attended values, is known."""
+    if dropout_p:
+        raise Opaque("dropout of attention weights")
+    attended = attention(write, query, key, value, attn_bias, scale, is_causal=is_causal)
+    return [attended, *[None] * (len(write.shapes) - 1)]
