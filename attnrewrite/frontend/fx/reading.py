@@ -82,8 +82,9 @@ class Reading:
 
     def run(self, arguments: list[Any]) -> Any:
         """What the graph returns for these arguments (fake tensors and whatever else it takes)."""
-        runner = Runner(self.program.module, self._before, self._after, self._attribute)
-        with quiet(self.mode), Recorder(self._whole, self._hear):
+        recorder = Recorder(self._whole, self._hear)
+        runner = Runner(self.program.module, recorder, self._before, self._after, self._attribute)
+        with quiet(self.mode):
             return runner.run(*arguments)
 
     def _whole(self, target: OpOverload) -> bool:

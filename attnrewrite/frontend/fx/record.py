@@ -51,21 +51,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Runner(torch.fx.Interpreter):
-    """Runs a graph node by node. before(node, its arguments) and after(node, result) are called around each."""
+    """Runs a graph node by node under a recorder. before(node, its arguments) and after(node, result) are called around
+    each, attribute(name, what it is) for what a get_attr node returns.
+    """
 
     def __init__(
         self,
         module: torch.fx.GraphModule,
+        recorder: Recorder,
         before: Callable[[torch.fx.Node, Callable[[torch.fx.Node], Any]], None],
         after: Callable[[torch.fx.Node, Any], Any],
         attribute: Callable[[torch.fx.Node, Any], Any],
     ) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self._recorder = recorder
         self._before, self._after, self._attribute = before, after, attribute
 
     def run_node(self, n: torch.fx.Node) -> Any:
         self._before(n, lambda argument: self.env[argument])
-        return self._after(n, super().run_node(n))
+        with self._recorder:
+            result = super().run_node(n)
+        return self._after(n, result)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._attribute(target, super().get_attr(target, args, kwargs))
