@@ -160,7 +160,7 @@ def set_threads(threads: int) -> None:
 
     if threads < 1:
         raise UserError(f"the number of threads must be at least 1, got {threads}")
-    _size_thread_pool(threads)
+    size_thread_pool(threads)
     all_cores = 1  # of the runtime's affinity modes, the one for equal cores
     tvm.get_global_func("runtime.config_threadpool")(all_cores, threads)
 
@@ -170,7 +170,7 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _size_thread_pool(threads: int = 0) -> None:
+def size_thread_pool(threads: int = 0) -> None:
     """Let TVM's pool, which is made on first use and never grows, have a thread for every core this process may use.
 
     On x86 TVM would take half the cores for hyperthreads and leave them idle.
@@ -211,7 +211,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 def _devices(manifest: Manifest) -> list[Any]:
     import tvm
 
-    _size_thread_pool()
+    size_thread_pool()
     device = tvm.device(manifest.device, 0)
     if not device.exist:
         raise UserError(

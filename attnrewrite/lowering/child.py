@@ -53,10 +53,14 @@ def main() -> int:
 def compile_request(
     request: dict[str, Any], work: Path, timed: Any, say: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Everything between the ONNX file and the linked library.
+    """Everything between the ONNX file and the linked library; of a request for single kernels, their libraries.
 
     timed(name) is entered for each stage; say(document) is told how far tuning is.
     """
+    if "kernels" in request:
+        from attnrewrite.lowering.kernel_library import compile_kernels
+
+        return compile_kernels(request["kernels"], Target.from_json(request["target"]), work, timed)
     with timed("loading TVM"):
         from attnrewrite.lowering import build, importer, narrow
         from attnrewrite.lowering.precision import to_half

@@ -97,13 +97,13 @@ def compile_model(
         (work / REQUEST_NAME).write_text(json.dumps(request), encoding="utf-8")
         note = None
         try:
-            _run_child(work, model_path, target, on_tuning)
+            run_child(work, f"{model_path.name} for {target.name}", on_tuning)
         except CompilerCrash as crash:
             if not tune:
                 raise
             # A kernel under trial ran into something this machine cannot do. What was found before it is kept.
             (work / REQUEST_NAME).write_text(json.dumps(request | {"tune": None}), encoding="utf-8")
-            _run_child(work, model_path, target)
+            run_child(work, f"{model_path.name} for {target.name}")
             note = f"tuning ended early: {crash}"
         report = _report(json.loads((work / RESULT_NAME).read_text(encoding="utf-8")), target)
         if note is not None:
@@ -157,10 +157,16 @@ class CompilerCrash(CompilerError):
     """The compiling process was ended by a signal."""
 
 
-def _run_child(
-    work: Path, model_path: Path, target: Target, on_tuning: Callable[[Progress], object] | None = None
+def run_child(
+    work: Path,
+    what: str,
+    on_tuning: Callable[[Progress], object] | None = None,
+    on_start: Callable[[subprocess.Popen[str]], object] | None = None,
 ) -> None:
-    """Raises CompilerError unless the child left a result."""
+    """Let a compiling process answer the request in `work`. Raises CompilerError unless it left a result.
+
+    what: is compiled, for the error. on_start: is given the process, which may be ended.
+    """
     package_root = str(Path(attnrewrite.__file__).resolve().parents[1])
     path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     with (work / "diagnostics.txt").open("w+", encoding="utf-8", errors="replace") as diagnostics:
@@ -172,6 +178,8 @@ def _run_child(
             stderr=diagnostics,
             text=True,
         ) as child:
+            if on_start is not None:
+                on_start(child)
             try:
                 for line in child.stdout or ():
                     if on_tuning is not None:
@@ -185,7 +193,6 @@ def _run_child(
     answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     if child.returncode == 0 and "error" not in answer:
         return
-    what = f"{model_path.name} for {target.name}"
     if answer.get("usage"):
         raise UserError(answer["error"])
     if "error" in answer:

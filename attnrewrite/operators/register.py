@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, Spec
-from attnrewrite.operators import slide, window
+from attnrewrite.operators import compiled, slide, window
 from attnrewrite.operators.schema import LIBRARY, OPERATORS, Operator, bind, call, number_of
 
 # In autocast these keep their precision: they are added to logits in the softmax's dtype.
@@ -20,7 +20,9 @@ _BATCHED = ("query", "key", "value", "logits")
 
 
 def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The op computed in torch."""
+    """The op, by a compiled kernel where there is one."""
+    if operands["value"].device.type == "cpu" and (found := compiled.results_of(spec, operands)) is not None:
+        return found
     if isinstance(spec, FlashWindowAttention):
         return window.forward(spec, operands)
     return slide.forward(spec, operands)

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 
 from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, SlideAttention, Spec
 
-LIBRARY = torch.library.Library(DOMAIN, "DEF")
+LIBRARY = torch.library.Library(DOMAIN, "DEF")  # type: ignore[no-untyped-call]
 
 # Schema type of every attribute; one with a default may be left out, as it may in a node.
 _WINDOW_ATTRIBUTES = {

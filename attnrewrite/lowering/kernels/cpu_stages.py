@@ -9,6 +9,9 @@ from tvm.tirx import Shuffle
 
 from attnrewrite.lowering.kernels.vector_math import exp2_of_nonpositive
 
+# Bytes: what may be expected of the address of a part of a map.
+UNALIGNED = 4
+
 
 @T.inline
 def exponentiate(weights, reciprocal, keys, vectors, lanes):

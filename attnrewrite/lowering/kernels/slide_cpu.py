@@ -27,7 +27,7 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc, Var
 
 from attnrewrite.functions.spec import SlideAttention
-from attnrewrite.lowering.kernels.cpu_stages import exponentiate
+from attnrewrite.lowering.kernels.cpu_stages import UNALIGNED, exponentiate
 from attnrewrite.lowering.kernels.slide_cpu_plan import plan_slide
 from attnrewrite.lowering.kernels.vector_math import LOG2_E, vector_unit
 
@@ -251,12 +251,15 @@ def slide_attention(
     dtype: str,
     target: Target,
     name: str = "slide_attention",
+    steps: Mapping[str, int] | None = None,
 ) -> PrimFunc:
     """The kernel for one site: parameters are the present operands in the op's order, then the output [B, nH*dv, *S].
 
     present: names of the operands given. shapes: shape of each of them, the batch an int or a TIR variable (which the
     kernel replaces by one of its own, read from the query). dtype: float32 or float16, of all operands and the output;
-    sums are float32. target: an `llvm` target, for its vector unit.
+    sums are float32. target: an `llvm` target, for its vector unit. steps: of query, key and value, how many channels
+    one image lies behind another, for those that are parts of wider maps; they are passed as a vector of all the
+    numbers from their first to their last.
     """
     plan = plan_slide(spec, present, shapes, dtype, vector_unit(target))
     batch = shapes["query"][0]
@@ -267,8 +270,18 @@ def slide_attention(
     def optional_buffer(handle: Any, operand: str) -> Any:
         return None if handle is None else T.match_buffer(handle, tuple(shapes[operand]), dtype)
 
-    def planes(feature_map: Any, channels: int) -> Any:
-        return T.decl_buffer((batch, channels, plan.planes, plan.height, plan.width), dtype, data=feature_map.data)
+    def map_of(handle: Any, operand: str, channels: int) -> Any:
+        """The operand as it is passed: a map, or the numbers from its first to its last."""
+        if operand in (steps or {}):
+            return T.match_buffer(handle, (Var(f"{operand}_numbers", "int64"),), dtype, align=UNALIGNED)
+        return T.match_buffer(handle, (batch, channels, *spatial), dtype)
+
+    def planes(feature_map: Any, operand: str, channels: int) -> Any:
+        size = (plan.planes, plan.height, plan.width)
+        step = (steps or {}).get(operand)
+        if step is None:
+            return T.decl_buffer((batch, channels, *size), dtype, data=feature_map.data)
+        return T.decl_buffer((batch, step, *size), dtype, data=feature_map.data, align=UNALIGNED)
 
     @T.jit
     def kernel(
@@ -283,19 +296,19 @@ def slide_attention(
         output: T.handle,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        query_map = T.match_buffer(query, (batch, query_channels, *spatial), dtype)
-        key_map = T.match_buffer(key, (batch, query_channels, *spatial), dtype)
-        value_map = T.match_buffer(value, (batch, value_channels, *spatial), dtype)
+        query_map = T.meta_var(map_of(query, "query", query_channels))
+        key_map = T.meta_var(map_of(key, "key", query_channels))
+        value_map = T.meta_var(map_of(value, "value", value_channels))
         logit_bias = T.meta_var(optional_buffer(bias, "bias"))
         kernel_of_keys = T.meta_var(optional_buffer(key_kernel, "key_kernel"))
         bias_of_keys = T.meta_var(optional_buffer(key_bias, "key_bias"))
         kernel_of_values = T.meta_var(optional_buffer(value_kernel, "value_kernel"))
         bias_of_values = T.meta_var(optional_buffer(value_bias, "value_bias"))
         output_map = T.match_buffer(output, (batch, value_channels, *spatial), dtype)
-        q = planes(query_map, query_channels)
-        k = planes(key_map, query_channels)
-        v = planes(value_map, value_channels)
-        o = planes(output_map, value_channels)
+        q = T.meta_var(planes(query_map, "query", query_channels))
+        k = T.meta_var(planes(key_map, "key", query_channels))
+        v = T.meta_var(planes(value_map, "value", value_channels))
+        o = T.meta_var(planes(output_map, "output", value_channels))
         for task in T.parallel(batch * plan.num_heads * plan.planes * plan.strips):
             keys = T.alloc_buffer((plan.head_dim, plan.kernel_planes, plan.copied_rows, plan.copied_columns), "float32")
             values = T.alloc_buffer(

@@ -28,6 +28,7 @@ from tvm.target import Target
 from tvm.tirx import PrimFunc, Var
 
 from attnrewrite.functions.spec import FlashWindowAttention
+from attnrewrite.lowering.kernels.cpu_stages import UNALIGNED
 from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.kernels.window_cpu_operands import LAID_OUT
 from attnrewrite.lowering.kernels.window_cpu_plan import WindowPlan, plan_windows
@@ -127,13 +128,16 @@ def flash_window_attention(
     dtype: str,
     target: Target,
     name: str = "flash_window_attention",
+    steps: Mapping[str, int] | None = None,
 ) -> PrimFunc:
     """The kernel for one site: parameters are the present operands in the op's order, then the output [B, *S, nH*dv].
 
     present: names of the operands given. shapes: shape of each of them, the batch an int or a TIR variable (which the
     kernel replaces by one of its own, read from the query); those of LAID_OUT in the layout of `lay_out` for the
     target's lanes, float32. dtype: float32 or float16, of all other operands and the output; sums are float32.
-    target: an `llvm` target, for its vector unit.
+    target: an `llvm` target, for its vector unit. steps: of query, key and value, how many numbers one pixel
+    lies behind another, for those that are parts of wider maps; they are passed as a vector of all the numbers from
+    their first to their last.
     """
     plan = plan_windows(spec, present, shapes, dtype, vector_unit(target))
     rest = plan.rest()
@@ -146,8 +150,17 @@ def flash_window_attention(
         own = "float32" if operand in LAID_OUT else dtype
         return None if handle is None else T.match_buffer(handle, tuple(shapes[operand]), own)
 
-    def flat(feature_map: Any, extents: Sequence[int], channels: int) -> Any:
-        return T.decl_buffer((batch, math.prod(extents), channels), dtype, data=feature_map.data)
+    def map_of(handle: Any, operand: str, extents: Sequence[int], channels: int) -> Any:
+        """The operand as it is passed: a map, or the numbers from its first to its last."""
+        if operand in (steps or {}):
+            return T.match_buffer(handle, (Var(f"{operand}_numbers", "int64"),), dtype, align=UNALIGNED)
+        return T.match_buffer(handle, (batch, *extents, channels), dtype)
+
+    def flat(feature_map: Any, operand: str, extents: Sequence[int], channels: int) -> Any:
+        step = (steps or {}).get(operand)
+        if step is None:
+            return T.decl_buffer((batch, math.prod(extents), channels), dtype, data=feature_map.data)
+        return T.decl_buffer((batch, math.prod(extents), step), dtype, data=feature_map.data, align=UNALIGNED)
 
     @T.jit
     def kernel(
@@ -162,19 +175,19 @@ def flash_window_attention(
         output: T.handle,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        query_map = T.match_buffer(query, (batch, *geometry.feature_size, query_channels), dtype)
-        key_map = T.match_buffer(key, (batch, *geometry.key_size, query_channels), dtype)
-        value_map = T.match_buffer(value, (batch, *geometry.key_size, value_channels), dtype)
+        query_map = T.meta_var(map_of(query, "query", geometry.feature_size, query_channels))
+        key_map = T.meta_var(map_of(key, "key", geometry.key_size, query_channels))
+        value_map = T.meta_var(map_of(value, "value", geometry.key_size, value_channels))
         logit_bias = T.meta_var(optional_buffer(bias, "bias"))
         logit_mask = T.meta_var(optional_buffer(mask, "mask"))
         padding_key = T.meta_var(optional_buffer(key_padding, "key_padding"))
         padding_value = T.meta_var(optional_buffer(value_padding, "value_padding"))
         positions_table = T.meta_var(optional_buffer(relative_position, "relative_position"))
         output_map = T.match_buffer(output, (batch, *geometry.feature_size, value_channels), dtype)
-        q = flat(query_map, geometry.feature_size, query_channels)
-        k = flat(key_map, geometry.key_size, query_channels)
-        v = flat(value_map, geometry.key_size, value_channels)
-        o = flat(output_map, geometry.feature_size, value_channels)
+        q = T.meta_var(flat(query_map, "query", geometry.feature_size, query_channels))
+        k = T.meta_var(flat(key_map, "key", geometry.key_size, query_channels))
+        v = T.meta_var(flat(value_map, "value", geometry.key_size, value_channels))
+        o = T.meta_var(flat(output_map, "output", geometry.feature_size, value_channels))
         for task in T.parallel(batch * plan.window_groups * plan.tile_groups * plan.num_heads):
             pixel = T.alloc_buffer((plan.located_tokens,), "int32")
             own_key_pixel = T.meta_var(pixel if geometry.keys is None else T.alloc_buffer((plan.keys,), "int32"))

@@ -1,0 +1,58 @@
+"""Libraries of single kernels, from the side that calls them: what they are named after, and how they are loaded."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from attnrewrite.lowering.compile import versions
+from attnrewrite.lowering.remembered import cpu_model
+
+# Of the function in each library.
+ENTRY = "attend"
+
+# What a kernel's machine code depends on, besides TVM: files and folders of the package.
+_SOURCES = (
+    "functions/spec.py",
+    "localattention/geometry.py",
+    "lowering/build.py",
+    "lowering/kernel_library.py",
+    "lowering/kernels",
+    "lowering/schedules/stack.py",
+)
+
+
+@cache
+def compiler_digest() -> str:
+    """Changes with the package's sources of kernels, TVM's version, and the CPU and its features."""
+    package = Path(__file__).resolve().parents[1]
+    digest = sha256(repr([sorted(versions().items()), cpu_model(), platform.machine(), _cpu_features()]).encode())
+    for source in _SOURCES:
+        path = package / source
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _cpu_features() -> str:
+    """As the system lists them; a container may hide some that the CPU's name promises."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def load_kernel(library: Path, entry: str) -> Callable[..., Any]:
+    """A library's function, which takes tensors that speak DLPack."""
+    import tvm  # noqa: F401 - its runtime is what the library finds its threads in
+    import tvm_ffi
+
+    from attnrewrite.runtime import size_thread_pool
+
+    size_thread_pool()
+    return tvm_ffi.load_module(str(library))[entry]

@@ -1,0 +1,409 @@
+"""The operators on CPUs by TVM's kernels: those of lowering/kernels, compiled once per site and kept on disk.
+
+A kernel is found by the spec, the operands present and their shapes without the batch. `prepare` compiles those of
+many sites in one process and waits. A call whose kernel is not there yet has it compiled in the background and is
+computed in torch until then, as is all that no kernel computes: other dtypes and devices, other specs, gradients.
+
+ATTNREWRITE_KERNELS=off, or `use_kernels(False)`, leaves everything to torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnrewrite.errors import CompilerError
+from attnrewrite.functions.spec import FlashWindowAttention, Spec
+from attnrewrite.operators.schema import result_shapes
+
+_VARIABLE = "ATTNREWRITE_KERNELS"
+
+# Seconds that the background waits for further kernels before it starts a compiler for those it has.
+_GATHERING_SECONDS = 0.3
+
+Step = int | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is compiled. shapes: of the operands, None for a batch. steps: of maps that are parts of wider ones
+    (`steps` of the kernels in lowering/kernels).
+    """
+
+    spec: Spec
+    shapes: tuple[tuple[str, tuple[int | None, ...]], ...]
+    steps: tuple[tuple[str, int], ...]
+
+    def request(self) -> dict[str, Any]:
+        return {
+            "op": self.spec.op_type,
+            "attributes": self.spec.attributes(),
+            "shapes": dict(self.shapes),
+            "steps": dict(self.steps),
+        }
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel in memory. lanes: of the vectors that the operands added to logits are laid out for."""
+
+    function: Callable[..., Any]
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found: kernels compiled now, kept from before, and sites that no kernel computes.
+
+    failed: sentences of those that could not be compiled. seconds: of the compiling process.
+    """
+
+    compiled: int
+    kept: int
+    uncovered: int
+    failed: tuple[str, ...]
+    seconds: float
+
+
+class _State:
+    """enabled: None until it is asked for. ready: of each kernel asked for, the loaded one; None: torch computes it."""
+
+    def __init__(self) -> None:
+        self.enabled: bool | None = None
+        self.ready: dict[Any, Loaded | None] = {}
+        self.pending: list[Kernel] = []
+        self.lock = threading.Lock()
+        self.worker: threading.Thread | None = None
+        self.child: subprocess.Popen[str] | None = None
+        self.warned = False
+
+
+_state = _State()
+
+
+def use_kernels(enabled: bool) -> None:
+    """Whether calls from now on may use compiled kernels; ATTNREWRITE_KERNELS=off is the same as False."""
+    _state.enabled = enabled
+
+
+def kernels_are_used() -> bool:
+    """Whether calls use compiled kernels: not switched off, and apache-tvm is installed."""
+    if _state.enabled is None:
+        wanted = os.environ.get(_VARIABLE, "auto").lower() not in ("off", "0", "no", "false")
+        _state.enabled = wanted and importlib.util.find_spec("tvm") is not None
+    return _state.enabled
+
+
+def kernel_of(spec: Spec, operands: Mapping[str, Tensor]) -> Kernel | None:
+    """The kernel for these operands (of which only shapes and strides are read), None where float32 is not theirs."""
+    if any(t.dtype != torch.float32 for t in operands.values()) or spec.softmax_dtype not in (0, 1):
+        return None
+    windows = isinstance(spec, FlashWindowAttention)
+    shapes, steps = [], []
+    for name, operand in operands.items():
+        if name in ("query", "key", "value"):
+            shapes.append((name, (None, *map(int, operand.shape[1:]))))
+            if step := (_pixel_step if windows else _image_step)(operand):
+                steps.append((name, step))
+        else:
+            shapes.append((name, tuple(map(int, operand.shape))))
+    return Kernel(spec, tuple(shapes), tuple(steps))
+
+
+def _pixel_step(feature_map: Tensor) -> Step:
+    """Numbers from one pixel to the next of [B, *S, C] where that is a part of a wider map, channels side by side."""
+    *_, channels = feature_map.shape
+    strides, expected = feature_map.stride(), feature_map.stride(-2)
+    if strides[-1] != 1 or expected <= channels:
+        return None
+    if any(s != expected * math.prod(feature_map.shape[a + 1 : -1]) for a, s in enumerate(strides[:-1]) if a):
+        return None
+    return expected if _batch_follows(feature_map, expected * math.prod(feature_map.shape[1:-1])) else None
+
+
+def _image_step(feature_map: Tensor) -> Step:
+    """Channels from one image to the next of [B, C, *S] where that is a part of a wider map, pixels side by side."""
+    strides = feature_map.stride()
+    if any(s != math.prod(feature_map.shape[a + 1 :]) for a, s in enumerate(strides) if a):
+        return None
+    pixels, batch = math.prod(feature_map.shape[2:]), feature_map.shape[0]
+    if isinstance(batch, int) and batch == 1:
+        return None
+    step, rest = divmod(strides[0], pixels)
+    return int(step) if not rest and step > feature_map.shape[1] else None
+
+
+def _batch_follows(feature_map: Tensor, stride: int) -> bool:
+    batch = feature_map.shape[0]
+    return (isinstance(batch, int) and batch == 1) or feature_map.stride(0) == stride
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+    """The op computed by its kernel; None where there is none, or none yet. Operands are CPU tensors."""
+    if not kernels_are_used():
+        return None
+    kernel = kernel_of(spec, operands)
+    if kernel is None:
+        return None
+    try:
+        loaded = _state.ready[kernel]
+    except KeyError:
+        result_shapes(spec, operands)
+        _ask(kernel)
+        return None
+    if loaded is None:
+        return None
+    return _call(kernel, loaded, operands)
+
+
+def _call(kernel: Kernel, loaded: Loaded, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    (shape,) = result_shapes(kernel.spec, operands)
+    result = torch.empty(shape)
+    if not result.numel():
+        return (result,)
+    steps = dict(kernel.steps)
+    given = [_as_read(kernel.spec, n, t.detach(), steps.get(n), loaded.lanes) for n, t in operands.items()]
+    _follow_threads()
+    loaded.function(*given, result)
+    return (result,)
+
+
+def _as_read(spec: Spec, name: str, operand: Tensor, step: Step, lanes: int) -> Tensor:
+    if step is not None:
+        shape = operand.shape
+        if isinstance(spec, FlashWindowAttention):
+            count = (math.prod(shape[:-1]) - 1) * step + shape[-1]
+        else:
+            count = (shape[0] - 1) * step * math.prod(shape[2:]) + math.prod(shape[1:])
+        return operand.as_strided((count,), (1,))
+    if isinstance(spec, FlashWindowAttention):
+        if name in ("bias", "mask"):
+            return _laid_out(operand, lanes)
+        if name == "relative_position":
+            return _laid_out_positions(operand, spec, lanes)
+    return operand.contiguous()
+
+
+_LOG2_E = 1.0 / math.log(2.0)
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def _laid_out(term: Tensor, lanes: int) -> Tensor:
+    """`lay_out` of lowering/kernels/window_cpu_operands.py on tensors: queries in lanes, powers of two."""
+    *outer, queries, keys = term.shape
+    width = 1 if queries == 1 else lanes
+    # The lowest number there is masks as well; a row of nothing else is a mean of all values, not of none.
+    scaled = torch.where(term.isfinite(), (term * _LOG2_E).clamp_(_LOWEST, -_LOWEST), term)
+    if queries % width:
+        scaled = torch.nn.functional.pad(scaled, (0, 0, 0, -queries % width))
+    return scaled.view(*outer, -1, width, keys).transpose(-1, -2).contiguous()
+
+
+def _laid_out_positions(table: Tensor, spec: FlashWindowAttention, lanes: int) -> Tensor:
+    """The same of relative_position: every query coordinate has a matrix [d, key coordinates]."""
+    window = spec.geometry.window_size
+    keys = window if spec.geometry.keys is None else spec.geometry.keys.window_size
+    heads, _, channels = table.shape
+    laid_out = table.new_zeros(heads, sum(window), channels, -(-max(keys) // lanes) * lanes)
+    row, first = 0, 0
+    for extent, length in zip(window, keys, strict=True):
+        own = table[:, row : row + extent * length].reshape(heads, extent, length, channels)
+        laid_out[:, first : first + extent, :, :length] = own.transpose(2, 3) * (spec.relative_scale * _LOG2_E)
+        row, first = row + extent * length, first + extent
+    return laid_out
+
+
+_of_thread = threading.local()
+
+
+def _follow_threads() -> None:
+    """Let TVM's pool, of which every thread has its own, use as many threads as torch does."""
+    threads = torch.get_num_threads()
+    if getattr(_of_thread, "threads", None) != threads:
+        from attnrewrite.runtime import set_threads
+
+        set_threads(threads)
+        _of_thread.threads = threads
+
+
+# -- compiling --------------------------------------------------------------------------------------------------------
+
+
+def prepare(sites: Iterable[tuple[Spec, Mapping[str, Tensor]]]) -> Prepared:
+    """Compile the kernels of these sites, all in one process, and wait for them; later calls use them.
+
+    sites: spec and operands by name, of which only dtype, shape and strides are read (fake and meta tensors will do).
+    Where TVM is missing or compiling fails the sites are left to torch, with one warning.
+    """
+    listed = [(spec, kernel_of(spec, operands)) for spec, operands in sites]
+    kernels = list(dict.fromkeys(kernel for _, kernel in listed if kernel is not None))
+    uncovered = sum(kernel is None for _, kernel in listed)
+    if not kernels_are_used():
+        return Prepared(0, 0, len(listed), (), 0.0)
+    known = [kernel for kernel in kernels if _state.ready.get(kernel) is not None]
+    report = _make([kernel for kernel in kernels if kernel not in known])
+    return Prepared(
+        report.compiled, report.kept + len(known), report.uncovered + uncovered, report.failed, report.seconds
+    )
+
+
+def _ask(kernel: Kernel) -> None:
+    """Have a kernel made in the background."""
+    with _state.lock:
+        if kernel in _state.ready:
+            return
+        _state.ready[kernel] = None
+        _state.pending.append(kernel)
+        if _state.worker is None:
+            _state.worker = threading.Thread(target=_work, name="attnrewrite-kernels", daemon=True)
+            _state.worker.start()
+
+
+def _work() -> None:
+    while True:
+        time.sleep(_GATHERING_SECONDS)
+        with _state.lock:
+            kernels, _state.pending = _state.pending, []
+            if not kernels:
+                _state.worker = None
+                return
+        _make(kernels)
+
+
+def _make(kernels: Sequence[Kernel]) -> Prepared:
+    """Load these kernels, compiling those that are not on disk."""
+    try:
+        import tvm  # noqa: F401 - its runtime is what a kernel's library finds its threads in
+
+        from attnrewrite.lowering.kernels.coverage import covers
+    except Exception as error:  # whatever a broken installation raises
+        return _left_to_torch(kernels, f"TVM cannot be imported: {error}")
+    covered = [k for k in kernels if covers(k.spec, {n: _sized(shape) for n, shape in k.shapes}, "cpu")]
+    _state.ready.update(dict.fromkeys(k for k in kernels if k not in covered))
+    missing = [kernel for kernel in covered if not _load(kernel)]
+    start, failed = time.perf_counter(), dict[Kernel, str]()
+    if missing:
+        try:
+            failed = _compile(missing)
+        except (CompilerError, OSError) as error:
+            return _left_to_torch(missing, str(error))
+        for kernel in missing:
+            if kernel not in failed and not _load(kernel):
+                failed[kernel] = "the library cannot be loaded"
+    if failed:
+        _left_to_torch(list(failed), next(iter(failed.values())))
+    return Prepared(
+        len(missing) - len(failed),
+        len(covered) - len(missing),
+        len(kernels) - len(covered),
+        tuple(failed.values()),
+        round(time.perf_counter() - start, 3),
+    )
+
+
+def _sized(shape: Sequence[int | None]) -> tuple[int, ...]:
+    return tuple(1 if e is None else e for e in shape)
+
+
+def _left_to_torch(kernels: Sequence[Kernel], reason: str) -> Prepared:
+    _state.ready.update(dict.fromkeys(kernels))
+    if not _state.warned:
+        _state.warned = True
+        warnings.warn(f"attnrewrite computes in torch what its kernels would: {reason}", stacklevel=2)
+    return Prepared(0, 0, 0, (reason,) * len(kernels), 0.0)
+
+
+def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
+    """Libraries and what is to be known of them, in the cache; the reasons of those that failed."""
+    from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME, CompilerCrash, check_tvm_version, run_child
+    from attnrewrite.lowering.targets import parse_target
+
+    check_tvm_version()
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {kernel: _name(kernel) for kernel in kernels}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".compile-") as scratch:
+        work = Path(scratch)
+        request = {
+            "target": parse_target("cpu").to_json(),
+            "kernels": [kernel.request() | {"name": name} for kernel, name in names.items()],
+        }
+        (work / REQUEST_NAME).write_text(json.dumps(request), encoding="utf-8")
+        try:
+            run_child(work, f"{len(kernels)} kernels", on_start=_remember_child)
+        except CompilerCrash as crash:
+            if len(kernels) == 1:
+                return {kernels[0]: str(crash)}
+            return {k: why for kernel in kernels for k, why in _compile([kernel]).items()}
+        result = json.loads((work / RESULT_NAME).read_text(encoding="utf-8"))
+        for name in names.values():
+            if name not in result["failed"]:
+                about = work / f"{name}.json"
+                about.write_text(json.dumps({"lanes": result["lanes"]}), encoding="utf-8")
+                about.replace(folder / about.name)
+                (work / f"{name}.so").replace(folder / f"{name}.so")
+    return {kernel: result["failed"][name] for kernel, name in names.items() if name in result["failed"]}
+
+
+def _load(kernel: Kernel) -> bool:
+    """Whether the kernel's library is in the cache and can be loaded."""
+    from attnrewrite.lowering.kernel_entry import ENTRY, load_kernel
+
+    library = _folder() / f"{_name(kernel)}.so"
+    try:
+        lanes = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))["lanes"]
+        _state.ready[kernel] = Loaded(load_kernel(library, ENTRY), int(lanes))
+    except Exception:  # whatever a damaged file makes the loader raise; it is compiled again
+        return False
+    return True
+
+
+def _folder() -> Path:
+    from attnrewrite.lowering.cache import cache_directory
+
+    return cache_directory() / "operators"
+
+
+def _name(kernel: Kernel) -> str:
+    """Of the kernel's files: a digest of the kernel, of what compiles it and of the machine it is compiled for."""
+    from attnrewrite.lowering.kernel_entry import compiler_digest
+
+    return sha256(json.dumps([kernel.request(), compiler_digest()], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _remember_child(child: subprocess.Popen[str]) -> None:
+    _state.child = child
+
+
+@atexit.register
+def _end_child() -> None:
+    """A compiler that nobody waits for any more ends with this process."""
+    if _state.child is not None and _state.child.poll() is None:
+        _state.child.kill()
+
+
+def _after_fork() -> None:
+    """The threads of TVM's pool do not follow into a forked process, where a kernel would wait for them."""
+    _state.enabled = False
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,158 @@
+"""The operators by TVM's kernels: the same results, no copies of split maps, and torch wherever no kernel is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("tvm")
+
+from attnrewrite.errors import CompilerError  # noqa: E402
+from attnrewrite.operators import compiled, general  # noqa: E402
+from attnrewrite.operators.schema import call  # noqa: E402
+from tests.models.build import CACHE_VARIABLE  # noqa: E402
+from tests.operators.test_schema import CASES, expected, tensors  # noqa: E402
+from tests.running import error  # noqa: E402
+
+FLOAT32 = 2e-6  # of max |reference|, as for the bodies; the kernels' weights are within 2e-7
+
+NAMES = ("shifted-with-mask", "padded-with-vectors", "relative-per-head", "k3", "learned-shared-by-heads")
+PARTS = ("shifted-with-mask", "k3")
+
+
+def parts(name: str) -> tuple[Any, dict[str, Any]]:
+    """The case with query, key and value of one width as parts of one map."""
+    case = CASES[name]
+    operands = tensors(case)
+    axis = -1 if name == "shifted-with-mask" else 1
+    width = operands["query"].shape[axis]
+    operands["value"] = operands["value"].narrow(axis, 0, width)
+    maps = torch.cat([operands[n] for n in ("query", "key", "value")], axis)
+    return case.spec, operands | dict(zip(("query", "key", "value"), maps.split(width, axis), strict=True))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[compiled.Prepared]:
+    """Kernels of all sites of this file, compiled by one process, or by an earlier run of the tests."""
+    kept = os.environ.get(CACHE_VARIABLE)
+    folder = Path(kept) / "operators" if kept else tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNREWRITE_CACHE", str(folder))
+        patch.setattr(compiled, "_state", compiled._State())
+        compiled.use_kernels(True)
+        sites = [(CASES[n].spec, tensors(CASES[n])) for n in NAMES]
+        yield compiled.prepare([*sites, *map(parts, PARTS)])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_kernels_compute_what_the_op_means(name: str, batch: int) -> None:
+    case = replace(CASES[name], batch=batch)
+    found = compiled.results_of(case.spec, tensors(case))
+    assert found is not None
+    assert error(found[0].numpy(), expected(case)[0]) <= FLOAT32
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_map_are_read_where_they_are(name: str) -> None:
+    spec, operands = parts(name)
+    kernel = compiled.kernel_of(spec, operands)
+    assert kernel is not None
+    assert [n for n, _ in kernel.steps] == ["query", "key", "value"]
+    found = compiled.results_of(spec, operands)
+    assert found is not None
+    assert error(found[0].numpy(), general.run(spec, operands)[0].numpy()) <= FLOAT32
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_operator_calls_the_kernel_with_gradients_as_without() -> None:
+    case = CASES["shifted-with-mask"]
+    operands = {n: t.requires_grad_() for n, t in tensors(case).items()}
+    overload, args, keywords = call(case.spec, operands)
+    result = overload(*args, **keywords)
+    kernel = compiled.results_of(case.spec, tensors(case))
+    assert kernel is not None
+    assert torch.equal(result, kernel[0])
+    result.square().sum().backward()
+    exact = {n: t.double().requires_grad_() for n, t in tensors(case).items()}
+    general.run(case.spec, exact)[0].square().sum().backward()
+    assert all(error(operands[n].grad.numpy(), t.grad.numpy()) <= 1e-5 for n, t in exact.items())
+
+
+def test_what_is_prepared_is_not_prepared_again(kernels: compiled.Prepared) -> None:
+    assert not kernels.failed
+    assert kernels.compiled + kernels.kept == len(NAMES) + len(PARTS)
+    again = compiled.prepare([(CASES[n].spec, tensors(CASES[n])) for n in NAMES])
+    assert (again.compiled, again.kept) == (0, len(NAMES))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_libraries_are_found_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    compiled.use_kernels(True)
+    monkeypatch.setattr(compiled, "_compile", lambda kernels: pytest.fail("compiled again"))
+    assert compiled.prepare([(CASES["k3"].spec, tensors(CASES["k3"]))]).kept == 1
+
+
+LEFT = {
+    "another dtype": ("k3", lambda t: t.double()),
+    "a border that no kernel has": ("inward", lambda t: t),
+    "extra tokens": ("extra-keys", lambda t: t),
+}
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("why", LEFT)
+def test_torch_computes_what_no_kernel_does(why: str) -> None:
+    name, change = LEFT[why]
+    operands = {n: change(t) for n, t in tensors(CASES[name]).items()}
+    assert compiled.prepare([(CASES[name].spec, operands)]).uncovered == 1
+    assert compiled.results_of(CASES[name].spec, operands) is None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_one_warning_where_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(kernels: object) -> None:
+        raise CompilerError("no linker")
+
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    monkeypatch.setattr(compiled, "_compile", fail)
+    monkeypatch.setattr(compiled, "_load", lambda kernel: False)
+    compiled.use_kernels(True)
+    with pytest.warns(UserWarning, match="no linker") as warned:
+        both = [compiled.prepare([(CASES[n].spec, tensors(CASES[n]))]) for n in ("k3", "learned-shared-by-heads")]
+    assert [prepared.failed for prepared in both] == [("no linker",)] * 2
+    assert len(warned) == 1
+    assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_kernel_is_made_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is computed in torch; as soon as the kernel is there it is used."""
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    compiled.use_kernels(True)
+    case = CASES["k3"]
+    assert compiled.results_of(case.spec, tensors(case)) is None
+    worker = compiled._state.worker
+    assert worker is not None
+    worker.join(60)
+    found = compiled.results_of(case.spec, tensors(case))
+    assert found is not None
+    assert error(found[0].numpy(), expected(case)[0]) <= FLOAT32
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    monkeypatch.setenv("ATTNREWRITE_KERNELS", "off")
+    assert not compiled.kernels_are_used()
+    case = CASES["k3"]
+    assert compiled.results_of(case.spec, tensors(case)) is None
+    assert compiled._state.worker is None
