@@ -51,7 +51,7 @@ def fold(graph: Graph) -> None:
             for output, (shape, dtype) in zip(node.outputs, infer(node, content, graph.opset), strict=True):
                 output.shape = shape if shape is not None else output.shape
                 output.dtype = dtype if dtype is not None else output.dtype
-        same = _does_nothing(node, content)
+        same = does_nothing(node, content)
         if same is not None and node.output not in outputs:
             replaced[node.output] = same
             if same in contents:
@@ -127,7 +127,7 @@ def _store(node: Node, results: list[np.ndarray], contents: dict[Value, np.ndarr
     return True
 
 
-def _does_nothing(node: Node, content: Contents) -> Value | None:
+def does_nothing(node: Node, content: Contents) -> Value | None:
     """The input that the node passes on unchanged, or None."""
     if node.domain != STANDARD_DOMAIN or not node.outputs or node.input(0) is None:
         return None

@@ -6,7 +6,7 @@ the same entries on fake tensors and records what they call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,23 +44,36 @@ class Operands(Protocol):
         """Where tensors are made."""
 
 
-def results(node: Node, operands: Operands) -> list[Tensor | np.ndarray]:
-    """The node's outputs: tensors, or arrays (dtype object) for the results of shape arithmetic.
+Results = list[Tensor | np.ndarray]
 
-    Raises NotInTorch where the table has no entry that expresses the node.
+
+def bound(node: Node, operands: Operands, inputs: Sequence[Value | None] | None = None) -> Callable[[], Results]:
+    """What computes the node's outputs: tensors, or arrays (dtype object) for the results of shape arithmetic.
+
+    All operands have been asked for when it returns. inputs: others than the node's own. Raises NotInTorch where the
+    table has no entry that expresses the node.
     """
+    inputs = node.inputs if inputs is None else inputs
     if node.domain != STANDARD_DOMAIN:
         raise NotInTorch(f"{node.label} is no operator of ONNX but of the domain {node.domain}")
     if node.op in ("Shape", "Size"):
-        return [_shape(node, operands.tensor(node.required(0)))]
-    if node.op in SHAPE_ARITHMETIC and (arrays := _arrays(node, operands)) is not None:
-        return [np.asarray(NUMPY_OPS[node.op](node, arrays), object)]
+        assert inputs[0] is not None
+        data = operands.tensor(inputs[0])
+        return lambda: [_shape(node, data)]
+    if node.op in SHAPE_ARITHMETIC and (arrays := _arrays(inputs, operands)) is not None:
+        known = arrays
+        return lambda: [np.asarray(NUMPY_OPS[node.op](node, known), object)]
     rule = TABLE.get(node.op)
     if rule is None:
         raise NotInTorch(f"no torch function is known for {node.op} ({node.label})")
-    given = _operands(node, rule, operands)
-    made = rule.entry(node, *given, device=operands.device) if rule.device else rule.entry(node, *given)
-    return list(made) if isinstance(made, list) else [made]
+    given = _operands(inputs, rule, operands)
+    keywords = {"device": operands.device} if rule.device else {}
+
+    def compute() -> Results:
+        made = rule.entry(node, *given, **keywords)
+        return list(made) if isinstance(made, list) else [made]
+
+    return compute
 
 
 def _shape(node: Node, data: Tensor) -> np.ndarray:
@@ -76,19 +89,19 @@ def _shape(node: Node, data: Tensor) -> np.ndarray:
     return total
 
 
-def _arrays(node: Node, operands: Operands) -> list[np.ndarray | None] | None:
+def _arrays(inputs: Sequence[Value | None], operands: Operands) -> list[np.ndarray | None] | None:
     """The operands' elements, if all are known and one comes from a shape."""
-    if all(v is None or v.is_constant for v in node.inputs):
+    if all(v is None or v.is_constant for v in inputs):
         return None
-    computed = [operands.known(v) for v in node.inputs if v is not None and not v.is_constant]
+    computed = [operands.known(v) for v in inputs if v is not None and not v.is_constant]
     if any(a is None for a in computed):
         return None
-    return [None if v is None else operands.known(v) for v in node.inputs]
+    return [None if v is None else operands.known(v) for v in inputs]
 
 
-def _operands(node: Node, rule: Rule, operands: Operands) -> list[Operand]:
+def _operands(present: Sequence[Value | None], rule: Rule, operands: Operands) -> list[Operand]:
     """What the entry is called with."""
-    inputs = list(node.inputs)
+    inputs = list(present)
     while inputs and inputs[-1] is None:
         inputs.pop()
     given: list[Operand] = []
@@ -132,11 +145,17 @@ class _Run:
         if isinstance(found, Tensor):
             return found
         if found is not None:
-            elements = [aten.scalar_tensor.default(x, dtype=torch.int64) for x in found.reshape(-1)]
-            vector = aten.stack.default(elements) if elements else torch.empty(0, dtype=torch.int64)
-            return vector.reshape(found.shape).to(self.device)
+            return as_tensor(found, self.device)
         tensor = self.found[value] = tensor_of(value.constant, self.device)
         return tensor
+
+
+def as_tensor(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Results of shape arithmetic as an int64 tensor."""
+    elements = [aten.scalar_tensor.default(x, dtype=torch.int64, device=device) for x in numbers.reshape(-1)]
+    if not elements:
+        return aten.empty.memory_format(list(numbers.shape), dtype=torch.int64, device=device)
+    return aten.reshape.default(aten.stack.default(elements), list(numbers.shape))
 
 
 def run_graph(graph: Graph, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -153,7 +172,7 @@ def run_graph(graph: Graph, tensors: Sequence[Tensor]) -> list[Tensor]:
             operands = [run.tensor(v) for v in operands_of(node).values()]
             found: Sequence[Tensor | np.ndarray] = run_graph(body_of(node, graph.opset), operands)
         else:
-            found = results(node, run)
+            found = bound(node, run)()
         run.found.update(zip(node.outputs, found, strict=False))
     return [run.tensor(v) for v in graph.outputs]
 

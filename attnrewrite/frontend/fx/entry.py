@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from attnrewrite.graph import Node
 
@@ -77,12 +78,13 @@ def dtype_of(dtype: np.dtype) -> torch.dtype:
 
 
 def tensor_of(array: np.ndarray, device: torch.device | str | None = None) -> torch.Tensor:
-    """A copy of an array as a tensor."""
+    """A copy of an array as a tensor, a real one also where tensors are fake."""
     array = np.ascontiguousarray(array).reshape(array.shape)
-    if array.dtype.name in _DTYPES:
-        wide = torch.from_numpy(array.astype(np.float32))
-        return wide.to(device=device, dtype=_DTYPES[array.dtype.name])
-    return torch.from_numpy(array.copy()).to(device)
+    with unset_fake_temporarily():
+        if array.dtype.name in _DTYPES:
+            wide = torch.from_numpy(array.astype(np.float32))
+            return wide.to(device=device, dtype=_DTYPES[array.dtype.name])
+        return torch.from_numpy(array.copy()).to(device)
 
 
 _DTYPES = {
