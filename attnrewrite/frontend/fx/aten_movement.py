@@ -225,20 +225,13 @@ def col2im(
 
 @entry(MOVEMENT, "index.Tensor", "_unsafe_index.Tensor")
 def index(write: Builder, x: Value, indices: Sequence[Value | None]) -> Value:
-    given = {axis: _positions(write, x, axis, i) for axis, i in enumerate(indices) if i is not None}
+    if any(i is not None and i.dtype == np.dtype(bool) for i in indices):
+        raise Opaque("an index of bools that are computed")
+    given = {axis: write.cast(i, np.dtype(np.int64)) for axis, i in enumerate(indices) if i is not None}
     if len(given) == 1:
         ((axis, positions),) = given.items()
         return write.op("Gather", [x, positions], write.shape, axis=axis)
     return _index_together(write, x, given)
-
-
-def _positions(write: Builder, x: Value, axis: int, positions: Value) -> Value:
-    """An index as integers; a constant vector of bools names the positions at which it is true."""
-    if positions.dtype != np.dtype(bool):
-        return write.cast(positions, np.dtype(np.int64))
-    if not positions.is_constant or len(positions.known_shape) != 1:
-        raise Opaque("an index of bools")
-    return write.constant(np.flatnonzero(positions.constant))
 
 
 def _index_together(write: Builder, x: Value, given: dict[int, Value]) -> Value:

@@ -108,6 +108,11 @@ def elu(write: Builder, x: Value, alpha: float, scale: float, input_scale: float
     return write.unary("Selu", x, alpha=float(alpha), gamma=float(scale))
 
 
+@entry(POINTWISE, "celu")
+def celu(write: Builder, x: Value, alpha: float) -> Value:
+    return write.unary("Celu", x, alpha=float(alpha))
+
+
 @entry(POINTWISE, "softplus")
 def softplus(write: Builder, x: Value, beta: float, threshold: float) -> Value:
     """log(1 + exp(x)); beyond the threshold torch takes x, the same in float32 from 20 on."""

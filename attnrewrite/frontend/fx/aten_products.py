@@ -47,9 +47,10 @@ def _floating(write: Builder) -> None:
 @entry(PRODUCTS, "linear")
 def linear(write: Builder, input: Value, weight: Value, bias: Value | None) -> Value:
     _floating(write)
-    if len(weight.known_shape) != 2 or len(input.known_shape) < 2:
-        raise Opaque("a linear layer of a vector")
-    product = matmul(write, input, _transposed(write, weight))
+    if len(weight.known_shape) != 2:
+        raise Opaque("a linear layer with a vector of weights")
+    rows = write.reshape(input, (1, *input.known_shape)) if len(input.known_shape) == 1 else input
+    product = write.reshape(matmul(write, rows, _transposed(write, weight)), write.shape)
     return product if bias is None else write.binary("Add", product, bias)
 
 
@@ -58,9 +59,9 @@ def product(write: Builder, x: Value, other: Value | None = None, mat2: Value | 
     _floating(write)
     other = other if other is not None else mat2
     assert other is not None
-    if min(len(x.known_shape), len(other.known_shape)) < 2:
-        raise Opaque("a product with a vector")
-    return matmul(write, x, other)
+    a = write.reshape(x, (1, *x.known_shape)) if len(x.known_shape) == 1 else x
+    b = write.reshape(other, (*other.known_shape, 1)) if len(other.known_shape) == 1 else other
+    return write.reshape(matmul(write, a, b), write.shape)
 
 
 @entry(PRODUCTS, "addmm")

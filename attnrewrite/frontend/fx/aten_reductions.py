@@ -74,6 +74,18 @@ def argmin(write: Builder, x: Value, dim: int | None, keepdim: bool) -> Value:
     return _found(write, "ArgMin", x, dim, keepdim)
 
 
+def _quantifier(name: str, op: str) -> None:
+    @entry(REDUCTIONS, name, f"{name}.dim", f"{name}.dims")
+    def quantifier(write: Builder, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+        """Whether any (or every) element is not zero: the largest (the smallest) of their truths."""
+        truths = write.cast(write.cast(x, np.dtype(bool)), np.dtype(np.int32))
+        return write.cast(write.reduce(op, truths, axes_of(dim, len(x.known_shape)), keepdim), write.dtype)
+
+
+_quantifier("any", "ReduceMax")
+_quantifier("all", "ReduceMin")
+
+
 @entry(REDUCTIONS, "max.dim")
 def max_along(write: Builder, x: Value, dim: int, keepdim: bool) -> Results:
     return [amax(write, x, dim, keepdim), _found(write, "ArgMax", x, dim, keepdim)]
@@ -425,27 +437,29 @@ def _resize(write: Builder, x: Value, scales: Sequence[float | None], **attribut
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 
 
-@entry(REDUCTIONS, "upsample_nearest1d")
-def upsample_nearest1d(write: Builder, x: Value, output_size: Any, scales: float | None) -> Value:
-    return _resize(write, x, [scales], **NEAREST)
+def _upsample(names: str, attributes: dict[str, Any]) -> None:
+    """Resampling of the spatial axes, with one scale for each or all in one argument (`.vec`)."""
 
-
-@entry(REDUCTIONS, "upsample_nearest2d")
-def upsample_nearest2d(
-    write: Builder, x: Value, output_size: Any, scales_h: float | None, scales_w: float | None
-) -> Value:
-    return _resize(write, x, [scales_h, scales_w], **NEAREST)
-
-
-def _smooth(mode: str, name: str) -> None:
-    @entry(REDUCTIONS, name)
+    @entry(REDUCTIONS, names, f"{names}.vec")
     def upsample(
-        write: Builder, x: Value, output_size: Any, align_corners: bool, scales_h: float | None, scales_w: float | None
+        write: Builder,
+        x: Value | None = None,
+        input: Value | None = None,
+        output_size: Any = None,
+        align_corners: bool = False,
+        scale_factors: Sequence[float] | None = None,
+        **scales: float | None,
     ) -> Value:
-        coordinates = "align_corners" if align_corners else "pytorch_half_pixel"
-        extra = {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
-        return _resize(write, x, [scales_h, scales_w], mode=mode, coordinate_transformation_mode=coordinates, **extra)
+        image = x if x is not None else input
+        assert image is not None
+        how = dict(attributes)
+        if "coordinate_transformation_mode" not in how:
+            how["coordinate_transformation_mode"] = "align_corners" if align_corners else "pytorch_half_pixel"
+        given = list(scale_factors or scales.values())
+        return _resize(write, image, given, **how)
 
 
-_smooth("linear", "upsample_bilinear2d")
-_smooth("cubic", "upsample_bicubic2d")
+for _rank, _smooth in ((1, "linear"), (2, "bilinear"), (3, "trilinear")):
+    _upsample(f"upsample_nearest{_rank}d", NEAREST)
+    _upsample(f"upsample_{_smooth}{_rank}d", {"mode": "linear"})
+_upsample("upsample_bicubic2d", {"mode": "cubic", "cubic_coeff_a": -0.75})

@@ -199,6 +199,8 @@ class Reading:
 
     def _hear(self, target: OpOverload, arguments: dict[str, Any]) -> Any:
         arguments = mapped(arguments, lambda t: t if is_fake(t) else self._fake(t))
+        if target is torch.ops.aten.index.Tensor:
+            arguments["indices"] = self._whole_numbers(arguments["indices"])
         call = Call(target, arguments, None)
         reals = self._computed(call)
         try:
@@ -216,6 +218,19 @@ class Reading:
         except Opaque as error:
             raise self._refused(f"{error}: {call.name}") from error
         return result
+
+    def _whole_numbers(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Indices with constant tensors of bools as the positions at which they are true."""
+        found: list[torch.Tensor | None] = []
+        for index in indices:
+            tracked = None if index is None or index.dtype != torch.bool else self.tensors.find(index)
+            if tracked is None or tracked.real is None:
+                found.append(index)
+                continue
+            with unset_fake_temporarily():
+                positions = tracked.real.nonzero().unbind(1)
+            found += [self._fake(p) for p in positions]
+        return found
 
     def _refused(self, why: str) -> UserError:
         return UserError(f"the torch.fx node {self._node} cannot be read: {why}")

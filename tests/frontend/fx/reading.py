@@ -40,10 +40,14 @@ def exported(function: Function | nn.Module, inputs: Sequence[Any], **options: A
     return read(torch.export.export(as_module(function), tuple(inputs), **options))
 
 
+def decomposed(function: Function | nn.Module, inputs: Sequence[Any]) -> Graph:
+    """Read from a program in core ATen operators, without writes."""
+    return read(torch.export.export(as_module(function), tuple(inputs)).run_decompositions())
+
+
 def traced(function: Function | nn.Module, inputs: Sequence[Any]) -> Graph:
     """Read from torch.fx.symbolic_trace: call_module and call_method nodes."""
-    module = torch.fx.symbolic_trace(function)
-    return read(module, tuple(inputs))
+    return read(torch.fx.symbolic_trace(function), tuple(inputs))
 
 
 def compiled(function: Function | nn.Module, inputs: Sequence[Any], **options: Any) -> Graph:
