@@ -370,7 +370,7 @@ def _pool(op: str, rank: int, *names: str) -> None:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Results:
-        if divisor_override is not None or (ceil_mode and op == "AveragePool"):
+        if divisor_override is not None:
             raise Opaque("a pool with a divisor of its own")
         alone = len(x.known_shape) == rank + 1
         image = write.reshape(x, (1, *x.known_shape)) if alone else x
@@ -380,13 +380,25 @@ def _pool(op: str, rank: int, *names: str) -> None:
             return [plain(n) for n in (numbers if len(numbers) == rank else list(numbers) * rank)]
 
         attributes: dict[str, Any] = {"kernel_shape": every(kernel_size), "strides": every(stride or kernel_size)}
-        attributes |= {"pads": every(padding) * 2, "ceil_mode": int(ceil_mode)}
+        attributes |= {"pads": every(padding) * 2, "dilations": every(dilation)}
+        if ceil_mode and _whole_windows(image.known_shape[2:], attributes) != list(shape[2:]):
+            if op == "AveragePool":
+                raise Opaque("means of windows that reach beyond the padding")
+            attributes["ceil_mode"] = 1
         if op == "AveragePool":
+            del attributes["dilations"]
             attributes["count_include_pad"] = int(count_include_pad)
-        else:
-            attributes["dilations"] = every(dilation)
         pooled = write.reshape(write.op(op, [image], shape, **attributes), write.shape)
         return [pooled, *[None] * (len(write.shapes) - 1)]
+
+
+def _whole_windows(extents: Sequence[Extent], attributes: dict[str, Any]) -> list[int]:
+    """How many windows lie within the padded input, per axis."""
+    parts = zip(*(attributes[name] for name in ("kernel_shape", "strides", "pads", "dilations")), strict=False)
+    return [
+        (plain(extent) + 2 * pad - dilation * (size - 1) - 1) // stride + 1
+        for extent, (size, stride, pad, dilation) in zip(extents, parts, strict=True)
+    ]
 
 
 for _rank in (1, 2, 3):

@@ -9,6 +9,16 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+# Operators that write to running statistics and do not say so in their schema, and the argument that makes them.
+_STATISTICS = {
+    "aten.batch_norm.default": "training",
+    "aten._batch_norm_impl_index.default": "training",
+    "aten.native_batch_norm.default": "training",
+    "aten.cudnn_batch_norm.default": "training",
+    "aten.miopen_batch_norm.default": "training",
+    "aten.instance_norm.default": "use_input_stats",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -37,6 +47,8 @@ class Call:
     def written(self) -> list[torch.Tensor]:
         """The tensors it writes to."""
         names = [a.name for a in self.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        if self.name in _STATISTICS and self.arguments[_STATISTICS[self.name]]:
+            names = ["running_mean", "running_var"]
         return list(tensors_in([self.arguments[name] for name in names]))
 
 
@@ -68,11 +80,16 @@ def functional(target: OpOverload) -> OpOverload | None:
     if not name.endswith("_") or name.endswith("__"):
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    overload = getattr(packet, target._overloadname, None)
-    if overload is None:
+    if packet is None:
         return None
-    named = [a.name for a in overload._schema.arguments]
-    return overload if named == [a.name for a in target._schema.arguments] else None
+    overloads = [getattr(packet, n) for n in packet.overloads()]
+    fitting = [o for o in overloads if _signature(o) == _signature(target) and not o._schema.is_mutable]
+    named_alike = [o for o in fitting if o._overloadname == target._overloadname]
+    return (named_alike or fitting or [None])[0]
+
+
+def _signature(target: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in target._schema.arguments]
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:

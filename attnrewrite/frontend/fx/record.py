@@ -64,6 +64,7 @@ class Runner(torch.fx.Interpreter):
         attribute: Callable[[torch.fx.Node, Any], Any],
     ) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
         self._recorder = recorder
         self._before, self._after, self._attribute = before, after, attribute
 

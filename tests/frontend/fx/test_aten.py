@@ -163,6 +163,7 @@ REDUCTIONS: dict[str, Row] = {
         (X, (3,), (3,), (3,)),
     ),
     "average pool": (lambda x: (F.avg_pool2d(x, 2), F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)), (X,)),
+    "average pool, rounded up": (lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True), ((2, 3, 4, 6),)),
     "average pool 1d": (lambda x: F.avg_pool1d(x, 3, 2, 1), ((2, 3, 9),)),
     "max pool": (lambda x: (F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x, (2, 3), dilation=(1, 2), ceil_mode=True)), (X,)),
     "adaptive pool": (lambda x: (F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (5, 1))), (X,)),
