@@ -18,6 +18,9 @@ from attnrewrite.frontend.fold import does_nothing
 from attnrewrite.frontend.fx.program import Expansion, Live, Program, form
 from attnrewrite.graph import Graph, Node, Value
 
+# Checks of what export knew already: they go with the tensor that they are about.
+_ABOUT_A_TENSOR = (torch.ops.aten._assert_tensor_metadata.default,)
+
 Ref = Value | FxNode  # what stands for an argument: a value, or a node as it is
 
 
@@ -71,18 +74,19 @@ class Demand:
         self.mappings: dict[FxNode, dict[Value, Value]] = {}
         self.edited = False
         self.outputs: list[Ref] = []
-        self.effects = [n for n in self.program.module.graph.nodes if self._has_effect(n)]
-        self._decide()
+        self.effects = self._decide([n for n in self.program.module.graph.nodes if self._has_effect(n)])
 
-    def _decide(self) -> None:
+    def _decide(self, effects: list[FxNode]) -> list[FxNode]:
+        """Ask for what the outputs and the effects need; returns the effects that stay."""
         self.outputs = self._outputs()
-        pending: list[Ref] = [*self.outputs, *self.effects]
+        pending: list[Ref] = [*self.outputs, *(n for n in effects if n.target not in _ABOUT_A_TENSOR)]
         seen: set[Ref] = set()
         while pending:
             ref = pending.pop()
             if ref not in seen:
                 seen.add(ref)
                 pending += self._read_by(ref)
+        return [n for n in effects if n.target not in _ABOUT_A_TENSOR or seen.issuperset(self._refs_of(n))]
 
     # -- the ends -----------------------------------------------------------------------------------------------------
 
@@ -128,6 +132,11 @@ class Demand:
         """A value; by its node, which is then taken as it is, where it was folded into a constant."""
         node = self.node_of.get(value)
         return node if node is not None and value.is_constant else value
+
+    def is_held(self, value: Value) -> bool:
+        """Whether the value is a parameter or a buffer."""
+        node = self.node_of.get(value)
+        return value in self.program.names or (node is not None and node.op in ("placeholder", "get_attr"))
 
     def _plan(self, value: Value) -> Keep | Emit:
         node = value.producer

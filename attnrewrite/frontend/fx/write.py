@@ -22,6 +22,7 @@ from attnrewrite.frontend.fx.demand import Demand, Emit, Keep, Ref, Size, in_ord
 from attnrewrite.frontend.fx.emission import Recording
 from attnrewrite.frontend.fx.emit import as_tensor, bound
 from attnrewrite.frontend.fx.entry import tensor_of
+from attnrewrite.frontend.fx.linears import Linear, linears
 from attnrewrite.frontend.fx.program import TORCH_DOMAIN, Expansion, Live, Operand, Program
 from attnrewrite.functions import is_local_op, spec_of
 from attnrewrite.functions.spec import SPECS
@@ -75,6 +76,7 @@ class _Writer:
         self.changed: set[FxNode] = set()  # may lie otherwise in memory than as read
         self.emitted: list[tuple[Emit, FxNode]] = []
         self.unfrozen: set[Value] = set()
+        self.linears, self.inside = linears(demand)
 
     def run(self) -> None:
         index = {node: k for k, node in enumerate(self.fx.nodes)}
@@ -84,7 +86,7 @@ class _Writer:
             while owner is not None and effects and index[effects[0]] < index[owner]:
                 self.place(effects.pop(0))
             for value in node.outputs:
-                if value in self.demand.plans:
+                if value in self.demand.plans and value not in self.inside:
                     self.ensure(value)
         for effect in effects:
             self.place(effect)
@@ -124,10 +126,11 @@ class _Writer:
         for node in self.changed & expansions.keys():
             expansions[node] = updated(expansions[node])
         for plan, node in self.emitted:
-            (value,) = (v for v in plan.node.outputs if self.made.get(v) is node)
-            reads = tuple(v for v in plan.inputs if v is not None)
-            values[node] = value
-            expansions[node] = Expansion((plan.node,), (plan.inputs,), reads)
+            (values[node],) = (v for v in plan.node.outputs if self.made.get(v) is node)
+            products = [v.producer for v in plan.inputs if v in self.inside] if plan.node in self.linears else []
+            nodes = (*(n for n in products if n is not None), plan.node)
+            inputs = (*(tuple(n.inputs) for n in nodes[:-1]), plan.inputs)
+            expansions[node] = updated(Expansion(nodes, inputs, ()))
         for value, node in self.made.items():
             if value.is_constant and node.op in ("placeholder", "get_attr"):
                 values.setdefault(node, value)
@@ -227,10 +230,6 @@ class _Writer:
         else:
             self.made[value] = self.recording.constant(tensor_of(value.constant, self.device), value.name)
 
-    def _is_held(self, value: Value) -> bool:
-        node = self.demand.node_of.get(value)
-        return value in self.program.names or (node is not None and node.op in ("placeholder", "get_attr"))
-
     def _parameter(self, value: Value) -> FxNode | None:
         node = self.demand.node_of.get(value)
         if node is not None and node.op in ("placeholder", "get_attr"):
@@ -243,7 +242,7 @@ class _Writer:
         if read.node.op not in _VIEWS or read.node.domain != STANDARD_DOMAIN or data is None:
             return False
         before = self.demand.as_read.get(data)
-        return self._is_held(data) or (before is not None and self._is_view_of_parameter(before))
+        return self.demand.is_held(data) or (before is not None and self._is_view_of_parameter(before))
 
     def _follow(self, value: Value, live: Live) -> None:
         """Compute a constant from the value that it follows from."""
@@ -264,7 +263,7 @@ class _Writer:
     def _unfreeze(self, value: Value) -> None:
         """Let a constant that no node returns be computed as it was read, from parameters on."""
         read = self.demand.as_read.get(value)
-        if read is not None and value not in self.unfrozen and not self._is_held(value):
+        if read is not None and value not in self.unfrozen and not self.demand.is_held(value):
             self.unfrozen.add(value)
             for operand in read.inputs:
                 if operand is not None:
@@ -280,6 +279,8 @@ class _Writer:
             found = self._call_operator(plan)
         elif node.domain == TORCH_DOMAIN:
             found = self._call_opaque(plan)
+        elif node in self.linears:
+            found = [self._call_linear(plan, self.linears[node])]
         else:
             compute = bound(node, self, plan.inputs)
             with self._emitting(plan):
@@ -304,6 +305,12 @@ class _Writer:
         with self._emitting(plan):
             found = overload(*args, **keywords)
         return [found] if isinstance(found, torch.Tensor) else list(found)
+
+    def _call_linear(self, plan: Emit, layer: Linear) -> torch.Tensor:
+        data, weight = self.tensor(layer.data), self.tensor(layer.weight)
+        bias = None if layer.bias is None else self.tensor(layer.bias)
+        with self._emitting(plan):
+            return aten.linear.default(data, weight, bias)
 
     def _call_opaque(self, plan: Emit) -> list[torch.Tensor]:
         """An operator of torch that ONNX has no name for."""

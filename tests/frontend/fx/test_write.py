@@ -267,6 +267,46 @@ def test_a_graph_is_edited_and_written_twice(dialect: str) -> None:
     assert str(write(graph).graph) == before
 
 
+@pytest.mark.parametrize("dialect", ["exported", "traced"])
+def test_what_was_written_reads_what_a_later_edit_puts_there(dialect: str) -> None:
+    """The query, key and value layer stands right behind the slices that the second pass joins."""
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = swin()
+            self.block[0].norm = nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(x[:, ::2][:, :, ::2])
+
+    x = torch.randn(2, 16, 24, CHANNELS)
+    module = Behind()
+    graph = DIALECTS[dialect](module, (x,))
+    program = rewritten(graph)
+    before = str(program.graph)
+    assert merged(graph) == 1
+    close(callable_of(write(graph))(x), module(x))
+    assert str(program.graph) != before and targets(program)[OP] == 2
+
+
+def test_checks_of_a_tensor_go_with_it() -> None:
+    """Export says of a tensor that is cast which dtype it had; that must not keep the softmax alive."""
+
+    def softmax_in_double(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.softmax(x.to(torch.float64), dim).to(torch.float32)
+
+    module = swin()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "softmax", softmax_in_double)
+        graph = exported(module, (image(),))
+    checks = "aten._assert_tensor_metadata.default"
+    assert targets(graph.source.module)[checks] == 4
+    program = rewritten(graph)
+    assert targets(program)[checks] == 0 and targets(program)["aten.softmax.int"] == 0
+    close(callable_of(program)(image()), module(image()))
+
+
 class Nested(nn.Module):
     """Results in dicts and lists, one of them twice, one of them an input; a number among the arguments."""
 
