@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 
@@ -29,8 +30,12 @@ from attnrewrite.report import Report
 
 if TYPE_CHECKING:
     import onnx
+    import torch
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
 
     from attnrewrite.graph import Graph
+    from attnrewrite.modules import Given
     from attnrewrite.pipeline import Pipeline
     from attnrewrite.runtime import LoadedModel
     from attnrewrite.verify.numeric import Verification
@@ -93,6 +98,55 @@ class Result:
         return artifact.run_once(self._runner[1], inputs)
 
 
+class ModuleResult:
+    """A rewritten PyTorch model, verified and perhaps compiled.
+
+    module: what is called in place of the original; a torch.fx.GraphModule that shares its parameters. program: the
+    same as a torch.export.ExportedProgram; None where a GraphModule was given. compiled: of the target that was asked
+    for.
+    """
+
+    def __init__(
+        self,
+        model: GraphModule | ExportedProgram,
+        given: Given,
+        report: Report,
+        verification: Verification | None,
+        compiled: Result | None,
+    ) -> None:
+        from attnrewrite import modules
+
+        self._given = given
+        self.program = modules.as_program(model)
+        self.module = modules.as_module(model)
+        self.report = report
+        self.verification = verification
+        self.compiled = compiled
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write model.pt2 and the reports, and the artifact where a target was asked for; whole or not at all.
+
+        Raises UserError where the directory cannot be written or holds somebody else's files, or where torch.export
+        cannot trace the rewritten GraphModule.
+        """
+        from attnrewrite import modules
+
+        destination = Path(directory)
+        with staged_directory(destination, artifact.REPORT_NAME, ()) as stage:
+            if self.compiled is not None:
+                shutil.copytree(self.compiled.directory, stage, dirs_exist_ok=True)
+            modules.save(self.program or self._given.exported(self.module), stage / "model.pt2")
+            if self.compiled is None:
+                artifact.write_reports(self.report, stage, "")
+        return destination
+
+    def run(self, inputs: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
+        """Arrays through the compiled library, as `Result.run`. Raises UserError where no target was asked for."""
+        if self.compiled is None:
+            raise UserError("the model was not compiled: name a target, or call result.module")
+        return self.compiled.run(inputs, threads)
+
+
 def inspect(
     model: ModelLike, input_shapes: InputShapes | None = None, *, passes: Passes | Pipeline | None = None
 ) -> Report:
@@ -121,8 +175,22 @@ def explain(model: ModelLike, site: str | None = None, input_shapes: InputShapes
         return artifact.with_readings(path, chosen, input_shapes or {})
 
 
+@overload
+def optimize(model: ModelLike, example_inputs: None = None, target: str | None = None, **options: Any) -> Result: ...
+
+
+@overload
 def optimize(
-    model: ModelLike,
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] | None = None,
+    target: str | None = None,
+    **options: Any,
+) -> ModuleResult: ...
+
+
+def optimize(  # type: ignore[misc]  # the overloads tell the results apart; options are named here alone
+    model: ModelLike | torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] | None = None,
     target: str | None = None,
     *,
     passes: Passes | Pipeline | None = None,
@@ -134,23 +202,47 @@ def optimize(
     threads: int | None = None,
     tvm_target: str | None = None,
     tune: float | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    freeze: bool | None = None,
     on_pass: Callable[[str, Graph], None] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Result:
+) -> Result | ModuleResult:
     """Rewrite a model, verify it, and compile it for a target ("cpu", "arm:cortex-a76", "metal", "cuda:sm_90" ...).
 
-    target None: rewrite and verify only. passes: names or Pass values, in order, or a Pipeline; all by default.
+    model: an .onnx or .pt2 file, an onnx.ModelProto; or a PyTorch model, called with example_inputs (and
+    example_kwargs), which gives a ModuleResult. target None: rewrite and verify only. passes: names or Pass values, in
+    order, or a Pipeline; all by default.
     tune: seconds in which register tiles are measured on this machine, for target "cpu"; what is found is remembered
     for the machine kind and used by later runs, unless they are given 0.
+    dynamic_shapes: of a PyTorch model, as torch.export takes them. freeze: whether its parameters may become constants;
+    by default where no gradients are recorded (torch.no_grad(), or no parameter requires any).
     on_pass: called with the name and the graph after each pass. progress: called with a few words as each stage begins.
     Raises UserError for bad input, VerificationError where the result is not the original's, CompilerError where the
     compiler failed (with compile=False the rewritten model is to be had all the same).
     """
-    from attnrewrite.verify.numeric import require
-
     options = Options(
         target, passes, precision, compile, inline, verify, dict(input_shapes or {}), threads, tvm_target, tune
     )
+    if "torch" in sys.modules and not isinstance(model, (str, os.PathLike)):
+        from attnrewrite import modules
+
+        if modules.is_model(model):
+            given = modules.Given(model, tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
+            return _optimize_module(given, options, freeze, on_pass, progress)
+    if example_inputs is not None or example_kwargs or dynamic_shapes is not None:
+        raise UserError("example inputs and dynamic shapes go with PyTorch models; a file says its own")
+    return _optimize_file(cast("ModelLike", model), options, on_pass, progress)
+
+
+def _optimize_file(
+    model: ModelLike,
+    options: Options,
+    on_pass: Callable[[str, Graph], None] | None,
+    progress: Callable[[str], None] | None,
+) -> Result:
+    from attnrewrite.verify.numeric import require
+
     home = tempfile.TemporaryDirectory(prefix="attnrewrite-")
     try:
         directory = Path(home.name) / "artifact"
@@ -167,6 +259,46 @@ def optimize(
         home.cleanup()
         raise
     return Result(home, built, source.inputs)
+
+
+def _optimize_module(
+    given: Given,
+    options: Options,
+    freeze: bool | None,
+    on_pass: Callable[[str, Graph], None] | None,
+    progress: Callable[[str], None] | None,
+) -> ModuleResult:
+    from attnrewrite import modules
+    from attnrewrite.verify.numeric import require
+
+    artifact.check_options(options)
+    stages = artifact.Stages(progress)
+    with stages.stage("read", f"tracing {given.name}"):
+        model = given.traced()
+    with stages.stage("rewrite", "looking for local attention"):
+        done = modules.rewrite(
+            model,
+            given.inputs,
+            pipeline=artifact.pipeline_of(options.passes),
+            freeze=modules.is_frozen(given.model) if freeze is None else freeze,
+            on_pass=on_pass,
+        )
+    if options.compile:
+        with stages.stage("compile", "compiling kernels"):
+            modules.prepare_kernels(modules.graph_of(done.model))
+    verification = None
+    if options.verify:
+        with stages.stage("verify", "verifying"):
+            verification = modules.verify(model, done.model, given.inputs, given.kwargs)
+        require(verification)
+    report = artifact.report_of(given.name, done.outcome, stages)
+    if verification is not None:
+        report = replace(report, verification=verification.to_json())
+    compiled: Result | None = None
+    if options.target is not None:
+        with given.on_disk(model) as path:
+            compiled = _optimize_file(path, options, None, progress)
+    return ModuleResult(done.model, given, report, verification, compiled)
 
 
 def load(directory: str | os.PathLike[str]) -> LoadedModel:

@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,17 +49,26 @@ class Job:
 
 
 class TorchRunner:
-    """A module of the zoo in eager mode or through torch.compile; inputs in the order of the file."""
+    """A module of the zoo in PyTorch, as it is or rewritten; inputs in the order of the file.
 
-    def __init__(self, model: str, threads: int, compiled: bool) -> None:
+    backend: of torch.compile; None runs eagerly.
+    """
+
+    def __init__(self, job: Job, *, rewritten: bool = False, backend: str | None = None) -> None:
         import torch
 
         from benchmarks import zoo
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(job.threads)
         self._torch = torch
-        module = zoo.model(model).module()
-        self._module = torch.compile(module) if compiled else module
+        module = zoo.model(job.model).module()
+        if rewritten:
+            import attnrewrite
+
+            with np.load(job.inputs) as file, torch.no_grad():
+                inputs = [torch.from_numpy(file[name]) for name in file.files]
+                module = attnrewrite.optimize(module, inputs, verify=False).module
+        self._module = module if backend is None else torch.compile(module, backend=backend)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with self._torch.inference_mode():
@@ -67,11 +77,13 @@ class TorchRunner:
 
 # The CPU clock leaves out what other processes took, and counts the waiting of a thread pool's threads.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-LOADERS = {
+LOADERS: dict[str, Callable[[Job], Runner]] = {
     "onnxruntime": lambda job: OnnxRunner(Path(job.onnx), job.threads),
     "openvino": lambda job: OpenVinoRunner(Path(job.onnx), job.threads),
-    "torch": lambda job: TorchRunner(job.model, job.threads, compiled=False),
-    "torch-compile": lambda job: TorchRunner(job.model, job.threads, compiled=True),
+    "torch": TorchRunner,
+    "torch-compile": partial(TorchRunner, backend="inductor"),
+    "torch-rewritten": partial(TorchRunner, rewritten=True),
+    "torch-attnrewrite": partial(TorchRunner, backend="attnrewrite"),
     "rewritten": lambda job: OnnxRunner(Path(job.artifact) / "model.onnx", job.threads),
     "compiled": lambda job: CompiledRunner(Path(job.artifact), job.threads),
 }
@@ -80,6 +92,8 @@ ENGINES = {
     "openvino": "openvino",
     "torch": "torch",
     "torch-compile": "torch",
+    "torch-rewritten": "torch",
+    "torch-attnrewrite": "torch",
     "rewritten": "onnxruntime",
     "compiled": "tvm.relax",
 }

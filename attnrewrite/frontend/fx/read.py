@@ -22,7 +22,7 @@ from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.fx.calls import tensors_in
 from attnrewrite.frontend.fx.program import Lifted, Program, by_name
 from attnrewrite.frontend.fx.reading import Mutated, Reading, State
-from attnrewrite.graph import Graph
+from attnrewrite.graph import Graph, Value
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -150,7 +150,7 @@ def _read(reading: Reading, arguments: list[Any]) -> Graph:
         raise UserError(f"the torch.fx graph cannot be run: {str(error).splitlines()[0]}") from error
     program, graph = reading.program, reading.write.graph
     inputs = [program.values[n] for n in program.module.graph.nodes if n.op == "placeholder"]
-    graph.inputs = [v for v in inputs if v in reading.inputs]
+    graph.inputs = [v for v in inputs if isinstance(v, Value) and v in reading.inputs]
     graph.outputs = reading.outputs
     graph.name = "graph"
     graph.source = program

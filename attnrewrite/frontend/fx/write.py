@@ -220,10 +220,13 @@ class _Writer:
         """A parameter or buffer is its own node, a view of one is a view; what follows from one is computed, as far as
         the caller wants it; anything else becomes a new constant.
         """
-        held, read = self._parameter(value), self.demand.as_read.get(value)
-        if value in self.demand.live:
-            self._follow(value, self.demand.live[value])
-        elif held is not None:
+        held, read, live = self._parameter(value), self.demand.as_read.get(value), self.demand.live.get(value)
+        if live is not None and self.demand.reference(live.value) is value:
+            self._unfreeze(value)
+        elif live is not None:
+            self._follow(value, live)
+            return
+        if held is not None:
             self.made[value] = held
         elif read is not None and (value in self.unfrozen or self._is_view_of_parameter(read)):
             self._emit(read)

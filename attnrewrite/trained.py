@@ -1,0 +1,205 @@
+"""Rewriting a model that is still being trained: no parameter becomes a constant.
+
+The passes work on constants. So the model is read several times with different random numbers in place of its
+parameters, and every reading is rewritten. What differs between the rewritten graphs depends on parameters, and tells
+by its numbers which: an element that equals, in every reading, the same element of a live tensor (a parameter, or what
+the model computes from parameters alone) is gathered from there at every call. A rewrite with a constant that is not
+such a gather is not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from attnrewrite.facts import Facts
+from attnrewrite.graph import Graph, Node, Value
+from attnrewrite.localattention.site import Decline
+from attnrewrite.pipeline import Outcome, Pass, Pipeline
+
+REASON = "its {} would be computed from parameters that are still being trained"
+UNLIKE = "{} depends on the numbers that the parameters hold"
+Anchor = tuple[str, str]
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """A constant of the rewritten graph in terms of a live value: its elements at `index` of the flattened value.
+
+    index: int64, of the constant's shape; None where the constant is the value itself.
+    """
+
+    value: Value
+    index: np.ndarray | None
+
+
+@dataclass
+class _Watch:
+    """Which anchor (pass and node) made or edited which node, and which anchors are to be left, with the reason."""
+
+    left: dict[Anchor, str] = field(default_factory=dict)
+    made: dict[Node, Anchor] = field(default_factory=dict)
+
+    def over(self, pass_: Pass) -> Pass:
+        anchor: list[Anchor] = []
+
+        def match(facts: Facts, node: Node) -> Any:
+            found = pass_.match(facts, node)
+            anchor[:] = [(pass_.name, node.label)]
+            if found is None or isinstance(found, Decline) or anchor[0] not in self.left:
+                return found
+            return Decline(self.left[anchor[0]], node.label)
+
+        def rewrite(facts: Facts, found: Any) -> None:
+            before = {node: list(node.inputs) for node in facts.graph.nodes}
+            pass_.rewrite(facts, found)
+            self.made.update((n, anchor[0]) for n in facts.graph.nodes if before.get(n) != n.inputs)
+
+        return replace(pass_, match=match, rewrite=rewrite)
+
+
+def rewrite_trained(
+    read: Callable[[Arrays], Graph],
+    parameters: Arrays,
+    live: Callable[[Graph], Sequence[Value]],
+    pipeline: Pipeline,
+    on_pass: Callable[[str, Graph], None] | None = None,
+) -> tuple[Outcome, dict[Value, Gathered]]:
+    """Run the pipeline on the graph that `read` gives for the parameters' contents; says which constants are live.
+
+    parameters: arrays by name, of which dtype and size matter. live: values of a graph just read that the model
+    computes anew at every call. Raises ValueError where readings differ in more than numbers.
+    """
+    probes = [_drawn(parameters, seed) for seed in range(_probes_needed(parameters))]
+    watch = _Watch()
+    while True:
+        watch.made.clear()
+        outcomes, sources = [], []
+        for probe in probes:
+            graph = read(probe)
+            sources.append(list(live(graph)))
+            outcomes.append(Pipeline([watch.over(p) for p in pipeline.passes]).run(graph))
+        gathered, unknown = _gathers([o.graph for o in outcomes], sources)
+        if not unknown:
+            if on_pass is not None:  # every reading goes the same way: one of them is shown
+                Pipeline([watch.over(p) for p in pipeline.passes]).run(read(probes[0]), on_pass)
+            return outcomes[0], gathered
+        before = set(watch.left)
+        for node, value in unknown:
+            anchor = watch.made.get(node)
+            if anchor is None or anchor in before:
+                raise ValueError(f"{value.name} depends on parameters in a way that is not known")
+            watch.left[anchor] = REASON.format(value.name)
+
+
+def _probes_needed(parameters: Arrays) -> int:
+    """More of them where numbers have few bits, so that no two elements are the same in all."""
+    return 2 if all(a.dtype.itemsize >= 4 for a in parameters.values()) else 6
+
+
+def _drawn(parameters: Arrays, seed: int) -> dict[str, np.ndarray]:
+    """Random numbers, no two alike: near the parameters' own at first, then far from them, so that what is clamped or
+    saturated in one reading is not in all.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for name, array in parameters.items():
+        own = array.astype(np.float64)
+        spread = max(float(np.std(own)), 0.05) if array.size else 0.0
+        noise = rng.uniform(-1, 1, array.shape)
+        drawn[name] = (own + noise * spread if seed == 0 else noise).astype(array.dtype)
+    return drawn
+
+
+def _gathers(
+    graphs: Sequence[Graph], sources: Sequence[Sequence[Value]]
+) -> tuple[dict[Value, Gathered], list[tuple[Node, Value]]]:
+    """The constants of the first graph that differ from graph to graph: as gathers, or with a node that reads them."""
+    columns = list(zip(*sources, strict=True))
+    own = {values[0] for values in columns}
+    gathered: dict[Value, Gathered] = {}
+    wanted: dict[Value, np.ndarray] = {}
+    readers: dict[Value, Node] = {}
+    for node, values in _read_constants(graphs):
+        value = values[0]
+        if value in own:
+            gathered[value] = Gathered(value, None)
+        elif value not in readers and (keys := _keys(values)) is not None:
+            wanted[value], readers[value] = keys, node
+    for values in reversed(columns):  # what is computed last is nearest
+        firsts = np.array([keys[0] for keys in wanted.values()], np.uint64)
+        if not len(firsts):
+            break
+        keys = _keys(values)
+        if keys is None or not _any_of(keys, firsts):
+            continue
+        for value, index in _found(wanted, keys).items():
+            same = values[0].shape == value.shape and np.array_equal(index, np.arange(index.size))
+            gathered[value] = Gathered(values[0], None if same else index.reshape(np.shape(value.constant)))
+            del wanted[value]
+    return gathered, [(readers[value], value) for value in wanted]
+
+
+def _any_of(keys: np.ndarray, firsts: np.ndarray) -> bool:
+    """Whether one of a few keys is among many."""
+    few = np.unique(firsts)
+    return bool((few[np.minimum(np.searchsorted(few, keys), len(few) - 1)] == keys).any())
+
+
+def _found(wanted: Mapping[Value, np.ndarray], keys: np.ndarray) -> dict[Value, np.ndarray]:
+    """Of the wanted values, those whose elements are all among these: int64 positions of them."""
+    order = np.argsort(keys, kind="stable")
+    known, found = keys[order], {}
+    for value, own in wanted.items():
+        if len(own) == len(keys) and (own == keys).all():
+            found[value] = np.arange(len(keys))
+            continue
+        at = np.minimum(np.searchsorted(known, own), len(known) - 1)
+        if (known[at] == own).all():
+            found[value] = order[at]
+    return found
+
+
+def _read_constants(graphs: Sequence[Graph]) -> Iterator[tuple[Node, tuple[Value, ...]]]:
+    """Constants that nodes of the graphs read, side by side. Raises ValueError where the graphs are not alike."""
+    if len({len(g.nodes) for g in graphs}) > 1:
+        raise ValueError(UNLIKE.format("the rewrite"))
+    for nodes in zip(*(g.nodes for g in graphs), strict=True):
+        inputs = [list(n.reads()) for n in nodes]
+        kinds = {(n.op, n.domain, len(read), repr(n.attributes)) for n, read in zip(nodes, inputs, strict=True)}
+        if len(kinds) > 1:
+            raise ValueError(UNLIKE.format(f"the rewrite at {nodes[0].label}"))
+        for values in zip(*inputs, strict=True):
+            if len({v.is_constant for v in values}) > 1 or len({v.shape for v in values}) > 1:
+                raise ValueError(UNLIKE.format(f"the rewrite at {nodes[0].label}"))
+            if values[0].is_constant:
+                yield nodes[0], values
+
+
+def _keys(values: Sequence[Value]) -> np.ndarray | None:
+    """uint64 [elements], one number for what an element holds in all readings; None where all readings agree, or hold
+    no floating-point numbers (indices, shapes and masks).
+
+    Different numbers have different keys but for a chance of 2^-64 for a pair of elements.
+    """
+    arrays = [np.asarray(v.constant) for v in values]
+    if not np.issubdtype(arrays[0].dtype, np.inexact) and arrays[0].dtype.kind != "V":
+        return None
+    if not arrays[0].size or all(np.array_equal(a, arrays[0], equal_nan=True) for a in arrays[1:]):
+        return None
+    keys = np.zeros(arrays[0].size, np.uint64)
+    for array in arrays:
+        bits = (array.astype(np.float64).reshape(-1) + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
+        keys = _mixed(keys * np.uint64(0x9E3779B97F4A7C15) + bits)
+    return keys
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    """A permutation of the 64-bit numbers that spreads every bit over all (the finaliser of SplitMix64)."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
