@@ -30,6 +30,8 @@ def load(path: Path) -> ExportedProgram:
         raise UserError(f"{path} is a torch.export archive: to read it, install torch") from error
     if not path.is_file():
         raise UserError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}")
+    import attnrewrite.operators  # noqa: F401 - an archive may hold the two ops
+
     try:
         with _silenced():
             return torch.export.load(path)
@@ -44,14 +46,13 @@ def to_onnx(program: ExportedProgram, path: Path) -> None:
     """
     import torch
 
+    from attnrewrite.operators.onnx import export
+
     stored = [*program.state_dict.values(), *program.constants.values()]
     weights = sum(t.numel() * t.element_size() for t in stored if isinstance(t, torch.Tensor))
     try:
         with torch.no_grad(), _silenced():
-            torch.onnx.export(
-                program, (), path, dynamo=True, opset_version=OPSET, external_data=weights > SINGLE_FILE_BYTES,
-                verbose=False,
-            )  # fmt: skip
+            export(program, (), path, opset_version=OPSET, external_data=weights > SINGLE_FILE_BYTES, verbose=False)
     except ImportError as error:
         raise UserError(f"torch.onnx needs {error.name} to export a program: install it") from error
     except Exception as error:

@@ -1,7 +1,8 @@
 """Two model files, compared exactly: each local attention op of the rewritten one against a site of the original.
 
 Sites and ops are met in topological order. An op proves a site where the integer maps pulled back through its emitted
-body equal those of the site (`localattention/proof.py`); an op that proves none fails, with the first difference.
+body equal those of the site (`localattention/proof.py`); an op that proves none fails, with the first difference. Where
+the original has an op already, the same op stands for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnrewrite.facts import Facts
-from attnrewrite.functions import is_local_op, spec_of
+from attnrewrite.functions import is_local_op, operands_of, spec_of
 from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.graph import Graph, Node
 from attnrewrite.localattention.aggregation import Aggregation
@@ -52,7 +53,8 @@ def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
             except NotProved as difference:
                 failure = f"{anchor.label}: {difference}" if position == 0 else failure
                 continue
-            checks.append(Check(node.label, anchor.label, True, "the integer maps are equal"))
+            why = "the original has this op" if isinstance(site, Node) else "the integer maps are equal"
+            checks.append(Check(node.label, anchor.label, True, why))
             del pending[: position + 1]
             break
         else:
@@ -60,9 +62,16 @@ def verify_exact(original: Graph, rewritten: Graph) -> list[Check]:
     return checks
 
 
-def _prove(site: SiteMaps | Aggregation, node: Node, opset: int) -> None:
+_Site = SiteMaps | Aggregation | Node
+
+
+def _prove(site: _Site, node: Node, opset: int) -> None:
     """Raise NotProved unless the op stands for the site."""
     spec = spec_of(node)
+    if isinstance(site, Node):
+        if spec != spec_of(site) or _shapes(node) != _shapes(site):
+            raise NotProved("the original has another op, or one of other operands")
+        return
     predicted = isinstance(spec, SlideAttention) and bool(spec.predicted)
     if predicted != isinstance(site, Aggregation):
         raise NotProved("one of the two predicts its weights, the other computes them from queries and keys")
@@ -72,14 +81,21 @@ def _prove(site: SiteMaps | Aggregation, node: Node, opset: int) -> None:
         prove(site, node, opset)
 
 
-def _sites(graph: Graph) -> list[tuple[Node, SiteMaps | Aggregation]]:
+def _shapes(node: Node) -> dict[str, object]:
+    return {name: value.shape for name, value in operands_of(node).items()}
+
+
+def _sites(graph: Graph) -> list[tuple[Node, _Site]]:
     """The local attention sites of a graph, in order, with what they are proved against."""
     passes = {p.name: p for p in select().passes}
     prepare = ["fold-reparam-branches", "move-folds", "move-pools", "part-joined-tokens"]
     select([*prepare, "move-partitions", "move-merges"]).run(graph)
     facts = Facts(graph)
-    found: list[tuple[Node, SiteMaps | Aggregation]] = []
+    found: list[tuple[Node, _Site]] = []
     for node in graph.nodes:
+        if is_local_op(node):
+            found.append((node, node))
+            continue
         for name in ("fuse-window-attention", "unfold-to-slide-attention", "fuse-outlook-attention"):
             match = _match(passes[name], facts, node)
             if isinstance(match, Aggregation):

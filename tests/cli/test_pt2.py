@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 import attnrewrite
+from attnrewrite import passes
 from attnrewrite.errors import UserError
+from attnrewrite.frontend.fx.read import read
+from attnrewrite.frontend.fx.write import write
+from attnrewrite.pipeline import Pipeline
 from examples.models.unfold_attention import UnfoldAttention
 
 
@@ -54,3 +59,15 @@ def test_another_model_is_told_from_the_rewritten_one(command, archive, tmp_path
     other = UnfoldAttention(8, num_heads=2, kernel_size=3).eval()
     torch.export.save(torch.export.export(other, (torch.randn(2, 8, 7, 6),)), tmp_path / "other.pt2")
     assert command("verify", tmp_path / "other.pt2", path).code == 1
+
+
+def test_a_rewritten_archive_keeps_its_ops(command, tmp_path):
+    """What was rewritten in torch goes on from there: the file holds the node, which no pass has to find again."""
+    model = UnfoldAttention(8, num_heads=2, kernel_size=3).eval()
+    graph = read(torch.export.export(model, (torch.randn(2, 8, 7, 6),)))
+    assert Pipeline(passes.ALL).run(graph).modified
+    torch.export.save(write(graph), tmp_path / "rewritten.pt2")
+    done = command("optimize", tmp_path / "rewritten.pt2", "--no-compile", "-o", tmp_path / "out", "--json")
+    assert done.code == 0 and done.json["sites"] == []
+    ops = [n for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node if n.domain == "attnrewrite"]
+    assert [n.op_type for n in ops] == ["SlideAttention"]

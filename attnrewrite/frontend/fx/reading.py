@@ -29,11 +29,11 @@ from attnrewrite.graph import Node, Value
 
 
 class Mutated(Exception):
-    """Tensors that outlive the graph are written to, but were taken for constants."""
+    """A tensor that outlives the graph is written to, but was taken for a constant."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        super().__init__(", ".join(sorted(names)))
-        self.names = names
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class State:
@@ -75,7 +75,6 @@ class Reading:
         self._replaces = self._stays = False
         self._expansions: dict[torch.fx.Node, tuple[list[Node], dict[torch.fx.Node, Value], bool, bool]] = {}
         self._fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the real tensor is held, for its identity
-        self._mutated: set[str] = set()
         self.inputs: set[Value] = set()
         self.outputs: list[Value] = []
 
@@ -86,10 +85,7 @@ class Reading:
         recorder = Recorder(self._whole, self._hear)
         runner = Runner(self.program.module, recorder, self._before, self._after, self._attribute)
         with quiet(self.mode):
-            result = runner.run(*arguments)
-        if self._mutated:
-            raise Mutated(frozenset(self._mutated))
-        return result
+            return runner.run(*arguments)
 
     def _whole(self, target: OpOverload) -> bool:
         return handler_of(str(target)) is not None
@@ -382,8 +378,7 @@ class Reading:
             tracked = self.tensors.find(tensor)
             assert tracked is not None
             if value.is_constant:
-                self._mutated.add(self.program.names[self._root(tracked).value])
-                continue
+                raise Mutated(self.program.names.get(self._root(tracked).value, owner))
             for n in self.write.graph.nodes[: self._start]:
                 if value in n.inputs:
                     raise UserError(
