@@ -2,8 +2,8 @@
 
     module = torch.compile(module, backend="attnrewrite")                       # rewritten, then Inductor
 
-    torch._inductor.config.pre_grad_custom_pass = attnrewrite.dynamo.GraphPass()        # Inductor, with training
-    torch._inductor.config.post_grad_custom_pre_pass = attnrewrite.dynamo.GraphPass()   # Inductor, inference only
+    torch._inductor.config.pre_grad_custom_pass = attnrewrite.dynamo.GraphPass()    # before Inductor's own passes
+    torch.compile(module, backend=attnrewrite.dynamo.rewriting(my_backend))         # before any other backend
 
 Parameters are read anew at every call, so training goes on as before. Buffers (masks, index tables) are taken as they
 are when the model is compiled; a call that finds one written to since then compiles anew.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch._dynamo.source import SyntheticLocalSource
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
@@ -77,9 +78,18 @@ def rewritten(
     except AttnRewriteError as error:
         logger.warning("the graph is compiled as it is: %s", error)
         return None
+    _name_sources(module, as_module(done.model))
     for site in done.outcome.sites:
         logger.info("%s: %s, %s: %s", site.node, site.kind, site.verdict, site.reason)
     return done
+
+
+def _name_sources(module: GraphModule, rewritten: GraphModule) -> None:
+    """Tell AOTAutograd where the tensors of a Dynamo graph come from, the rewrite's own constants among them."""
+    known = getattr(module, "_param_name_to_source", None)
+    if known is not None:
+        added = {name: SyntheticLocalSource(name) for name, _ in rewritten.named_buffers() if name not in known}
+        rewritten._param_name_to_source = {**known, **added}
 
 
 def lifted_by_dynamo(module: GraphModule, example_inputs: Sequence[Any]) -> list[Lifted]:
@@ -118,8 +128,10 @@ def _versions(inputs: Sequence[Any], watched: Sequence[int]) -> list[tuple[int, 
 
 
 class GraphPass(CustomGraphPass):
-    """The passes as one of Inductor's custom passes, before or behind its autograd.
+    """The passes as Inductor's `pre_grad_custom_pass`, for inference and training.
 
+    Behind autograd (`post_grad_custom_pre_pass`) a graph no longer says what its index tables and masks hold, so there
+    is nothing to match there.
     passes: a Pipeline or names in order; all by default.
     """
 

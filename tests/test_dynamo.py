@@ -115,7 +115,7 @@ def test_what_is_no_local_attention_goes_on_untouched():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["backend", "pre_grad_custom_pass", "post_grad_custom_pre_pass"])
+@pytest.mark.parametrize("place", ["backend", "pre_grad_custom_pass"])
 def test_inductor(place):
     """Inductor compiles C++ for the rest: half a minute each."""
     model, x = swin(), torch.randn(IMAGE)
@@ -123,9 +123,10 @@ def test_inductor(place):
         compiled = torch.compile(model, backend="attnrewrite", fullgraph=True)
     else:
         compiled = torch.compile(model, options={place: dynamo.GraphPass()})
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        assert scaled_error(compiled(x), model(x)) < 1e-5
+    with torch.no_grad():
+        compiled(x)
+        with torch.profiler.profile() as profile:
+            assert scaled_error(compiled(x), model(x)) < 1e-5
     assert sum(e.count for e in profile.key_averages() if e.key == "attnrewrite::flash_window_attention") == 2
-    if place != "post_grad_custom_pre_pass":
-        compiled(x).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

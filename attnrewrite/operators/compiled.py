@@ -82,11 +82,18 @@ class Prepared:
 
 
 class _State:
-    """enabled: None until it is asked for. ready: of each kernel asked for, the loaded one; None: torch computes it."""
+    """enabled: None until it is asked for. ready: of each kernel asked for, the loaded one; None: left to torch, for
+    good or while it is among `making`. plans: of the kinds of calls seen. laid_out: biases and masks, and how kernels
+    read them.
+    """
 
     def __init__(self) -> None:
         self.enabled: bool | None = None
-        self.ready: dict[Any, Loaded | None] = {}
+        self.ready: dict[Kernel, Loaded | None] = {}
+        self.making: set[Kernel] = set()
+        self.plans: dict[Any, Plan] = {}
+        self.laid_out: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.laid_out_bytes = 0
         self.pending: list[Kernel] = []
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
@@ -157,34 +164,62 @@ def _batch_follows(feature_map: Tensor, stride: int) -> bool:
 # -- calls ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How one kind of call is made. loaded: None where torch computes it. steps: by operand. shape: of the result."""
+
+    loaded: Loaded | None
+    steps: Mapping[str, int]
+    shape: tuple[int, ...]
+
+
+# Kinds of calls that are remembered; they differ in their batch as well.
+_MOST_PLANS = 4096
+
+
 def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
-    """The op computed by its kernel; None where there is none, or none yet. Operands are CPU tensors."""
+    """The op computed by its kernel; None where there is none, or none yet. Operands are CPU tensors.
+
+    Raises ValueError where an operand's shape is not the op's.
+    """
     if not kernels_are_used():
         return None
+    key = (spec, *((name, t.shape, t.stride(), t.dtype) for name, t in operands.items()))
+    plan = _state.plans.get(key)
+    if plan is None:
+        plan = _plan(spec, operands)
+        if plan is None:
+            return None
+        if len(_state.plans) >= _MOST_PLANS:
+            _state.plans.clear()
+        _state.plans[key] = plan
+    if plan.loaded is None:
+        return None
+    return (_call(spec, plan, operands),)
+
+
+def _plan(spec: Spec, operands: Mapping[str, Tensor]) -> Plan | None:
+    """The plan of a call; None where its kernel is still being made."""
+    shape = tuple(result_shapes(spec, operands)[0])
     kernel = kernel_of(spec, operands)
     if kernel is None:
-        return None
-    try:
-        loaded = _state.ready[kernel]
-    except KeyError:
-        result_shapes(spec, operands)
+        return Plan(None, {}, shape)
+    if kernel not in _state.ready:
         _ask(kernel)
         return None
-    if loaded is None:
-        return None
-    return _call(kernel, loaded, operands)
+    loaded = _state.ready[kernel]
+    return None if loaded is None and kernel in _state.making else Plan(loaded, dict(kernel.steps), shape)
 
 
-def _call(kernel: Kernel, loaded: Loaded, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    (shape,) = result_shapes(kernel.spec, operands)
-    result = torch.empty(shape)
-    if not result.numel():
-        return (result,)
-    steps = dict(kernel.steps)
-    given = [_as_read(kernel.spec, n, t.detach(), steps.get(n), loaded.lanes) for n, t in operands.items()]
+def _call(spec: Spec, plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
+    result = torch.empty(plan.shape)
+    loaded = plan.loaded
+    if loaded is None or not result.numel():
+        return result
+    given = [_as_read(spec, n, t.detach(), plan.steps.get(n), loaded.lanes) for n, t in operands.items()]
     _follow_threads()
     loaded.function(*given, result)
-    return (result,)
+    return result
 
 
 def _as_read(spec: Spec, name: str, operand: Tensor, step: Step, lanes: int) -> Tensor:
@@ -197,10 +232,33 @@ def _as_read(spec: Spec, name: str, operand: Tensor, step: Step, lanes: int) -> 
         return operand.as_strided((count,), (1,))
     if isinstance(spec, FlashWindowAttention):
         if name in ("bias", "mask"):
-            return _laid_out(operand, lanes)
+            return _laid_out_before(operand, lanes)
         if name == "relative_position":
             return _laid_out_positions(operand, spec, lanes)
     return operand.contiguous()
+
+
+# Bytes of biases and masks that are kept in the kernels' layout.
+_KEPT_BYTES = 64 << 20
+
+
+def _laid_out_before(term: Tensor, lanes: int) -> Tensor:
+    """`_laid_out`, or what it returned before for the same numbers: comparing them is cheaper by far."""
+    key = (term.data_ptr(), term.shape, term.stride(), lanes)
+    kept = _state.laid_out.get(key)
+    if kept is not None and torch.equal(kept[0], term):
+        return kept[1]
+    laid_out = _laid_out(term, lanes)
+    size = 4 * (term.numel() + laid_out.numel())
+    with _state.lock:
+        if kept is None:
+            _state.laid_out_bytes += size
+        if _state.laid_out_bytes > _KEPT_BYTES:
+            _state.laid_out.clear()
+            _state.laid_out_bytes = size
+        if size <= _KEPT_BYTES:
+            _state.laid_out[key] = (term.clone(), laid_out)
+    return laid_out
 
 
 _LOG2_E = 1.0 / math.log(2.0)
@@ -261,6 +319,7 @@ def prepare(sites: Iterable[tuple[Spec, Mapping[str, Tensor]]]) -> Prepared:
         return Prepared(0, 0, len(listed), (), 0.0)
     known = [kernel for kernel in kernels if _state.ready.get(kernel) is not None]
     report = _make([kernel for kernel in kernels if kernel not in known])
+    _state.plans.clear()  # some say that torch computes what a kernel computes now
     return Prepared(
         report.compiled, report.kept + len(known), report.uncovered + uncovered, report.failed, report.seconds
     )
@@ -272,6 +331,7 @@ def _ask(kernel: Kernel) -> None:
         if kernel in _state.ready:
             return
         _state.ready[kernel] = None
+        _state.making.add(kernel)
         _state.pending.append(kernel)
         if _state.worker is None:
             _state.worker = threading.Thread(target=_work, name="attnrewrite-kernels", daemon=True)
@@ -287,6 +347,7 @@ def _work() -> None:
                 _state.worker = None
                 return
         _make(kernels)
+        _state.making.difference_update(kernels)
 
 
 def _make(kernels: Sequence[Kernel]) -> Prepared:

@@ -221,7 +221,11 @@ def bind(operator: Operator, args: Sequence[Any], keywords: Mapping[str, Any]) -
 
 def result_shapes(spec: Spec, operands: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], ...]:
     """Shapes of the op's results. Raises ValueError where an operand's shape is none that the op has."""
-    check_shapes(spec, {name: operand.shape for name, operand in operands.items()})
+    shapes = tuple((name, operand.shape) for name, operand in operands.items())
+    if all(isinstance(shape[0], int) for _, shape in shapes if shape):
+        _checked(spec, shapes)
+    else:  # a symbolic batch, which is no key
+        check_shapes(spec, dict(shapes))
     value = operands["value"]
     if isinstance(spec, SlideAttention):
         return ((value.shape[0], value.shape[1], *spec.output_size),)
@@ -230,6 +234,11 @@ def result_shapes(spec: Spec, operands: Mapping[str, torch.Tensor]) -> tuple[tup
     if "extra_query" not in operands:
         return (own,)
     return own, (value.shape[0], geometry.num_windows, operands["extra_query"].shape[2], channels)
+
+
+@lru_cache(maxsize=4096)
+def _checked(spec: Spec, shapes: tuple[tuple[str, torch.Size], ...]) -> None:
+    check_shapes(spec, dict(shapes))
 
 
 def check_shapes(spec: Spec, shapes: Mapping[str, Sequence[Any]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -118,24 +118,25 @@ class Tokens:
                 per_image.index_copy_(1, positions, filling.expand(images, -1, -1))
         return gathered.view(-1, self.pixels.shape[2], width)
 
-    def put_back(self, tokens: torch.Tensor, images: int) -> torch.Tensor:
-        """[images * nW * heads, N, d] -> [images, pixels, heads, d]: every pixel the sum over its tokens."""
+    def put_back(self, tokens: torch.Tensor, images: int, target: torch.Tensor) -> None:
+        """[images * nW * heads, N, d] -> target [images, pixels, heads, d]: every pixel the sum over its tokens."""
         flat = tokens.reshape(images * self.count, -1)
         readers = self.returning(images, flat.device)
         if len(readers) > 1 or self.has_unread:
             flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
+        if len(readers) == 1 and target.is_contiguous():
+            torch.index_select(flat, 0, readers[0], out=target.view(-1, flat.shape[1]))
+            return
         total = flat.index_select(0, readers[0])
         for reader in readers[1:]:
             total += flat.index_select(0, reader)
-        return total.view(images, self._extent, self.heads, -1)
+        target.copy_(total.view(target.shape))
 
-    @property
+    @cached_property
     def has_unread(self) -> bool:
-        """Whether some pixel is read by no token."""
-        inside = self.pixels[self.pixels != PADDING]
-        return bool(np.unique(inside).size < self._extent) or any(
-            np.unique(own[own != PADDING]).size < self._extent for own in self.pixels.swapaxes(0, 1)
-        )
+        """Whether some pixel is read by no token of some head."""
+        of_heads = self.pixels.swapaxes(0, 1)
+        return any(np.unique(own[own != PADDING]).size < self._extent for own in of_heads)
 
     def sum_outside(self, tokens: torch.Tensor, images: int) -> torch.Tensor:
         """[images * nW * heads, N, d] -> [heads, d]: the sum over the tokens outside the map."""

@@ -88,17 +88,22 @@ class Site:
             return None
         return (table if table.shape[0] == 1 else table[chunk.head : chunk.head + chunk.heads]).to(self.query.dtype)
 
-    def own_query(self, q: Tensor, chunk: Chunk) -> Tensor:
-        """[b*nW, h, N, d] without the extra ones."""
-        return q[:, : self.own_queries].view(-1, chunk.heads, self.own_queries, q.shape[-1])
+    def queries(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """Queries multiplied by scale, and where the op has relative positions the window's own as they are, apart:
+        [b*nW, h, N, d].
+        """
+        q = self.gather("query", chunk)
+        if "relative_position" not in self.operands:
+            return q.mul_(self.spec.scale), None
+        own = q[:, : self.own_queries].reshape(-1, chunk.heads, self.own_queries, q.shape[-1])
+        return q * self.spec.scale, own
 
-    def weights(self, q: Tensor, k: Tensor, chunk: Chunk) -> Tensor:
-        """softmax(logits) in the softmax's dtype, [b*nW*h, N, M]."""
-        nothing = q.new_empty(()).expand(q.shape[0], q.shape[1], k.shape[1])
-        logits = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=self.spec.scale)
+    def weights(self, q: Tensor, k: Tensor, unscaled: Tensor | None, chunk: Chunk) -> Tensor:
+        """softmax(logits) of scaled queries in the softmax's dtype, [b*nW*h, N, M]."""
+        logits = torch.bmm(q, k.transpose(1, 2))
         view = logits.view(chunk.images, self.windows, chunk.heads, self.tokens, self.all_keys)
-        if (table := self.table(chunk)) is not None:
-            relative = relative_logits(self.spec, self.own_query(q, chunk), table)
+        if unscaled is not None and (table := self.table(chunk)) is not None:
+            relative = relative_logits(self.spec, unscaled, table)
             view[..., : self.own_queries, : self.own_keys] += relative.view(
                 chunk.images, self.windows, chunk.heads, self.own_queries, self.own_keys
             )
@@ -164,11 +169,11 @@ def forward(spec: FlashWindowAttention, operands: Mapping[str, Tensor]) -> tuple
     pixels = math.prod(spec.geometry.feature_size)
     out = results[0].view(-1, pixels, site.heads, site.value_dim)
     for chunk in site.chunks():
-        q, k, v = (site.gather(name, chunk) for name in ("query", "key", "value"))
-        attended = torch.bmm(site.weights(q, k, chunk).to(v.dtype), v)
+        (q, unscaled), k, v = site.queries(chunk), site.gather("key", chunk), site.gather("value", chunk)
+        attended = torch.bmm(site.weights(q, k, unscaled, chunk).to(v.dtype), v)
         of_image, of_head = _ranges(chunk)
         to_map = _map_queries(chunk, spec)
-        out[of_image, :, of_head] = to_map.put_back(attended[:, : site.own_queries], chunk.images)
+        to_map.put_back(attended[:, : site.own_queries], chunk.images, out[of_image, :, of_head])
         if site.extra_queries:
             beside = attended[:, site.own_queries :].view(chunk.images, site.windows, chunk.heads, -1, site.value_dim)
             target = results[1].view(*results[1].shape[:3], site.heads, site.value_dim)
@@ -211,7 +216,7 @@ class Gradients:
         of_image, of_head = _ranges(chunk)
         if name in self.sums:
             whole = self.sums[name].view(site.value.shape[0], -1, site.heads, width)
-            whole[of_image, :, of_head] = tokens.put_back(inner, chunk.images)
+            tokens.put_back(inner, chunk.images, whole[of_image, :, of_head])
         if f"{name}_padding" in self.sums and tokens.has_padding:
             self.sums[f"{name}_padding"].view(site.heads, width)[of_head] += tokens.sum_outside(inner, chunk.images)
         if f"extra_{name}" in self.sums:
@@ -244,14 +249,14 @@ def backward(
         return [sum_.zero_() for sum_ in sums.results()]
     rows = None if grads[0] is None else Rows(grads[0], site.heads)
     for chunk in site.chunks():
-        q, k, v = (site.gather(name, chunk) for name in ("query", "key", "value"))
+        (q, unscaled), k, v = site.queries(chunk), site.gather("key", chunk), site.gather("value", chunk)
         if rows is None:
             arrived = q.new_zeros(q.shape[0], site.own_queries, site.value_dim)
         else:
             arrived = _map_queries(chunk, spec).gather(rows, chunk.image, chunk.images, None)
         if site.extra_queries:
             arrived = torch.cat([arrived, _beside(site, grads[1], chunk, arrived)], 1)
-        weights = site.weights(q, k, chunk)
+        weights = site.weights(q, k, unscaled, chunk)
         low = weights.to(v.dtype)
         if {"value", "value_padding", "extra_value"} & set(wanted):
             sums.add_tokens("value", torch.bmm(low.transpose(1, 2), arrived), chunk)
@@ -262,8 +267,8 @@ def backward(
             sums.add_term(name, view, chunk)
         grad = grad.to(q.dtype)
         if {"key", "key_padding", "extra_key"} & set(wanted):
-            sums.add_tokens("key", torch.bmm(grad.transpose(1, 2), q).mul_(spec.scale), chunk)
-        through_table = _through_table(site, sums, q, grad, chunk)
+            sums.add_tokens("key", torch.bmm(grad.transpose(1, 2), q), chunk)
+        through_table = _through_table(site, sums, unscaled, grad, chunk)
         if {"query", "extra_query"} & set(wanted):
             of_query = torch.bmm(grad, k).mul_(spec.scale)
             if through_table is not None:
@@ -281,12 +286,12 @@ def _beside(site: Site, grad: Tensor | None, chunk: Chunk, like: Tensor) -> Tens
     return apart.transpose(2, 3).reshape(like.shape[0], site.extra_queries, site.value_dim)
 
 
-def _through_table(site: Site, sums: Gradients, q: Tensor, grad: Tensor, chunk: Chunk) -> Tensor | None:
+def _through_table(site: Site, sums: Gradients, unscaled: Tensor | None, grad: Tensor, chunk: Chunk) -> Tensor | None:
     """The query's gradient by way of the relative positions, [b*nW, h, N, d]; their own is added to its sum."""
     table = site.table(chunk)
-    if table is None:
+    if table is None or unscaled is None:
         return None
-    own = site.own_query(q, chunk).detach().requires_grad_()
+    own = unscaled.detach().requires_grad_()
     table = table.detach().requires_grad_()
     with torch.enable_grad():
         relative = relative_logits(site.spec, own, table)

@@ -11,7 +11,7 @@ import numpy as np
 from attnrewrite.dims import static
 from attnrewrite.frontend.fx.building import Builder, Opaque, Results, Table, entry, plain
 from attnrewrite.frontend.shapes import broadcast
-from attnrewrite.graph import UnknownShape, Value
+from attnrewrite.graph import UnknownShape, Value, ancestors
 
 PRODUCTS: Table = {}
 
@@ -144,7 +144,21 @@ def attention(
             _excluded(write, logits, mask) if boolean else write.binary("Add", logits, write.cast(mask, write.dtype))
         )
     weights = write.unary("Softmax", logits, axis=-1)
+    if mask is not None and _may_leave_no_key(mask):
+        nothing = write.unary("IsNaN", weights, np.dtype(bool))
+        weights = write.op("Where", [nothing, write.scalar(0, weights), weights], weights.known_shape, weights.dtype)
     return matmul(write, weights, value)
+
+
+def _may_leave_no_key(mask: Value) -> bool:
+    """Whether a query may be left no key, for which torch gives zeros and a softmax none: by a mask of bools, or one to
+    add that is made with -inf.
+    """
+    if mask.is_constant:
+        excluded = ~mask.constant if mask.dtype == np.dtype(bool) else np.isneginf(mask.constant)
+        return bool(excluded.all(-1).any())
+    made_of = (v for v in ancestors([mask]) if v.is_constant and v.dtype is not None and v.dtype.kind == "f")
+    return mask.dtype == np.dtype(bool) or any(bool(np.isneginf(v.constant).any()) for v in made_of)
 
 
 def _excluded(write: Builder, logits: Value, allowed: Value) -> Value:

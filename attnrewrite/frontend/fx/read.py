@@ -20,6 +20,7 @@ from attnrewrite.frontend.expand import expand_attention
 from attnrewrite.frontend.flattened import keep_axes
 from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.fx.calls import tensors_in
+from attnrewrite.frontend.fx.guards import guard_by_softmax
 from attnrewrite.frontend.fx.program import Lifted, Program, by_name
 from attnrewrite.frontend.fx.reading import Mutated, Reading, State
 from attnrewrite.graph import Graph, Value
@@ -48,9 +49,9 @@ def read(
             reading, arguments = _prepared(module, example_inputs, lifted, tensors or {}, mutable)
             return _read(reading, arguments)
         except Mutated as found:
-            if found.name in mutable:
-                raise AssertionError(f"{found.name} was read as a constant") from found
-            mutable |= {found.name}
+            if found.names <= mutable:
+                raise AssertionError(f"{found} was read as a constant") from found
+            mutable |= found.names
 
 
 def _prepared(
@@ -157,5 +158,6 @@ def _read(reading: Reading, arguments: list[Any]) -> Graph:
     fold(graph)
     expand_attention(graph)
     keep_axes(graph)
+    guard_by_softmax(graph)
     reading.finished()
     return graph

@@ -29,11 +29,11 @@ from attnrewrite.graph import Node, Value
 
 
 class Mutated(Exception):
-    """A tensor that outlives the graph is written to, but was taken for a constant."""
+    """Tensors that outlive the graph are written to, but were taken for constants."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__(", ".join(sorted(names)))
+        self.names = names
 
 
 class State:
@@ -75,6 +75,7 @@ class Reading:
         self._replaces = self._stays = False
         self._expansions: dict[torch.fx.Node, tuple[list[Node], dict[torch.fx.Node, Value], bool, bool]] = {}
         self._fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the real tensor is held, for its identity
+        self._mutated: set[str] = set()
         self.inputs: set[Value] = set()
         self.outputs: list[Value] = []
 
@@ -85,7 +86,10 @@ class Reading:
         recorder = Recorder(self._whole, self._hear)
         runner = Runner(self.program.module, recorder, self._before, self._after, self._attribute)
         with quiet(self.mode):
-            return runner.run(*arguments)
+            result = runner.run(*arguments)
+        if self._mutated:
+            raise Mutated(frozenset(self._mutated))
+        return result
 
     def _whole(self, target: OpOverload) -> bool:
         return handler_of(str(target)) is not None
@@ -378,7 +382,8 @@ class Reading:
             tracked = self.tensors.find(tensor)
             assert tracked is not None
             if value.is_constant:
-                raise Mutated(self.program.names.get(self._root(tracked).value, owner))
+                self._mutated.add(self.program.names[self._root(tracked).value])
+                continue
             for n in self.write.graph.nodes[: self._start]:
                 if value in n.inputs:
                     raise UserError(

@@ -201,6 +201,9 @@ PRODUCTS: dict[str, Row] = {
         lambda q, k, m: (
             F.scaled_dot_product_attention(q, k, k, attn_mask=m, scale=0.3),
             F.scaled_dot_product_attention(q, k, k, attn_mask=m > -1),
+            F.scaled_dot_product_attention(q, k, k, attn_mask=m > 0.8),  # some queries are left no key
+            F.scaled_dot_product_attention(q, k, k, attn_mask=m.masked_fill(m < 0.8, -torch.inf)),
+            F.scaled_dot_product_attention(q, k, k, attn_mask=torch.arange(5)[:, None] > torch.arange(6)),
             F.scaled_dot_product_attention(q, k, k, is_causal=True),
         ),
         ((2, 3, 5, 4), (2, 3, 6, 4), (5, 6)),
