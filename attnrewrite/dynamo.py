@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule
 
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.frontend.fx.program import Lifted
-from attnrewrite.modules import Rewritten, as_module, rewrite
+from attnrewrite.modules import Rewritten, as_module, prepare_kernels, rewrite
 from attnrewrite.pipeline import Pipeline, select
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def rewriting(inner: Backend, passes: Pipeline | Sequence[str] | None = None) ->
         done = rewritten(module, example_inputs, lifted_by_dynamo(module, example_inputs), passes)
         if done is None or not done.outcome.modified:
             return inner(module, example_inputs)
+        prepare_kernels(as_module(done.model))
         return _watching(inner(as_module(done.model), example_inputs), done, module, example_inputs, compiled)
 
     return compiled
