@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -54,5 +55,7 @@ def load_kernel(library: Path, entry: str) -> Callable[..., Any]:
 
     from attnrewrite.runtime import size_thread_pool
 
+    # Between two kernels the caller's own threads need the cores that TVM's would spin on.
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
     size_thread_pool()
     return tvm_ffi.load_module(str(library))[entry]

@@ -149,10 +149,7 @@ def _image_step(feature_map: Tensor) -> Step:
     strides = feature_map.stride()
     if any(s != math.prod(feature_map.shape[a + 1 :]) for a, s in enumerate(strides) if a):
         return None
-    pixels, batch = math.prod(feature_map.shape[2:]), feature_map.shape[0]
-    if isinstance(batch, int) and batch == 1:
-        return None
-    step, rest = divmod(strides[0], pixels)
+    step, rest = divmod(strides[0], math.prod(feature_map.shape[2:]))
     return int(step) if not rest and step > feature_map.shape[1] else None
 
 

@@ -67,6 +67,8 @@ def test_parts_of_a_map_are_read_where_they_are(name: str) -> None:
     kernel = compiled.kernel_of(spec, operands)
     assert kernel is not None
     assert [n for n, _ in kernel.steps] == ["query", "key", "value"]
+    maps = ("query", "key", "value")
+    assert compiled.kernel_of(spec, {n: t[:1] if n in maps else t for n, t in operands.items()}) == kernel
     found = compiled.results_of(spec, operands)
     assert found is not None
     assert error(found[0].numpy(), general.run(spec, operands)[0].numpy()) <= FLOAT32
