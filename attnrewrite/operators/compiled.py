@@ -3,6 +3,7 @@
 A kernel is found by the spec, the operands present and their shapes without the batch. `prepare` compiles those of
 many sites in one process and waits. A call whose kernel is not there yet has it compiled in the background and is
 computed in torch until then, as is all that no kernel computes: other dtypes and devices, other specs, gradients.
+Calls that gradients go through use prepared kernels alone, so that a training run does not depend on when one is ready.
 
 ATTNREWRITE_KERNELS=off, or `use_kernels(False)`, leaves everything to torch.
 """
@@ -38,6 +39,8 @@ _VARIABLE = "ATTNREWRITE_KERNELS"
 _GATHERING_SECONDS = 0.3
 
 Step = int | None
+
+_MAPS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class _State:
         self.enabled: bool | None = None
         self.ready: dict[Kernel, Loaded | None] = {}
         self.making: set[Kernel] = set()
+        self.prepared: set[Kernel] = set()
         self.plans: dict[Any, Plan] = {}
         self.laid_out: dict[Any, tuple[Tensor, Tensor]] = {}
         self.laid_out_bytes = 0
@@ -124,7 +128,7 @@ def kernel_of(spec: Spec, operands: Mapping[str, Tensor]) -> Kernel | None:
     windows = isinstance(spec, FlashWindowAttention)
     shapes, steps = [], []
     for name, operand in operands.items():
-        if name in ("query", "key", "value"):
+        if name in _MAPS:
             shapes.append((name, (None, *map(int, operand.shape[1:]))))
             if step := (_pixel_step if windows else _image_step)(operand):
                 steps.append((name, step))
@@ -163,11 +167,14 @@ def _batch_follows(feature_map: Tensor, stride: int) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one kind of call is made. loaded: None where torch computes it. steps: by operand. shape: of the result."""
+    """How one kind of call is made. loaded: None where torch computes it. steps: by operand. shape: of the result.
+    prepared: whether `prepare` made the kernel.
+    """
 
     loaded: Loaded | None
     steps: Mapping[str, int]
     shape: tuple[int, ...]
+    prepared: bool
 
 
 # Kinds of calls that are remembered; they differ in their batch as well.
@@ -181,31 +188,35 @@ def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]
     """
     if not kernels_are_used():
         return None
+    trained = any(t.requires_grad for name, t in operands.items() if name in _MAPS)
     key = (spec, *((name, t.shape, t.stride(), t.dtype) for name, t in operands.items()))
     plan = _state.plans.get(key)
     if plan is None:
-        plan = _plan(spec, operands)
+        plan = _plan(spec, operands, trained)
         if plan is None:
             return None
         if len(_state.plans) >= _MOST_PLANS:
             _state.plans.clear()
         _state.plans[key] = plan
-    if plan.loaded is None:
+    if plan.loaded is None or (trained and not plan.prepared):
         return None
     return (_call(spec, plan, operands),)
 
 
-def _plan(spec: Spec, operands: Mapping[str, Tensor]) -> Plan | None:
+def _plan(spec: Spec, operands: Mapping[str, Tensor], trained: bool) -> Plan | None:
     """The plan of a call; None where its kernel is still being made."""
     shape = tuple(result_shapes(spec, operands)[0])
     kernel = kernel_of(spec, operands)
     if kernel is None:
-        return Plan(None, {}, shape)
+        return Plan(None, {}, shape, False)
     if kernel not in _state.ready:
-        _ask(kernel)
+        if not trained:
+            _ask(kernel)
         return None
     loaded = _state.ready[kernel]
-    return None if loaded is None and kernel in _state.making else Plan(loaded, dict(kernel.steps), shape)
+    if loaded is None and kernel in _state.making:
+        return None
+    return Plan(loaded, dict(kernel.steps), shape, kernel in _state.prepared)
 
 
 def _call(spec: Spec, plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
@@ -316,6 +327,7 @@ def prepare(sites: Iterable[tuple[Spec, Mapping[str, Tensor]]]) -> Prepared:
         return Prepared(0, 0, len(listed), (), 0.0)
     known = [kernel for kernel in kernels if _state.ready.get(kernel) is not None]
     report = _make([kernel for kernel in kernels if kernel not in known])
+    _state.prepared.update(kernels)
     _state.plans.clear()  # some say that torch computes what a kernel computes now
     return Prepared(
         report.compiled, report.kept + len(known), report.uncovered + uncovered, report.failed, report.seconds

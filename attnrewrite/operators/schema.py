@@ -203,7 +203,8 @@ def _spec(name: str, keywords: tuple[tuple[str, Any], ...]) -> Spec:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    """Sizes that are symbolic become those of the example: an operator has one geometry."""
+    return tuple(map(int, value)) if isinstance(value, (list, tuple)) else value
 
 
 def bind(operator: Operator, args: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Spec, dict[str, Any]]:
@@ -222,9 +223,9 @@ def bind(operator: Operator, args: Sequence[Any], keywords: Mapping[str, Any]) -
 def result_shapes(spec: Spec, operands: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], ...]:
     """Shapes of the op's results. Raises ValueError where an operand's shape is none that the op has."""
     shapes = tuple((name, operand.shape) for name, operand in operands.items())
-    if all(isinstance(shape[0], int) for _, shape in shapes if shape):
+    if all(isinstance(extent, int) for _, shape in shapes for extent in shape):
         _checked(spec, shapes)
-    else:  # a symbolic batch, which is no key
+    else:  # symbolic extents are no keys
         check_shapes(spec, dict(shapes))
     value = operands["value"]
     if isinstance(spec, SlideAttention):

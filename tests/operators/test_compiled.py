@@ -151,6 +151,36 @@ def test_a_kernel_is_made_in_the_background(monkeypatch: pytest.MonkeyPatch) -> 
     assert error(found[0].numpy(), expected(case)[0]) <= FLOAT32
 
 
+@pytest.mark.usefixtures("kernels")
+def test_training_does_not_depend_on_when_a_kernel_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One made in the background is for inference; a prepared one is used from the first step on."""
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    compiled.use_kernels(True)
+    spec, operands = CASES["k3"].spec, tensors(CASES["k3"])
+    trained = {n: t.clone().requires_grad_() for n, t in operands.items()}
+    assert compiled.results_of(spec, trained) is None
+    assert compiled._state.worker is None
+    assert compiled.results_of(spec, operands) is None
+    assert compiled._state.worker is not None
+    compiled._state.worker.join(60)
+    assert compiled.results_of(spec, operands) is not None
+    assert compiled.results_of(spec, trained) is None
+    compiled.prepare([(spec, operands)])
+    assert compiled.results_of(spec, trained) is not None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_another_bias_is_another_result() -> None:
+    """Biases are kept as the kernel reads them; one that was written to, or lies where another lay, is noticed."""
+    case = CASES["shifted-with-mask"]
+    operands = tensors(case)
+    for _ in range(3):
+        found = compiled.results_of(case.spec, operands)
+        assert found is not None
+        assert error(found[0].numpy(), general.run(case.spec, operands)[0].numpy()) <= FLOAT32
+        operands["bias"].data.mul_(-1.5)
+
+
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_state", compiled._State())
     monkeypatch.setenv("ATTNREWRITE_KERNELS", "off")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +110,35 @@ def test_the_modules_export(name: str) -> None:
     program = torch.export.export(module, (map_of(6, 9),), dynamic_shapes=({0: batch},))
     x = torch.cat([map_of(6, 9)] * 2)
     torch.testing.assert_close(program.module()(x), module(x), **CLOSE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_modules_compile_as_one_graph(name: str) -> None:
+    """With gradients, and for maps of every size once shapes are dynamic."""
+    torch.manual_seed(0)
+    module = MODULES[name]()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (module, compiled):
+        module.zero_grad()
+        function(map_of(6, 9)).square().sum().backward()
+        grads.append([p.grad.clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        assert torch.equal(compiled(map_of(5, 7)), module(map_of(5, 7)))
+
+
+def test_an_infinite_mask_value_survives_a_file(tmp_path: Path) -> None:
+    class Masked(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.ops.attnrewrite.flash_window_attention(
+                x, x, x, num_heads=3, scale=0.5, feature_size=[8, 8], window_size=[4, 4], shift_size=[2, 2],
+                mask_value=-math.inf, softmax_dtype=torch.float64,
+            )  # fmt: skip
+
+    torch.export.save(torch.export.export(Masked(), (map_of(8, 8),)), tmp_path / "masked.pt2")
+    loaded = torch.export.load(tmp_path / "masked.pt2").module()
+    assert torch.equal(loaded(map_of(8, 8)), Masked()(map_of(8, 8)))
 
 
 WRONG = {

@@ -17,7 +17,8 @@ PRODUCTS: Table = {}
 
 
 def matmul(write: Builder, a: Value, b: Value) -> Value:
-    """a b of matrices, the axes in front broadcast."""
+    """a b of matrices, the axes in front broadcast; a matrix repeated to as many as the other has is taken once."""
+    b = _repeated(write, b) if len(a.known_shape) >= len(b.known_shape) else b
     try:
         lead = (
             broadcast([a.known_shape[:-2], b.known_shape[:-2]])
@@ -27,6 +28,26 @@ def matmul(write: Builder, a: Value, b: Value) -> Value:
     except UnknownShape as error:
         raise Opaque(str(error)) from error
     return write.op("MatMul", [a, b], (*lead, a.known_shape[-2], b.known_shape[-1]))
+
+
+def _repeated(write: Builder, x: Value) -> Value:
+    """The one matrix that all matrices of a tensor are; the tensor itself where they differ, or may."""
+    *lead, rows, columns = x.known_shape
+    if not lead:
+        return x
+    if x.is_constant:
+        alike = all(step == 0 or extent == 1 for step, extent in zip(x.constant.strides, lead, strict=False))
+        for _ in lead if alike else ():
+            x = write.taken(x, np.array(0), 0)
+        return x
+    made = x
+    while made.producer is not None and made.producer.op == "Reshape" and made.known_shape[-2:] == (rows, columns):
+        made = made.producer.required(0)
+    one = made.producer.required(0) if made.producer is not None and made.producer.op == "Expand" else None
+    is_matrix = one is not None and one.known_shape[-2:] == made.known_shape[-2:] == (rows, columns)
+    if one is None or not is_matrix or any(e != 1 for e in one.known_shape[:-2]):
+        return x
+    return write.reshape(one, (rows, columns))
 
 
 def _transposed(write: Builder, x: Value) -> Value:

@@ -110,7 +110,7 @@ class Demand:
             return False
         if expansion is not None:
             return expansion.stays
-        return node.is_impure() or not (node.users or list(values_in(self.program.values.get(node))))
+        return node.is_impure() or (not node.users and self.program.values.get(node) is None)
 
     # -- one value, one node ------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from attnrewrite.frontend.fx import tensors
 from attnrewrite.graph import Node
 
 aten = torch.ops.aten
@@ -74,24 +75,16 @@ def torch_dtype(data_type: int) -> torch.dtype:
 
 def dtype_of(dtype: np.dtype) -> torch.dtype:
     """The torch dtype of a NumPy one, bfloat16 included."""
-    return _DTYPES.get(dtype.name) or torch.from_numpy(np.empty(0, dtype)).dtype
+    try:
+        return tensors.torch_dtype(dtype)
+    except KeyError as error:
+        raise NotInTorch(f"a tensor of {dtype}") from error
 
 
 def tensor_of(array: np.ndarray, device: torch.device | str | None = None) -> torch.Tensor:
     """A copy of an array as a tensor, a real one also where tensors are fake."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
     with unset_fake_temporarily():
-        if array.dtype.name in _DTYPES:
-            wide = torch.from_numpy(array.astype(np.float32))
-            return wide.to(device=device, dtype=_DTYPES[array.dtype.name])
-        return torch.from_numpy(array.copy()).to(device)
-
-
-_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-}
+        return tensors.tensor_of(np.ascontiguousarray(array).reshape(array.shape)).to(device)
 
 
 def text(value: Any) -> str:

@@ -92,7 +92,8 @@ class _Writer:
             self.place(effect)
         renamed = self._return()
         for node in reversed(list(self.fx.nodes)):
-            if node.op not in ("placeholder", "output") and node not in self.placed:
+            unused = node in self.recording.fresh and not node.users
+            if node.op not in ("placeholder", "output") and (unused or node not in self.placed):
                 self.program.values.pop(node, None)
                 self.program.expansions.pop(node, None)
                 self.fx.erase_node(node)

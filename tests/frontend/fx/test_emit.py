@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -314,6 +315,14 @@ def test_gradients_flow_through_entries() -> None:
     operands = [torch.randn(*shape, requires_grad=True) for shape in ((3, 4), (5, 4), (5,))]
     run_node(node, operands)[0].square().sum().backward()
     assert all(operand.grad is not None and operand.grad.abs().sum() > 0 for operand in operands)
+
+
+def test_constants_of_bfloat16() -> None:
+    table = np.array([1.5, -2.0], ml_dtypes.bfloat16)
+    x = Value("x", (3, 2), table.dtype)
+    node = Node("Mul", [x, Value("c", (2,), table.dtype, table)], [Value("y")])
+    found = run_node(node, [torch.ones(3, 2, dtype=torch.bfloat16), None])[0]
+    assert found.dtype == torch.bfloat16 and found[0].tolist() == [1.5, -2.0]
 
 
 def test_what_the_table_lacks_is_named() -> None:

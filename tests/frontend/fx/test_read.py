@@ -17,7 +17,7 @@ from attnrewrite.frontend.fx.program import Program
 from attnrewrite.frontend.fx.read import read
 from attnrewrite.graph import Graph
 from attnrewrite.pipeline import Pipeline
-from tests.frontend.fx.reading import DIALECTS, assert_computes, exported, opaque
+from tests.frontend.fx.reading import DIALECTS, assert_computes, decomposed, exported, opaque
 from tests.models.build import MODELS, build_model
 
 
@@ -91,6 +91,21 @@ def test_other_tensors_in_place_of_parameters() -> None:
     graph = read(program, tensors={"table": np.full((7, 2), 3, np.float32)})
     (index,) = [n for n in graph.source.values if n.name == "index"]
     assert (graph.source.values[index].constant == 3).all()
+
+
+def attend_and_project(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2)
+    return attended.flatten(2) @ w
+
+
+def test_decomposed_attention_is_read_as_exporters_write_it() -> None:
+    """Without a second use of the logits, and the matrix that is repeated for bmm taken once."""
+    inputs = (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(12, 7))
+    graph = decomposed(attend_and_project, inputs)
+    assert Counter(n.op for n in graph.nodes)["IsNaN"] == 1 and not any(n.op == "ReduceMax" for n in graph.nodes)
+    (product,) = [n for n in graph.nodes if n.op == "MatMul" and n.required(1).shape == (12, 7)]
+    assert product.output.shape == (2, 5, 7)
+    assert_computes(graph, attend_and_project, inputs)
 
 
 def sites(graph: Graph) -> Counter[tuple[str, str]]:

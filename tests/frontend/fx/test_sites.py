@@ -57,19 +57,26 @@ def test_sites_of_every_model(name: str, dynamic_batch: bool) -> None:
     assert here == there
 
 
-def check_zoo(name: str) -> None:
+def check_zoo(name: str, *, decomposed: bool = False) -> None:
     model = ZOO[name]
     if not model.installed:
         pytest.skip(f"{model.distribution} is not installed")
     module = model.build().eval()
     with torch.no_grad():
         program = torch.export.export(module, model.examples())
+        program = program.run_decompositions() if decomposed else program
     assert not model.complaints(Pipeline(passes.ALL).run(read(program)).sites)
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_zoo(name: str) -> None:
     check_zoo(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, "timm_swin_sdpa", "timm_davit", "hf_swin_padded"])
+def test_zoo_in_core_operators(name: str) -> None:
+    check_zoo(name, decomposed=True)
 
 
 # Where torch.export gives other graphs than the ONNX exporters: what the difference is.
