@@ -16,6 +16,8 @@ from attnrewrite.graph import STANDARD_DOMAIN, Graph, Node, Value
 
 # A folded result may be this much larger than what it was computed from; a broadcast mask must not fill the file.
 GROWTH_LIMIT_BYTES = 1 << 25
+# A transposed constant beyond this is a view of the other.
+COPIED_BYTES = 1 << 20
 # Contents of computed (not initialiser) tensors are followed while they are this small: shapes and axes are.
 SYMBOLIC_LIMIT = 4096
 
@@ -123,7 +125,10 @@ def _store(node: Node, results: list[np.ndarray], contents: dict[Value, np.ndarr
             if output.dtype is not None and result.dtype != output.dtype and np.issubdtype(result.dtype, np.integer):
                 result = result.astype(output.dtype)
             output.dtype = result.dtype
-            output.set_constant(np.ascontiguousarray(result) if result.ndim else result)
+            viewed = (
+                node.op == "Transpose" and result.nbytes > COPIED_BYTES
+            )  # of weights: the elements stay where they are
+            output.set_constant(result if viewed or not result.ndim else np.ascontiguousarray(result))
     return True
 
 

@@ -25,6 +25,9 @@ from attnrewrite.frontend.fx.program import Lifted, Program, by_name
 from attnrewrite.frontend.fx.reading import Mutated, Reading, State
 from attnrewrite.graph import Graph, Value
 
+# Where a placeholder's `meta` holds what stands for it while a graph is made.
+_KNOWN_AS = ("val", "example_value")
+
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -97,9 +100,11 @@ def _of_module(
     mutable: frozenset[str],
 ) -> tuple[Reading, list[Any]]:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    examples = list(example_inputs) + [_example(n) for n in placeholders[len(example_inputs) :]]
-    if len(examples) != len(placeholders):
+    if len(example_inputs) > len(placeholders):
         raise UserError(f"the graph takes {len(placeholders)} inputs, got {len(example_inputs)} example inputs")
+    given = list(example_inputs)
+    examples = [_described(n, x) for n, x in zip(placeholders, given, strict=False)]
+    examples += [_example(n) for n in placeholders[len(given) :]]
     mode = _mode_of(examples)
     state = State(tensors, mutable)
     for name, tensor in [
@@ -124,9 +129,19 @@ def _of_module(
     return reading, arguments
 
 
+def _described(node: torch.fx.Node, example: Any) -> Any:
+    """The example, or the symbolic tensor that it is an instance of, where the graph was made for one (by Dynamo)."""
+    symbolic = next((node.meta[key] for key in _KNOWN_AS if key in node.meta), None)
+    if not isinstance(symbolic, FakeTensor) or not isinstance(example, torch.Tensor) or isinstance(example, FakeTensor):
+        return example
+    sizes = list(zip(symbolic.shape, example.shape, strict=False))
+    fits = symbolic.ndim == example.ndim and all(isinstance(s, torch.SymInt) or s == e for s, e in sizes)
+    return symbolic if fits and any(isinstance(s, torch.SymInt) for s in symbolic.shape) else example
+
+
 def _example(node: torch.fx.Node) -> Any:
     """What is known of a placeholder without example inputs."""
-    for key in ("val", "example_value"):
+    for key in _KNOWN_AS:
         if key in node.meta:
             return node.meta[key]
     if node.args:

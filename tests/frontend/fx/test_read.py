@@ -17,7 +17,7 @@ from attnrewrite.frontend.fx.program import Program
 from attnrewrite.frontend.fx.read import read
 from attnrewrite.graph import Graph
 from attnrewrite.pipeline import Pipeline
-from tests.frontend.fx.reading import DIALECTS, assert_computes, decomposed, exported, opaque
+from tests.frontend.fx.reading import DIALECTS, assert_computes, compiled, decomposed, exported, opaque
 from tests.models.build import MODELS, build_model
 
 
@@ -72,6 +72,16 @@ def test_symbolic_batch() -> None:
     assert graph.source.symbols[str(batch)][1] == 0
     for size in (1, 3):
         assert_computes(graph, module, (torch.randn(size, 4, 6),))
+
+
+def test_symbolic_batch_of_dynamo() -> None:
+    """The example inputs are real tensors; that their batch stands for any is said by the placeholders."""
+    module, x = block(), torch.randn(3, 4, 6)
+    torch._dynamo.mark_dynamic(x, 0)
+    graph = compiled(module, (x,))
+    (batch,) = [e for e in graph.inputs[0].known_shape if isinstance(e, Dim)]
+    assert graph.outputs[0].known_shape == (batch, 4, 6)
+    assert_computes(graph, module, (torch.randn(5, 4, 6),))
 
 
 def test_parameters_are_constants_named_by_their_torch_node() -> None:
