@@ -23,6 +23,9 @@ from attnrewrite.frontend.fx.read import read
 from attnrewrite.frontend.fx.write import write
 from attnrewrite.graph import Graph, Node, Value
 from examples.custom_pass import merge_slices
+from tests.frontend.fx.reading import as_module
+from tests.frontend.fx.test_aten import ROWS, inputs_of
+from tests.models.build import MODELS, build_model
 
 CHANNELS, HEADS, WINDOW = 12, 3, 4
 FLOAT32 = 1e-6  # of max |reference|: sums of 48 products at most, in another order
@@ -419,3 +422,44 @@ def test_an_operator_torch_alone_knows_is_kept_or_written_anew() -> None:
 
     program = rewritten(exported(Opaque(), (image(),)), 1, [merge_slices])
     assert torch.equal(program.module()(image()), Opaque()(image()))
+
+
+def anew(graph: Graph, every: int) -> None:
+    """Put a node of its own in place of every so many, as a pass would that changes all of them."""
+    for k, node in enumerate(graph.nodes):
+        if k % every == 0 and node.op != "state":
+            graph.nodes[k] = Node(node.op, node.inputs, node.outputs, dict(node.attributes), node.name, node.domain)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("name", ROWS)
+def test_whatever_is_read_can_be_written_anew(name: str, every: int) -> None:
+    """All nodes emitted, and some of them among nodes that stay."""
+    function, shapes = ROWS[name]
+    inputs = inputs_of(shapes)
+    try:
+        graph = traced(function, inputs)
+    except (torch.fx.proxy.TraceError, TypeError):  # loops over tensors, assignments to parts of them
+        graph = exported(as_module(function), inputs)
+    anew(graph, every)
+    found = callable_of(write(graph))(*(x.clone() for x in inputs))
+    expected = function(*(x.clone() for x in inputs))
+    leaves, wanted = (torch.utils._pytree.tree_leaves(r) for r in (found, expected))
+    assert len(leaves) == len(wanted)
+    for have, want in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=2e-6 * max(_largest(want), 1), equal_nan=True)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    finite = tensor[torch.isfinite(tensor)].abs() if tensor.is_floating_point() else tensor
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("name", ["small_swin_padded", "unfold_net"])
+def test_models_are_written_anew(name: str, every: int) -> None:
+    module, x = build_model(name), torch.randn(MODELS[name].input_shape)
+    graph = exported(module, (x,))
+    anew(graph, every)
+    with torch.no_grad():
+        close(callable_of(write(graph))(x), module(x))
