@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 from attnrewrite import Pass, Pipeline, passes
+from attnrewrite.errors import UserError
 from attnrewrite.facts import Facts
 from attnrewrite.frontend.fx.program import Live
 from attnrewrite.frontend.fx.read import read
@@ -463,3 +464,15 @@ def test_models_are_written_anew(name: str, every: int) -> None:
     anew(graph, every)
     with torch.no_grad():
         close(callable_of(write(graph))(x), module(x))
+
+
+def test_a_node_that_counts_on_how_a_tensor_lies_in_memory_is_refused() -> None:
+    class Strided(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x[:, 1:6:2][:, :, 2:9:2] + 1
+            return torch.as_strided(y, (2, 3), (5, 1))
+
+    graph = traced(Strided(), (image(),))
+    assert merged(graph) == 1
+    with pytest.raises(UserError, match="as_strided depends on how a tensor lies in memory"):
+        write(graph)
