@@ -66,8 +66,6 @@ def rewritten(
     example_inputs: Sequence[Any],
     lifted: Sequence[Lifted],
     passes: Pipeline | Sequence[str] | None = None,
-    *,
-    in_place: bool = False,
 ) -> Rewritten | None:
     """The graph through the passes; None, with a word in the log, where it cannot be read."""
     pipeline = passes if isinstance(passes, Pipeline) else select(passes)
@@ -75,7 +73,7 @@ def rewritten(
     # What Dynamo traced with knows which sizes are symbolic; real inputs do not.
     inputs = [n.meta.get("example_value", given) for n, given in zip(placeholders, example_inputs, strict=True)]
     try:
-        done = rewrite(module, inputs, pipeline=pipeline, freeze=False, lifted=lifted, in_place=in_place)
+        done = rewrite(module, inputs, pipeline=pipeline, freeze=False, lifted=lifted)
     except AttnRewriteError as error:
         logger.warning("the graph is compiled as it is: %s", error)
         return None
@@ -90,7 +88,7 @@ def _name_sources(module: GraphModule, rewritten: GraphModule) -> None:
     known = getattr(module, "_param_name_to_source", None)
     if known is not None:
         added = {name: SyntheticLocalSource(name) for name, _ in rewritten.named_buffers() if name not in known}
-        rewritten._param_name_to_source = {**known, **added}
+        rewritten._param_name_to_source = {**known, **added}  # type: ignore[assignment]
 
 
 def lifted_by_dynamo(module: GraphModule, example_inputs: Sequence[Any]) -> list[Lifted]:
@@ -148,7 +146,15 @@ class GraphPass(CustomGraphPass):
             logger.warning("the graph is compiled as it is: it does not say the shapes of its inputs")
             return
         known = [n.meta["grapharg"].example if "grapharg" in n.meta else None for n in placeholders]
-        rewritten(module, inputs, lifted_by_dynamo(module, known), self._passes, in_place=True)
+        done = rewritten(module, inputs, lifted_by_dynamo(module, known), self._passes)
+        if done is None or not done.outcome.modified:
+            return
+        own, new = dict(module.named_buffers()), as_module(done.model)
+        for name, buffer in new.named_buffers():
+            if name not in own:
+                module.register_buffer(name, buffer, persistent=False)
+        _name_sources(module, module)
+        module.graph = new.graph
 
     def uuid(self) -> Any:
         """None: what is rewritten depends on the contents of buffers, which Inductor's cache does not look at."""

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attnrewrite.errors import UserError, last_line
+from attnrewrite.frontend.fx.entry import NotInTorch
 from attnrewrite.frontend.fx.program import Lifted, Live, Program
 from attnrewrite.frontend.fx.read import read
 from attnrewrite.frontend.fx.tensors import array_of
@@ -31,7 +32,7 @@ from attnrewrite.graph import Graph, Value
 from attnrewrite.operators.compiled import prepare
 from attnrewrite.operators.schema import bind, operator_of
 from attnrewrite.pipeline import Outcome, Pipeline
-from attnrewrite.trained import rewrite_trained
+from attnrewrite.trained import Gathered, rewrite_trained
 from attnrewrite.verify.numeric import Comparison, Verification, compare
 
 # Of max |output|: float32 sums of a few thousand products taken in another order.
@@ -132,28 +133,31 @@ def rewrite(
     pipeline: Pipeline,
     freeze: bool,
     lifted: Sequence[Lifted] = (),
-    in_place: bool = False,
     on_pass: Callable[[str, Graph], None] | None = None,
 ) -> Rewritten:
-    """Run the passes over a copy of the model that shares its parameters, or over the model itself.
+    """Run the passes over a copy of the model that shares its parameters.
 
     example_inputs: of a GraphModule, one for each of its placeholders. lifted: which placeholders are tensors of the
-    model. freeze: take parameters for constants. Raises UserError for a graph that cannot be read.
+    model. freeze: take parameters for constants. Raises UserError for a graph that cannot be read, or not written.
     """
-    model = model if in_place else _copied(model)
+    model = _copied(model)
     parameters = {} if freeze else _parameters(model, lifted)
-    if not parameters:
-        outcome = pipeline.run(read(model, example_inputs, lifted=lifted), on_pass)
-        return Rewritten(write(outcome.graph) if outcome.modified else model, outcome, freeze)
 
-    def reading(arrays: Mapping[str, np.ndarray]) -> Graph:
+    def reading(arrays: Mapping[str, np.ndarray] | None = None) -> Graph:
         return read(model, example_inputs, lifted=lifted, tensors=arrays)
 
-    outcome, gathered = rewrite_trained(reading, parameters, _live_values, pipeline, on_pass)
+    gathered: dict[Value, Gathered] = {}
+    if parameters:
+        outcome, gathered = rewrite_trained(reading, parameters, _live_values, pipeline, on_pass)
+    else:
+        outcome = pipeline.run(reading(), on_pass)
     if not outcome.modified:
         return Rewritten(model, outcome, freeze)
-    live = {constant: Live(g.value, g.index) for constant, g in gathered.items()}
-    return Rewritten(write(outcome.graph, live), outcome, freeze)
+    try:
+        written = write(outcome.graph, {constant: Live(g.values, g.index) for constant, g in gathered.items()})
+    except NotInTorch as error:
+        raise UserError(f"the rewritten graph cannot be written in PyTorch: {error}") from error
+    return Rewritten(written, outcome, freeze)
 
 
 def prepare_kernels(module: GraphModule) -> None:
@@ -251,6 +255,8 @@ def _copied(model: Model) -> Model:
     graph = copy.deepcopy(model.graph)
     for new, old in zip(graph.nodes, model.graph.nodes, strict=True):
         new.name = old.name  # torch numbers a copied node that is called like a builtin
+        if (source := getattr(old, "_dynamo_source", None)) is not None:
+            new._dynamo_source = source  # which AOTAutograd asks placeholders for
     if not isinstance(model, ExportedProgram):
         return GraphModule(model, graph)
     return ExportedProgram(

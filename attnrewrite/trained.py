@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from attnrewrite.errors import UserError
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Graph, Node, Value
 from attnrewrite.localattention.site import Decline
@@ -22,18 +23,21 @@ from attnrewrite.pipeline import Outcome, Pass, Pipeline
 
 REASON = "its {} would be computed from parameters that are still being trained"
 UNLIKE = "{} depends on the numbers that the parameters hold"
+# Elements of a constant that are looked for in every live value, before all of them are.
+SAMPLES = 64
 Anchor = tuple[str, str]
 Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """A constant of the rewritten graph in terms of a live value: its elements at `index` of the flattened value.
+    """A constant of the rewritten graph in terms of live values: its elements at `index` of the values, each flattened,
+    one after the other.
 
-    index: int64, of the constant's shape; None where the constant is the value itself.
+    index: int64, of the constant's shape; None where the constant is the one value itself.
     """
 
-    value: Value
+    values: tuple[Value, ...]
     index: np.ndarray | None
 
 
@@ -57,6 +61,7 @@ class _Watch:
         def rewrite(facts: Facts, found: Any) -> None:
             before = {node: list(node.inputs) for node in facts.graph.nodes}
             pass_.rewrite(facts, found)
+            facts.graph.sort()  # which takes new nodes in
             self.made.update((n, anchor[0]) for n in facts.graph.nodes if before.get(n) != n.inputs)
 
         return replace(pass_, match=match, rewrite=rewrite)
@@ -72,7 +77,7 @@ def rewrite_trained(
     """Run the pipeline on the graph that `read` gives for the parameters' contents; says which constants are live.
 
     parameters: arrays by name, of which dtype and size matter. live: values of a graph just read that the model
-    computes anew at every call. Raises ValueError where readings differ in more than numbers.
+    computes anew at every call. Raises UserError where readings differ in more than numbers.
     """
     probes = [_drawn(parameters, seed) for seed in range(_probes_needed(parameters))]
     watch = _Watch()
@@ -92,7 +97,7 @@ def rewrite_trained(
         for node, value in unknown:
             anchor = watch.made.get(node)
             if anchor is None or anchor in before:
-                raise ValueError(f"{value.name} depends on parameters in a way that is not known")
+                raise UserError(f"{value.name} depends on parameters in a way that is not known")
             watch.left[anchor] = REASON.format(value.name)
 
 
@@ -122,26 +127,63 @@ def _gathers(
     columns = list(zip(*sources, strict=True))
     own = {values[0] for values in columns}
     gathered: dict[Value, Gathered] = {}
-    wanted: dict[Value, np.ndarray] = {}
+    wanted: dict[Value, _Wanted] = {}
     readers: dict[Value, Node] = {}
     for node, values in _read_constants(graphs):
         value = values[0]
         if value in own:
-            gathered[value] = Gathered(value, None)
+            gathered[value] = Gathered((value,), None)
         elif value not in readers and (keys := _keys(values)) is not None:
-            wanted[value], readers[value] = keys, node
+            wanted[value], readers[value] = _Wanted(keys), node
     for values in reversed(columns):  # what is computed last is nearest
-        firsts = np.array([keys[0] for keys in wanted.values()], np.uint64)
-        if not len(firsts):
+        missing = [w for w in wanted.values() if not w.found]
+        if not missing:
             break
         keys = _keys(values)
-        if keys is None or not _any_of(keys, firsts):
-            continue
-        for value, index in _found(wanted, keys).items():
-            same = values[0].shape == value.shape and np.array_equal(index, np.arange(index.size))
-            gathered[value] = Gathered(values[0], None if same else index.reshape(np.shape(value.constant)))
-            del wanted[value]
-    return gathered, [(readers[value], value) for value in wanted]
+        if keys is not None and _any_of(keys, np.concatenate([w.sample() for w in missing])):
+            order = np.argsort(keys, kind="stable")
+            for want in missing:
+                want.look(values[0], keys, order)
+    gathered |= {value: want.gathered(value) for value, want in wanted.items() if want.found}
+    return gathered, [(readers[value], value) for value, want in wanted.items() if not want.found]
+
+
+class _Wanted:
+    """The elements of a constant by their keys, and where each was found so far."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self._keys = keys
+        self._at = np.full(len(keys), -1)
+        self._sources: list[Value] = []
+        self._size = 0
+
+    @property
+    def found(self) -> bool:
+        return bool((self._at >= 0).all())
+
+    def sample(self) -> np.ndarray:
+        """A few keys from all over what is missing."""
+        missing = self._keys[self._at < 0]
+        return missing[:: max(1, len(missing) // SAMPLES)]
+
+    def look(self, source: Value, keys: np.ndarray, order: np.ndarray) -> None:
+        """Take what is missing from a live value; order: of its sorted keys."""
+        if len(keys) == len(self._keys) and (keys == self._keys).all():
+            self._sources, self._size, self._at = [source], len(keys), np.arange(len(keys))
+            return
+        known, own = keys[order], self._keys
+        at = np.minimum(np.searchsorted(known, own), len(known) - 1)
+        new = (known[at] == own) & (self._at < 0)
+        if new.any():
+            self._at = np.where(new, order[at] + self._size, self._at)
+            self._sources.append(source)
+            self._size += len(keys)
+
+    def gathered(self, value: Value) -> Gathered:
+        same = len(self._sources) == 1 and self._sources[0].shape == value.shape
+        if same and np.array_equal(self._at, np.arange(len(self._at))):
+            return Gathered(tuple(self._sources), None)
+        return Gathered(tuple(self._sources), self._at.reshape(np.shape(value.constant)))
 
 
 def _any_of(keys: np.ndarray, firsts: np.ndarray) -> bool:
@@ -150,32 +192,18 @@ def _any_of(keys: np.ndarray, firsts: np.ndarray) -> bool:
     return bool((few[np.minimum(np.searchsorted(few, keys), len(few) - 1)] == keys).any())
 
 
-def _found(wanted: Mapping[Value, np.ndarray], keys: np.ndarray) -> dict[Value, np.ndarray]:
-    """Of the wanted values, those whose elements are all among these: int64 positions of them."""
-    order = np.argsort(keys, kind="stable")
-    known, found = keys[order], {}
-    for value, own in wanted.items():
-        if len(own) == len(keys) and (own == keys).all():
-            found[value] = np.arange(len(keys))
-            continue
-        at = np.minimum(np.searchsorted(known, own), len(known) - 1)
-        if (known[at] == own).all():
-            found[value] = order[at]
-    return found
-
-
 def _read_constants(graphs: Sequence[Graph]) -> Iterator[tuple[Node, tuple[Value, ...]]]:
-    """Constants that nodes of the graphs read, side by side. Raises ValueError where the graphs are not alike."""
+    """Constants that nodes of the graphs read, side by side. Raises UserError where the graphs are not alike."""
     if len({len(g.nodes) for g in graphs}) > 1:
-        raise ValueError(UNLIKE.format("the rewrite"))
+        raise UserError(UNLIKE.format("the rewrite"))
     for nodes in zip(*(g.nodes for g in graphs), strict=True):
         inputs = [list(n.reads()) for n in nodes]
         kinds = {(n.op, n.domain, len(read), repr(n.attributes)) for n, read in zip(nodes, inputs, strict=True)}
         if len(kinds) > 1:
-            raise ValueError(UNLIKE.format(f"the rewrite at {nodes[0].label}"))
+            raise UserError(UNLIKE.format(f"the rewrite at {nodes[0].label}"))
         for values in zip(*inputs, strict=True):
             if len({v.is_constant for v in values}) > 1 or len({v.shape for v in values}) > 1:
-                raise ValueError(UNLIKE.format(f"the rewrite at {nodes[0].label}"))
+                raise UserError(UNLIKE.format(f"the rewrite at {nodes[0].label}"))
             if values[0].is_constant:
                 yield nodes[0], values
 

@@ -22,7 +22,8 @@ _OF_STORAGE = frozenset(
 
 def handler_of(name: str) -> Handler | None:
     """The entry of an operator, `aten.view.default`; None where the table has none."""
-    return TABLE.get(name.removeprefix("aten."))
+    namespace, _, rest = name.partition(".")
+    return TABLE.get(rest) if namespace == "aten" else None
 
 
 @cache

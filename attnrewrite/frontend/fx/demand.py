@@ -122,7 +122,7 @@ class Demand:
         if ref in self.inputs:
             return []
         if ref.is_constant:
-            return [self.reference(self.live[ref].value)] if ref in self.live else []
+            return [self.reference(v) for v in self.live[ref].values] if ref in self.live else []
         plan = self.plans[ref] = self._plan(ref)
         if isinstance(plan, Keep):
             return self._refs_of(plan.node)

@@ -83,12 +83,13 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """How a constant of the rewritten graph follows from a value that a torch.fx node computes from parameters.
+    """How a constant of the rewritten graph follows from values that torch.fx nodes compute from parameters.
 
-    index: int64 of the constant's shape, the row-major position in `value` of each element; None where it is `value`.
+    index: int64 of the constant's shape, the position of each element in the values, each flattened row by row, one
+    after the other; None where the constant is the one value.
     """
 
-    value: Value
+    values: tuple[Value, ...]
     index: np.ndarray | None = None
 
 

@@ -134,7 +134,7 @@ def _described(node: torch.fx.Node, example: Any) -> Any:
     symbolic = next((node.meta[key] for key in _KNOWN_AS if key in node.meta), None)
     if not isinstance(symbolic, FakeTensor) or not isinstance(example, torch.Tensor) or isinstance(example, FakeTensor):
         return example
-    sizes = list(zip(symbolic.shape, example.shape, strict=False))
+    sizes: list[tuple[Any, int]] = list(zip(symbolic.shape, example.shape, strict=False))
     fits = symbolic.ndim == example.ndim and all(isinstance(s, torch.SymInt) or s == e for s, e in sizes)
     return symbolic if fits and any(isinstance(s, torch.SymInt) for s in symbolic.shape) else example
 

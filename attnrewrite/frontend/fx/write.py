@@ -222,7 +222,7 @@ class _Writer:
         the caller wants it; anything else becomes a new constant.
         """
         held, read, live = self._parameter(value), self.demand.as_read.get(value), self.demand.live.get(value)
-        if live is not None and self.demand.reference(live.value) is value:
+        if live is not None and self.demand.reference(live.values[0]) is value:
             self._unfreeze(value)
         elif live is not None:
             self._follow(value, live)
@@ -249,20 +249,24 @@ class _Writer:
         return self.demand.is_held(data) or (before is not None and self._is_view_of_parameter(before))
 
     def _follow(self, value: Value, live: Live) -> None:
-        """Compute a constant from the value that it follows from."""
-        source = self.demand.reference(live.value)
-        if isinstance(source, Value):
-            self._unfreeze(source)
-        node = self.node(source)
-        fake = self.recording.fake_of(node)
+        """Compute a constant from the values that it follows from."""
+        fakes = [self._fake_of_live(v) for v in live.values]
         with self.recording.running():
+            fake = fakes[0]
             if live.index is not None:
+                flat = [aten.reshape.default(f, [-1]) for f in fakes]
                 positions = tensor_of(np.asarray(live.index, np.int64).reshape(-1), self.device)
-                fake = aten.index_select.default(aten.reshape.default(fake, [-1]), 0, positions)
+                fake = aten.index_select.default(flat[0] if len(flat) == 1 else aten.cat.default(flat), 0, positions)
             if tuple(fake.shape) != value.shape:
                 fake = aten.reshape.default(fake, list(value.known_shape))
         self.made[value] = self.recording.node_of(fake)
         self.changed.add(self.made[value])
+
+    def _fake_of_live(self, value: Value) -> torch.Tensor:
+        source = self.demand.reference(value)
+        if isinstance(source, Value):
+            self._unfreeze(source)
+        return self.recording.fake_of(self.node(source))
 
     def _unfreeze(self, value: Value) -> None:
         """Let a constant that no node returns be computed as it was read, from parameters on."""

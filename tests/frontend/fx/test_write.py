@@ -225,7 +225,7 @@ def test_training_mode_reaches_the_parameters() -> None:
         bias = op.required(3)
         assert bias.shape == (1, HEADS, 16, 16)
         positions = np.arange(bias.constant.size).reshape(bias.shape)
-        live[bias] = Live(table, positions if op is ops[0] else None)
+        live[bias] = Live((table,), positions if op is ops[0] else None)
     call = callable_of(write(graph, live))
     close(call(image()), module(image()))
     (call(image()).square().sum()).backward()
