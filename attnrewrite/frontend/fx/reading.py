@@ -128,7 +128,7 @@ class Reading:
             self.program.values[node] = values
             if "val" not in node.meta:
                 self.program.fakes[node] = result
-            if made or self._replaces or self._stays:
+            if made or self._replaces or self._stays or self._seen:
                 self._expansions[node] = (list(made), dict(self._seen), self._replaces, self._stays)
         for value in results:
             self.write.known(value)

@@ -14,8 +14,10 @@ from torch import nn
 
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.fx.program import Expansion, Program
+from attnrewrite.frontend.fx.read import read
+from attnrewrite.frontend.fx.write import write
 from attnrewrite.graph import Graph
-from tests.frontend.fx.reading import assert_computes, exported, opaque, traced
+from tests.frontend.fx.reading import Called, assert_computes, exported, opaque, traced
 
 X = torch.randn(2, 3, 4)
 
@@ -46,6 +48,21 @@ def test_later_readers_see_what_was_written() -> None:
     ((old, now),) = expansion(graph, reader.name).seen.items()
     assert graph.source.values[old] is not now
     assert now in expansion(graph, reader.name).reads
+
+
+def test_constants_made_of_what_was_written_say_so() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        table = torch.zeros(3, 4)
+        table[:, 1] += 5
+        return x + table.sum(-1, keepdim=True)
+
+    program = torch.export.export(Called(function), (X,))
+    graph = read(program)
+    (total,) = [n for n in graph.source.values if n.name.startswith("sum")]
+    ((_, now),) = expansion(graph, total.name).seen.items()
+    assert now.is_constant and now.constant[:, 1].tolist() == [5, 5, 5]
+    write(graph)
+    torch.testing.assert_close(program.module()(X), function(X), rtol=0, atol=0)
 
 
 class Counting(nn.Module):
