@@ -34,11 +34,8 @@ def test_commands(command, archive, tmp_path):
     assert [(s["kind"], s["verdict"], s["kernel_size"]) for s in sites] == [("neighborhood", "rewrite", [3, 3])]
     done = command("optimize", path, "--no-compile", "-o", tmp_path / "out", "--json")
     assert done.json["model"] == str(path)
-    assert command("verify", path, tmp_path / "out").code == 0
     x = np.random.default_rng(0).standard_normal((5, 8, 7, 6)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    name = command("explain", path, "--json").json["sites"][0]["node"]
-    assert name
     command("run", tmp_path / "out", "--input", f"x={tmp_path / 'x.npy'}", "--output", tmp_path / "ys")
     (found,) = [np.load(f) for f in (tmp_path / "ys").glob("*.npy")]
     with torch.no_grad():

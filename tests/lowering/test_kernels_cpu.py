@@ -406,7 +406,7 @@ def test_kernels_compile_for_other_machines(mcpu):
         compile_kernel(spec, operands(spec, dtype="float16", **options), target)
 
 
-few_examples = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+few_examples = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 @st.composite

@@ -333,7 +333,7 @@ def test_crash_while_tuning_still_gives_a_library(tmp_path, monkeypatch):
         made = {"entry": "main", "inputs": [], "outputs": [], "seconds": {}, "tuning": None, **counts}
         (work / lowering.RESULT_NAME).write_text(json.dumps(made))
 
-    monkeypatch.setattr(lowering, "_run_child", child)
+    monkeypatch.setattr(lowering, "run_child", child)
     report = artifact(small_network(), tmp_path / "out", "cpu", tune=5.0)
     assert requests == [5.0, None]
     assert report.tuning == {"notes": ["tuning ended early: the compiler crashed (SIGILL)"]}
@@ -343,7 +343,7 @@ def test_crash_without_tuning_is_an_error(tmp_path, monkeypatch):
     def child(*arguments: object) -> None:
         raise lowering.CompilerCrash("the compiler crashed (SIGSEGV)")
 
-    monkeypatch.setattr(lowering, "_run_child", child)
+    monkeypatch.setattr(lowering, "run_child", child)
     with pytest.raises(CompilerError, match="SIGSEGV"):
         artifact(small_network(), tmp_path / "out", "cpu")
 

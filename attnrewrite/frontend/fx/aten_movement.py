@@ -30,6 +30,7 @@ def identity(write: Builder, x: Value, **how: Any) -> Value:
 
 
 @entry(MOVEMENT, "_to_copy", "to.dtype", "to.dtype_layout", "to.device", "to.other", "type_as")
+@entry(MOVEMENT, "prims.convert_element_type.default")
 def cast(write: Builder, x: Value, **target: Any) -> Value:
     return write.same(x) if x.dtype == write.dtype else write.cast(x, write.dtype)
 

@@ -179,7 +179,8 @@ class Reading:
         if self.tensors.find(fake) is not None:
             return self.tensors.value(fake)
         owner = "" if name is None else f"the tensor {name}"
-        if name is not None and name in self.state.mutable:
+        unknown = is_fake(real) or real.is_meta  # a model without weights
+        if name is not None and (name in self.state.mutable or unknown):
             value = Value(self.write.unique(name), shape_of(fake.shape), numpy_dtype(fake.dtype))
             self.write.graph.nodes.append(Node("state", [], [value], {"name": name}, name, TORCH_DOMAIN))
             self.tensors.add(fake, value, owner=owner)

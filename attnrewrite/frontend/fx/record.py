@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, OpOverload) or func.namespace in ("prim", "prims"):
+        if not isinstance(func, OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
         if not self._whole(func):
             with self:

@@ -262,6 +262,34 @@ def inputs_of(shapes: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
+# Calls with arguments that their entry does not cover: they stay what they are.
+OPAQUE: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
+    "softplus with a threshold": (lambda x: F.softplus(x, threshold=3), (X,), "softplus.default"),
+    "rounded quotient of fractions": (lambda x: x // 0.3, (X,), "floor_divide.default"),
+    "remainder of fractions": (lambda x: x % 0.3, (X,), "remainder.Scalar"),
+    "uneven adaptive pool": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)), (X,), "adaptive_avg_pool2d.default"),
+    "pool with a divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), (X,), "avg_pool2d.default"),
+    "pool beyond the padding": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), (X,), "avg_pool2d.default"),
+    "norm of order 3": (lambda x: x.norm(3, -1), (X,), "linalg_vector_norm.default"),
+    "product of whole numbers": (lambda x: x.to(torch.int64) @ x.to(torch.int64).mT, (X,), "matmul.default"),
+    "bits": (lambda x: x.to(torch.int64) & 3, (X,), "bitwise_and.Scalar"),
+    "training dropout": (lambda x: F.dropout(x, 0.5), (X,), "dropout.default"),
+    "attention that drops": (
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+        (X,),
+        "scaled_dot_product_attention.default",
+    ),
+    "complex numbers": (lambda x: torch.fft.rfft(x), (X,), "_fft_r2c.default"),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_what_an_entry_does_not_cover_is_opaque(name: str) -> None:
+    function, shapes, operator = OPAQUE[name]
+    graph = traced(function, inputs_of(shapes))
+    assert f"aten.{operator}" in opaque(graph)
+
+
 # What torch decomposes into something that has no entry.
 OPAQUE_DECOMPOSED = {
     "col2im (movement)": "aten.index_put.default",

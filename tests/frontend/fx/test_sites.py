@@ -74,7 +74,7 @@ def test_zoo(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*QUICK, "timm_swin_sdpa", "timm_davit", "hf_swin_padded"])
+@pytest.mark.parametrize("name", ["timm_maxvit", "timm_swin_sdpa", "timm_davit", "hf_swin_padded"])
 def test_zoo_in_core_operators(name: str) -> None:
     check_zoo(name, decomposed=True)
 
@@ -84,8 +84,10 @@ OTHERWISE = {
     "timm_convit": "softmaxes of constants are computed when the graph is read",
     "sp_atd": "the ONNX exporters cannot write it; the groups of sorted tokens are found as well",
     "local_transformer": "left for another reason: heads do not leave the batch",
+    "hf_longformer": "torch.export stops at control flow that depends on data",
     "hf_dinat": "needs a package that cannot be installed",
     "studiosr_swinir": "needs a package that is not installed",
+    "studiosr_swinfir": "needs a package that is not installed",
 }
 
 

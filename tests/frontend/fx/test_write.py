@@ -432,7 +432,7 @@ def anew(graph: Graph, every: int) -> None:
             graph.nodes[k] = Node(node.op, node.inputs, node.outputs, dict(node.attributes), node.name, node.domain)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_is_read_can_be_written_anew(name: str, every: int) -> None:
     """All nodes emitted, and some of them among nodes that stay."""
