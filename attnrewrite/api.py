@@ -109,6 +109,7 @@ class ModuleResult:
     def __init__(
         self,
         model: GraphModule | ExportedProgram,
+        module: GraphModule,
         given: Given,
         report: Report,
         verification: Verification | None,
@@ -118,7 +119,7 @@ class ModuleResult:
 
         self._given = given
         self.program = modules.as_program(model)
-        self.module = modules.as_module(model)
+        self.module = module
         self.report = report
         self.verification = verification
         self.compiled = compiled
@@ -298,7 +299,10 @@ def _optimize_module(
     if options.target is not None:
         with given.on_disk(model) as path:
             compiled = _optimize_file(path, options, None, progress)
-    return ModuleResult(done.model, given, report, verification, compiled)
+    module = modules.as_module(done.model)
+    if done.frozen and done.outcome.modified:
+        modules.with_quick_linears(module)
+    return ModuleResult(done.model, module, given, report, verification, compiled)
 
 
 def load(directory: str | os.PathLike[str]) -> LoadedModel:

@@ -29,6 +29,7 @@ from attnrewrite.frontend.fx.read import read
 from attnrewrite.frontend.fx.tensors import array_of
 from attnrewrite.frontend.fx.write import write
 from attnrewrite.graph import Graph, Value
+from attnrewrite.operators import linear as _linear  # noqa: F401 - registers the operator
 from attnrewrite.operators.compiled import prepare
 from attnrewrite.operators.schema import bind, operator_of
 from attnrewrite.pipeline import Outcome, Pipeline
@@ -106,6 +107,22 @@ def as_program(model: Model) -> ExportedProgram | None:
 def as_module(model: Model) -> GraphModule:
     """What is called in place of the original."""
     return model.module() if isinstance(model, ExportedProgram) else model
+
+
+def with_quick_linears(module: GraphModule) -> GraphModule:
+    """A module that is only run, its float32 linear layers on CPUs computed by the faster library; edited in place."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        is_linear = node.op == "call_function" and node.target is torch.ops.aten.linear.default
+        if (
+            is_linear
+            and isinstance(value, torch.Tensor)
+            and value.device.type == "cpu"
+            and value.dtype == torch.float32
+        ):
+            node.target = torch.ops.attnrewrite.linear.default
+    module.recompile()
+    return module
 
 
 def graph_of(model: Model) -> GraphModule:

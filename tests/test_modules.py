@@ -45,7 +45,7 @@ def test_a_module(freeze):
     assert result.verification is not None and result.verification.max_error("rewritten") < 1e-5
     assert set(result.module.state_dict()) == set(model.state_dict())
     operators = [
-        str(n.target) for n in result.module.graph.nodes if n.op == "call_function" and "attnrewrite" in str(n.target)
+        str(n.target) for n in result.module.graph.nodes if n.op == "call_function" and "attention" in str(n.target)
     ]
     assert operators == ["attnrewrite.flash_window_attention.default"] * 2
     x = torch.randn(IMAGE)
