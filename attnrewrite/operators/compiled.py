@@ -102,6 +102,7 @@ class _State:
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
         self.child: subprocess.Popen[str] | None = None
+        self.ending = threading.Event()
         self.warned = False
 
 
@@ -348,8 +349,7 @@ def _ask(kernel: Kernel) -> None:
 
 
 def _work() -> None:
-    while True:
-        time.sleep(_GATHERING_SECONDS)
+    while not _state.ending.wait(_GATHERING_SECONDS):
         with _state.lock:
             kernels, _state.pending = _state.pending, []
             if not kernels:
@@ -396,7 +396,7 @@ def _sized(shape: Sequence[int | None]) -> tuple[int, ...]:
 
 def _left_to_torch(kernels: Sequence[Kernel], reason: str) -> Prepared:
     _state.ready.update(dict.fromkeys(kernels))
-    if not _state.warned:
+    if not _state.warned and not _state.ending.is_set():
         _state.warned = True
         warnings.warn(f"attnrewrite computes in torch what its kernels would: {reason}", stacklevel=2)
     return Prepared(0, 0, 0, (reason,) * len(kernels), 0.0)
@@ -407,6 +407,8 @@ def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME, CompilerCrash, check_tvm_version, run_child
     from attnrewrite.lowering.targets import parse_target
 
+    if _state.ending.is_set():
+        raise CompilerError("the process ends")
     check_tvm_version()
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -462,13 +464,21 @@ def _name(kernel: Kernel) -> str:
 
 def _remember_child(child: subprocess.Popen[str]) -> None:
     _state.child = child
+    if _state.ending.is_set():
+        child.kill()
 
 
 @atexit.register
-def _end_child() -> None:
-    """A compiler that nobody waits for any more ends with this process."""
-    if _state.child is not None and _state.child.poll() is None:
-        _state.child.kill()
+def _end_background() -> None:
+    """Nobody waits any more for a compiler. Its thread is joined: an interpreter that ends under a thread which is in
+    C++ (importing TVM, loading a library) aborts.
+    """
+    _state.ending.set()
+    child, worker = _state.child, _state.worker
+    if child is not None and child.poll() is None:
+        child.kill()
+    if worker is not None:
+        worker.join()
 
 
 def _after_fork() -> None:

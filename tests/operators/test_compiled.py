@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,3 +191,27 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["k3"]
     assert compiled.results_of(case.spec, tensors(case)) is None
     assert compiled._state.worker is None
+
+
+def test_an_interpreter_may_end_while_a_kernel_is_made(tmp_path: Path) -> None:
+    """A thread that is in C++ when its interpreter ends would abort the process, so it has ended before."""
+    script = """
+        import atexit, sys, threading, time
+        atexit.register(lambda: print([t.name for t in threading.enumerate()]))  # called last: after the package's own
+        import torch
+        from attnrewrite.nn import FlashWindowAttention
+        with torch.no_grad():
+            FlashWindowAttention(8, 2, 4)(torch.zeros(1, 4, 4, 8))
+        while "tvm" not in sys.modules:  # it is being imported from here on
+            time.sleep(0.001)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "ATTNREWRITE_CACHE": str(tmp_path), "ATTNREWRITE_KERNELS": "auto"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "['MainThread']\n", "")
+    assert not list(tmp_path.rglob("*.so"))
