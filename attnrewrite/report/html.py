@@ -27,7 +27,14 @@ def to_html(report: Report) -> str:
         reparam=[(group, reparam_sentence(group)) for group in report.reparam],
         timings=_bars(report.gains),
         removed=report.nodes_before - report.nodes_after,
+        error=_largest_error(report.verification),
     )
+
+
+def _largest_error(verification: dict[str, Any] | None) -> float | str | None:
+    """Of the rewritten and of the compiled model, whichever is further off; None where nothing was compared."""
+    compared = [verification[which] for which in ("rewritten", "compiled") if verification and verification.get(which)]
+    return max((figures["max_error"] for figures in compared), key=float, default=None)
 
 
 def _bars(gains: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -187,3 +188,13 @@ def test_names_of_the_model_are_escaped():
     html = to_html(REPORT)
     assert "<swin>" not in html
     assert "models/&lt;swin&gt;.onnx" in html
+
+
+def test_page_shows_the_largest_error_of_all_compared():
+    assert REPORT.verification is not None
+    for compiled, shown in (({"max_error": 4.5e-6}, "4.5e-06"), ({"max_error": "inf"}, "inf"), (None, "3.2e-07")):
+        verification = {**REPORT.verification}
+        if compiled is not None:
+            verification["compiled"] = {**compiled, "tolerance": 1e-4, "passed": True}
+        html = to_html(dataclasses.replace(REPORT, verification=verification))
+        assert f"<b>{shown}</b><span>largest error" in html
