@@ -52,6 +52,19 @@ def test_a_module(freeze):
     assert scaled_error(result.module(x), model(x)) < 1e-5
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_of_16_bits(dtype, freeze):
+    """Both windows, as in float32; no further from what the model means than it was itself, but for a rounding."""
+    model, x = swin().to(dtype), torch.randn(IMAGE).to(dtype)
+    result = attnrewrite.optimize(model, (x,), freeze=freeze, compile=False)
+    assert kinds(result) == REWRITTEN
+    reference = swin().double()
+    with torch.no_grad():
+        off = [scaled_error(m(x).double(), reference(x.double())) for m in (result.module, model)]
+    assert off[0] <= 1.5 * off[1] + torch.finfo(dtype).eps
+
+
 def test_gradients_off_freezes():
     model, x = swin(), torch.randn(IMAGE)
     with torch.no_grad():

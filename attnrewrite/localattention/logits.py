@@ -15,6 +15,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import Read, broadcast_index, sources
+from attnrewrite.localattention import floats
 from attnrewrite.localattention.choice import run_time_choice
 from attnrewrite.localattention.contraction import (
     Operand,
@@ -249,7 +250,7 @@ class _Walk:
             replaced = number[masked]
         else:
             replaced = number
-        if (replaced > np.finfo(data.dtype).min / 2).any():
+        if (replaced > floats.lowest(data.dtype) / 2).any():
             return Decline(
                 f"masked logits are set to {float(replaced.max()):g}, which is no exclusion where others are as low: "
                 "only -inf or the lowest number of the type is one",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnrewrite.localattention import floats
+
 # In place of the pixel of a key that is excluded: behind all pixels.
 NO_KEY = np.iinfo(np.int64).max
 # Elements of the largest temporary array.
@@ -105,12 +107,12 @@ class Reads:
             pixel = int(np.argmax(self.queries != other.queries))
             found, now = self.queries[pixel], other.queries[pixel]
             return f"output pixel {pixel} asks with shared query {found} in the original, with {now} now"
-        lowest = float(np.finfo(dtype).min / 2)
+        lowest, step = floats.lowest(dtype) / 2, floats.step(dtype)
         finite = np.where(np.isfinite(self.terms.values) & (self.terms.values > lowest), self.terms.values, 0.0)
-        allowed = float(2 * np.finfo(dtype).eps * max(np.abs(finite).max(initial=0.0), 1e-30))
+        allowed = 2 * step * max(float(np.abs(finite).max(initial=0.0)), 1e-30)
         if (self.vectors is None) != (other.vectors is None):
             return "only one of original and replacement multiplies its queries with relative positions"
-        near = 0.0 if self.vectors is None else float(np.finfo(dtype).eps * 8 * np.abs(self.vectors.values).max())
+        near = 0.0 if self.vectors is None else 8 * step * float(np.abs(self.vectors.values).max())
         if self.keys.slots == other.keys.slots and self._equal_as_listed(other, allowed, near):
             return None
         width = max(r._width() for r in (self, other))

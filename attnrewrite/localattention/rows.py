@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnrewrite.indexing.map import IndexingError
+from attnrewrite.localattention import floats
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.grid import count, flat_pixels
 from attnrewrite.localattention.maps import SiteMaps
@@ -121,7 +122,7 @@ class Exclusion:
 def exclusion(rows: QueryRows) -> Exclusion | None:
     """What the terms exclude; None where they exclude nothing. A finite penalty such as -100 excludes nothing."""
     attention = rows.maps.attention
-    limit = np.finfo(attention.softmax_dtype).min / 2
+    limit = floats.lowest(attention.softmax_dtype) / 2
     found: np.ndarray | None = None
     lowest = False
     for term in attention.terms:
@@ -130,7 +131,7 @@ def exclusion(rows: QueryRows) -> Exclusion | None:
             continue
         low = low.reshape(low.shape + (1,) * (attention.grid_rank - low.ndim))
         if rows.maps.heads:
-            low = low.all(axis=rows.maps.heads, keepdims=True)
+            low = np.logical_and.reduce(low, axis=rows.maps.heads, keepdims=True)
         if not low.any():
             continue
         taken = rows.take(low)[0]

@@ -17,6 +17,7 @@ from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Value, ancestors
 from attnrewrite.indexing.map import Index, IndexingError, reduced
+from attnrewrite.localattention import floats
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import Sizes
 from attnrewrite.localattention.grid import count, grouped
@@ -107,7 +108,7 @@ def relative_position(
         scale = 1.0
     dtype = attention.query.value.dtype
     assert dtype is not None
-    table = _per_axis(tables, window, key_window, np.finfo(dtype).eps)
+    table = _per_axis(tables, window, key_window, floats.step(dtype))
     if table is None:
         heads = max(t.shape[0] for t in tables)
         total = sum(tables[1:], tables[0])
