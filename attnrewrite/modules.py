@@ -33,7 +33,7 @@ from attnrewrite.operators import linear as _linear  # noqa: F401 - registers th
 from attnrewrite.operators.compiled import prepare
 from attnrewrite.operators.schema import bind, operator_of
 from attnrewrite.pipeline import Outcome, Pipeline
-from attnrewrite.trained import Gathered, rewrite_trained
+from attnrewrite.trained import rewrite_trained
 from attnrewrite.verify.numeric import Comparison, Verification, compare
 
 # Of max |output|: float32 sums of a few thousand products taken in another order.
@@ -163,15 +163,16 @@ def rewrite(
     def reading(arrays: Mapping[str, np.ndarray] | None = None) -> Graph:
         return read(model, example_inputs, lifted=lifted, tensors=arrays)
 
-    gathered: dict[Value, Gathered] = {}
+    live: dict[Value, Live] | None = None
     if parameters:
         outcome, gathered = rewrite_trained(reading, parameters, _live_values, pipeline, on_pass)
+        live = {constant: Live(g.values, g.index) for constant, g in gathered.items()}
     else:
         outcome = pipeline.run(reading(), on_pass)
     if not outcome.modified:
         return Rewritten(model, outcome, freeze)
     try:
-        written = write(outcome.graph, {constant: Live(g.values, g.index) for constant, g in gathered.items()})
+        written = write(outcome.graph, live)
     except NotInTorch as error:
         raise UserError(f"the rewritten graph cannot be written in PyTorch: {error}") from error
     return Rewritten(written, outcome, freeze)

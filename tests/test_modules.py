@@ -100,6 +100,37 @@ def test_training_goes_on_as_before():
         assert scaled_error(dict(rewritten.named_parameters())[name], parameter) < 1e-3, name
 
 
+class CosineWindows(nn.Module):
+    """Swin V2's attention in 4 x 4 windows of [B, 8, 8, 12]: scale and bias are computed from parameters, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.logit_scale = nn.Linear(12, 36), nn.Parameter(torch.randn(3, 1, 1))
+        self.positions = nn.Sequential(nn.Linear(2, 8), nn.ReLU(inplace=True), nn.Linear(8, 3, bias=False))
+        self.register_buffer("coordinates", torch.rand(16, 16, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = x.view(-1, 2, 4, 2, 4, 12).transpose(2, 3).reshape(-1, 16, 12)
+        q, k, v = self.qkv(windows).view(-1, 16, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        logits = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-2, -1)
+        scaled = logits * torch.clamp(self.logit_scale, max=2.0).exp()
+        bias = 16 * torch.sigmoid(self.positions(self.coordinates)).permute(2, 0, 1)
+        merged = ((scaled + bias).softmax(-1) @ v).transpose(1, 2)
+        return merged.reshape(-1, 2, 2, 4, 4, 12).transpose(2, 3).reshape(-1, 8, 8, 12)
+
+
+def test_what_is_computed_from_parameters_is_computed_anew():
+    torch.manual_seed(0)
+    model, x = CosineWindows().eval(), torch.randn(2, 8, 8, 12)
+    result = attnrewrite.optimize(model, (x,))
+    assert kinds(result) == [("window", "rewrite")]
+    for _ in range(2):
+        assert scaled_error(result.module(x), model(x)) < 1e-5
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+
+
 def test_parameters_in_what_is_no_gather_keep_the_original():
     """Branches merged into one convolution are new weights: not while they are trained."""
 

@@ -50,11 +50,12 @@ class Demand:
     """The decisions, one for every value that is asked for.
 
     plans: how each value that is no constant and no input is computed. mappings: of each torch.fx node that stays, the
-    values it reads, as read -> now. edited: whether the program has to change at all.
+    values it reads, as read -> now. edited: whether the program has to change at all. frozen: whether parameters, and
+    what follows from them, are constants.
     """
 
-    def __init__(self, graph: Graph, live: Mapping[Value, Live]) -> None:
-        self.graph, self.live = graph, live
+    def __init__(self, graph: Graph, live: Mapping[Value, Live] | None) -> None:
+        self.graph, self.live, self.frozen = graph, live or {}, live is None
         self.program: Program = graph.source
         self.present = set(graph.nodes)
         self.inputs = set(graph.inputs)
@@ -131,7 +132,11 @@ class Demand:
     def reference(self, value: Value) -> Ref:
         """A value; by its node, which is then taken as it is, where it was folded into a constant."""
         node = self.node_of.get(value)
-        return node if node is not None and value.is_constant else value
+        return node if node is not None and value.is_constant and not self._replaces(node) else value
+
+    def _replaces(self, node: FxNode) -> bool:
+        expansion = self.program.expansions.get(node)
+        return expansion is not None and expansion.replaces
 
     def is_held(self, value: Value) -> bool:
         """Whether the value is a parameter or a buffer."""
@@ -232,11 +237,10 @@ class Demand:
 
     def standing(self, node: FxNode) -> Ref:
         """A node as the graph view has it: by its value, or as it is where that does not compute it."""
-        value, expansion = self.program.values.get(node), self.program.expansions.get(node)
-        if not isinstance(value, Value) or (value.is_constant and not (expansion and expansion.replaces)):
+        value, replaces = self.program.values.get(node), self._replaces(node)
+        if not isinstance(value, Value) or (value.is_constant and not replaces):
             return node
-        alive = value.producer in self.present or value in self.inputs
-        return value if alive or (expansion is not None and expansion.replaces) else node
+        return value if replaces or value.producer in self.present or value in self.inputs else node
 
     def _is_at_hand(self, node: FxNode) -> bool:
         """Whether a size is read from inputs alone, so that nothing is computed for it."""

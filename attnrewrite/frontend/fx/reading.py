@@ -192,7 +192,8 @@ class Reading:
             value.name = self.write.unique(name)
             value.source = name
             self.program.names[value] = name
-        self.tensors.add(fake, value, contents, owner)
+        # What follows from a stand-in is read call by call, for it will be computed anew at every call of the model.
+        self.tensors.add(fake, value, None if name in self.state.contents else contents, owner)
         return value
 
     def _frozen(self, real: torch.Tensor) -> Value:

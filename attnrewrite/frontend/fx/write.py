@@ -51,11 +51,12 @@ def write(graph: Graph, live: Mapping[Value, Live] | None = None) -> torch.fx.Gr
     """Edit the program that the graph was read from, and return it: as it was, if no pass edited the graph.
 
     New constants become buffers that are not in the state_dict, or constants of an exported program; those in `live`
-    are computed from the values that they follow from whenever the program runs. Raises UserError where torch cannot
-    express an edit, NotInTorch (a ValueError) where the table lacks an operator; the program is then half edited.
+    are computed from the values that they follow from whenever the program runs, and so is whatever was folded while
+    the graph was read. live None: nothing is, parameters are constants. Raises UserError where torch cannot express an
+    edit, NotInTorch (a ValueError) where the table lacks an operator; the program is then half edited.
     """
     program: Program = graph.source
-    demand = Demand(graph, live or {})
+    demand = Demand(graph, live)
     if demand.edited:
         _Writer(demand).run()
     return program.exported if program.exported is not None else program.module
@@ -222,7 +223,7 @@ class _Writer:
         the caller wants it; anything else becomes a new constant.
         """
         held, read, live = self._parameter(value), self.demand.as_read.get(value), self.demand.live.get(value)
-        if live is not None and self.demand.reference(live.values[0]) is value:
+        if not self.demand.frozen and (live is None or self.demand.reference(live.values[0]) is value):
             self._unfreeze(value)
         elif live is not None:
             self._follow(value, live)
