@@ -79,13 +79,16 @@ def rewrite_trained(
     parameters: arrays by name, of which dtype and size matter. live: values of a graph just read that the model
     computes anew at every call. Raises UserError where readings differ in more than numbers.
     """
-    probes = [_drawn(parameters, seed) for seed in range(_probes_needed(parameters))]
+    probes = [_drawn(parameters, 0)]
     watch = _Watch()
     while True:
         watch.made.clear()
-        outcomes, sources = [], []
-        for probe in probes:
-            graph = read(probe)
+        outcomes: list[Outcome] = []
+        sources: list[list[Value]] = []
+        while not sources or len(sources) < _readings_needed(sources[0]):
+            if len(sources) == len(probes):
+                probes.append(_drawn(parameters, len(probes)))
+            graph = read(probes[len(sources)])
             sources.append(list(live(graph)))
             outcomes.append(Pipeline([watch.over(p) for p in pipeline.passes]).run(graph))
         gathered, unknown = _gathers([o.graph for o in outcomes], sources)
@@ -101,9 +104,10 @@ def rewrite_trained(
             watch.left[anchor] = REASON.format(value.name)
 
 
-def _probes_needed(parameters: Arrays) -> int:
+def _readings_needed(live: Sequence[Value]) -> int:
     """More of them where numbers have few bits, so that no two elements are the same in all."""
-    return 2 if all(a.dtype.itemsize >= 4 for a in parameters.values()) else 6
+    dtypes = {v.dtype for v in live if v.dtype is not None and _has_fractions(v.dtype)}
+    return 2 if all(dtype.itemsize >= 4 for dtype in dtypes) else 6
 
 
 def _drawn(parameters: Arrays, seed: int) -> dict[str, np.ndarray]:
@@ -215,7 +219,7 @@ def _keys(values: Sequence[Value]) -> np.ndarray | None:
     Different numbers have different keys but for a chance of 2^-64 for a pair of elements.
     """
     arrays = [np.asarray(v.constant) for v in values]
-    if not np.issubdtype(arrays[0].dtype, np.inexact) and arrays[0].dtype.kind != "V":
+    if not _has_fractions(arrays[0].dtype):
         return None
     if not arrays[0].size or all(np.array_equal(a, arrays[0], equal_nan=True) for a in arrays[1:]):
         return None
@@ -224,6 +228,11 @@ def _keys(values: Sequence[Value]) -> np.ndarray | None:
         bits = (array.astype(np.float64).reshape(-1) + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
         keys = _mixed(keys * np.uint64(0x9E3779B97F4A7C15) + bits)
     return keys
+
+
+def _has_fractions(dtype: np.dtype) -> bool:
+    """Floating point; bfloat16 is of a kind that NumPy does not know."""
+    return np.issubdtype(dtype, np.inexact) or dtype.kind == "V"
 
 
 def _mixed(bits: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -65,6 +66,24 @@ def test_gathers(name):
     assert outcome.modified and found is not None
     assert tuple(v.name for v in found.values) == sources
     np.testing.assert_array_equal(found.index, index)
+
+
+def test_elements_are_told_apart_by_few_bits():
+    """What the model computes in bfloat16 from float32 parameters: two readings would leave some elements alike."""
+    order = np.random.default_rng(0).permutation(4096)
+
+    def narrow(arrays: Arrays) -> Graph:
+        graph = read(arrays)
+        wide, other = graph.source
+        half = wide.constant.reshape(-1).astype(ml_dtypes.bfloat16)
+        graph.source = [Value("half", half.shape, half.dtype, half), other]
+        return graph
+
+    parameters = PARAMETERS | {"table": np.zeros((64, 64), np.float32)}
+    folded = folding(lambda t, o: t[order])
+    _, gathered = rewrite_trained(narrow, parameters, lambda graph: graph.source, folded)
+    (found,) = (g for value, g in gathered.items() if value.name == "made")
+    np.testing.assert_array_equal(found.index, order)
 
 
 def test_a_constant_of_no_parameter_stays_one():
