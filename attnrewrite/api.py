@@ -241,7 +241,9 @@ def _optimize_file(
     options: Options,
     on_pass: Callable[[str, Graph], None] | None,
     progress: Callable[[str], None] | None,
+    name: str | None = None,
 ) -> Result:
+    """name: how the report calls the model, otherwise by its path."""
     from attnrewrite.verify.numeric import require
 
     home = tempfile.TemporaryDirectory(prefix="attnrewrite-")
@@ -250,7 +252,7 @@ def _optimize_file(
         directory.mkdir()
         with _on_disk(model) as source:
             built = artifact.build(
-                source.path, directory, options, name=source.name, on_pass=on_pass, progress=progress
+                source.path, directory, options, name=name or source.name, on_pass=on_pass, progress=progress
             )
         if built.verification is not None:
             require(built.verification)
@@ -287,21 +289,18 @@ def _optimize_module(
     if options.compile:
         with stages.stage("compile", "compiling kernels"):
             modules.prepare_kernels(modules.graph_of(done.model))
-    verification = None
+    module, verification = modules.delivered(done), None
     if options.verify:
         with stages.stage("verify", "verifying"):
-            verification = modules.verify(model, done.model, given.inputs, given.kwargs)
+            verification = modules.verify(model, module, given.inputs, given.kwargs)
         require(verification)
     report = artifact.report_of(given.name, done.outcome, stages)
     if verification is not None:
         report = replace(report, verification=verification.to_json())
     compiled: Result | None = None
     if options.target is not None:
-        with given.on_disk(model) as path:
-            compiled = _optimize_file(path, options, None, progress)
-    module = modules.as_module(done.model)
-    if done.frozen and done.outcome.modified:
-        modules.with_quick_linears(module)
+        with given.as_onnx(model) as path:
+            compiled = _optimize_file(path, options, None, progress, given.name)
     return ModuleResult(done.model, module, given, report, verification, compiled)
 
 

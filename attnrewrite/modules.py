@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attnrewrite.errors import UserError, last_line
+from attnrewrite.frontend import pt2
 from attnrewrite.frontend.fx.entry import NotInTorch
 from attnrewrite.frontend.fx.program import Lifted, Live, Program
 from attnrewrite.frontend.fx.read import read
@@ -87,11 +88,11 @@ class Given:
             raise UserError(f"torch.export cannot trace {type(module).__name__}: {last_line(error)}") from error
 
     @contextlib.contextmanager
-    def on_disk(self, traced: Model) -> Iterator[Path]:
-        """The traced model as a .pt2 archive, which goes with the context."""
+    def as_onnx(self, traced: Model) -> Iterator[Path]:
+        """The traced model as an ONNX file, which goes with the context. Raises UserError where it has no such form."""
         with tempfile.TemporaryDirectory(prefix="attnrewrite-") as folder:
-            path = Path(folder) / f"{self.name}.pt2"
-            save(traced if isinstance(traced, ExportedProgram) else self.exported(traced), path)
+            path = Path(folder) / f"{self.name}.onnx"
+            pt2.to_onnx(traced if isinstance(traced, ExportedProgram) else self.exported(traced), path)
             yield path
 
 
@@ -109,8 +110,16 @@ def as_module(model: Model) -> GraphModule:
     return model.module() if isinstance(model, ExportedProgram) else model
 
 
-def with_quick_linears(module: GraphModule) -> GraphModule:
-    """A module that is only run, its float32 linear layers on CPUs computed by the faster library; edited in place."""
+def delivered(done: Rewritten) -> GraphModule:
+    """What is called in place of the original; if it is only to be run, with the faster library's linear layers."""
+    module = as_module(done.model)
+    if done.frozen and done.outcome.modified:
+        _quicken_linears(module)
+    return module
+
+
+def _quicken_linears(module: GraphModule) -> None:
+    """Let the faster library compute the float32 linear layers on CPUs."""
     for node in module.graph.nodes:
         value = node.meta.get("val")
         is_linear = node.op == "call_function" and node.target is torch.ops.aten.linear.default
@@ -122,7 +131,6 @@ def with_quick_linears(module: GraphModule) -> GraphModule:
         ):
             node.target = torch.ops.attnrewrite.linear.default
     module.recompile()
-    return module
 
 
 def graph_of(model: Model) -> GraphModule:
@@ -214,15 +222,17 @@ def _parameters(model: Model, lifted: Sequence[Lifted]) -> dict[str, np.ndarray]
     return {name: array_of(t) for name, t in trained.items() if t.is_floating_point()}
 
 
-def verify(original: Model, rewritten: Model, example_inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Verification:
-    """Outputs of both on the example inputs and on random ones of their kind.
+def verify(
+    original: Model, after: GraphModule, example_inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Verification:
+    """Outputs of a model and of what is called in its place, on the example inputs and on random ones of their kind.
 
     Nothing is run, which a note says, where a run would change the model (norms in training) or be random.
     """
     start = time.perf_counter()
     if (reason := _not_repeatable(original)) is not None:
         return Verification(notes=(f"not compared on numbers: {reason}",))
-    before, after = as_module(original), as_module(rewritten)
+    before = as_module(original)
     found: list[Comparison] = []
     example = (tuple(example_inputs), dict(kwargs))
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import attnrewrite
+from attnrewrite import modules
 from attnrewrite.errors import UserError
 from examples.models.swin import Swin
 from examples.models.unfold_attention import UnfoldAttention
@@ -75,6 +76,22 @@ def test_gradients_off_freezes():
         table.add_(1.0 + torch.randn_like(table))
         assert scaled_error(live(x), model(x)) < 1e-5
         assert scaled_error(frozen(x), model(x)) > 1e-3
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_what_was_verified_is_what_is_returned(freeze, monkeypatch):
+    verified = []
+
+    def verify(original, after, inputs, kwargs):
+        verified.append(after)
+        return own(original, after, inputs, kwargs)
+
+    own = modules.verify
+    monkeypatch.setattr(modules, "verify", verify)
+    result = attnrewrite.optimize(swin(), (torch.randn(IMAGE),), freeze=freeze, compile=False)
+    assert verified == [result.module]
+    quick = sum(n.target is torch.ops.attnrewrite.linear.default for n in result.module.graph.nodes)
+    assert bool(quick) == freeze
 
 
 def test_training_goes_on_as_before():
