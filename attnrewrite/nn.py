@@ -32,18 +32,28 @@ def _sizes(size: Size, axes: int = 2) -> Sizes:
     return (size,) * axes if isinstance(size, int) else tuple(size)
 
 
-def _head_dim(dim: int, num_heads: int) -> int:
-    if dim % num_heads:
-        raise ValueError(f"the heads must divide the channels, got {dim=}, {num_heads=}")
-    return dim // num_heads
-
-
 def _checked_map(x: Tensor, dim: int, axes: int) -> None:
     if x.dim() != axes + 2 or x.shape[-1] != dim:
         raise ValueError(f"the map must have {axes} spatial axes and {dim} channels at the end, got {tuple(x.shape)}")
 
 
-class FlashWindowAttention(nn.Module):
+class _Attention(nn.Module):
+    """Projections in front of and behind the attention, with the parameter names that vision transformers have.
+
+    scale: of the logits; None: head_dim ** -0.5.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, scale: float | None) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the heads must divide the channels, got {dim=}, {num_heads=}")
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+
+class FlashWindowAttention(_Attention):
     """Attention within windows, `[B, *S, dim] -> [B, *S, dim]`: shift, padding, partition and merge included.
 
     window_size, shift_size: pixels, one number or one for each spatial axis; 0 <= shift < window. A map that is no
@@ -65,16 +75,12 @@ class FlashWindowAttention(nn.Module):
         relative_position: bool = True,
         scale: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_heads, qkv_bias, scale)
         self.window_size = _sizes(window_size)
         self.shift_size = _sizes(shift_size, len(self.window_size))
         pairs = list(zip(self.window_size, self.shift_size, strict=False))
         if len(self.shift_size) != len(self.window_size) or any(not 0 <= s < w for w, s in pairs):
             raise ValueError(f"a shift must be at least 0 and below the window, got {window_size=}, {shift_size=}")
-        self.dim, self.num_heads = dim, num_heads
-        self.scale = _head_dim(dim, num_heads) ** -0.5 if scale is None else scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table: nn.Parameter | None = None
         if relative_position:
             rows = math.prod(2 * w - 1 for w in self.window_size)
@@ -163,7 +169,7 @@ class DeformedShift(nn.Module):
             self.shift = None
 
 
-class SlideAttention(nn.Module):
+class SlideAttention(_Attention):
     """Attention of every pixel to the neighbourhood around it, `[B, *S, dim] -> [B, *S, dim]`; zeros lie outside.
 
     kernel_size: odd, one number or one for each spatial axis. deformed: whether keys and values are read through
@@ -184,20 +190,15 @@ class SlideAttention(nn.Module):
         shared_shift: bool = False,
         scale: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_heads, qkv_bias, scale)
         self.kernel_size = _sizes(kernel_size)
         if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"a neighbourhood needs odd sizes to have a middle, got {kernel_size=}")
-        self.dim, self.num_heads = dim, num_heads
-        head_dim = _head_dim(dim, num_heads)
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
         self.position_bias = nn.Parameter(torch.zeros(num_heads, math.prod(self.kernel_size)))
-        self.key_shift = DeformedShift(head_dim, self.kernel_size) if deformed else None
+        self.key_shift = DeformedShift(self.head_dim, self.kernel_size) if deformed else None
         self.value_shift: DeformedShift | None = None
         if deformed:
-            self.value_shift = self.key_shift if shared_shift else DeformedShift(head_dim, self.kernel_size)
+            self.value_shift = self.key_shift if shared_shift else DeformedShift(self.head_dim, self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         axes = len(self.kernel_size)

@@ -8,20 +8,18 @@ and leaves the shape arithmetic in the file.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import onnx
 import torch
 from torch import nn
+
+from attnrewrite.frontend.pt2 import silenced
 
 Exporter = Literal["dynamo", "torchscript"]
 EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
@@ -57,22 +55,6 @@ def import_torchvision() -> None:
         for signature in _TORCHVISION_OPS:
             _torchvision_library.define(signature)
         importlib.import_module("torchvision")
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """No progress lines, tracer warnings or log records of the exporters below ERROR."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def export(

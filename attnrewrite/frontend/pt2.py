@@ -33,7 +33,7 @@ def load(path: Path) -> ExportedProgram:
     import attnrewrite.operators  # noqa: F401 - an archive may hold the two ops
 
     try:
-        with _silenced():
+        with silenced():
             return torch.export.load(path)
     except Exception as error:  # torch raises whatever its readers of zip files, JSON and pickles do
         raise UserError(f"{path} is not a torch.export archive, or it is truncated: {last_line(error)}") from error
@@ -51,7 +51,7 @@ def to_onnx(program: ExportedProgram, path: Path) -> None:
     stored = [*program.state_dict.values(), *program.constants.values()]
     weights = sum(t.numel() * t.element_size() for t in stored if isinstance(t, torch.Tensor))
     try:
-        with torch.no_grad(), _silenced():
+        with torch.no_grad(), silenced():
             export(program, (), path, opset_version=OPSET, external_data=weights > SINGLE_FILE_BYTES, verbose=False)
     except ImportError as error:
         raise UserError(f"torch.onnx needs {error.name} to export a program: install it") from error
@@ -75,8 +75,8 @@ def as_onnx(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Without the progress lines, warnings and log records that torch's exporters write."""
+def silenced() -> Iterator[None]:
+    """Without the progress lines, warnings and log records below ERROR that torch's exporters write."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

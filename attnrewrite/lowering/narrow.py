@@ -63,12 +63,6 @@ def paired_weights(weights: np.ndarray) -> np.ndarray:
     return (bits[0::2] | (bits[1::2] << 16)).view(np.int32)
 
 
-def halved_weights(weights: np.ndarray) -> np.ndarray:
-    """float32 as float16; what is out of range, infinities too, becomes the largest finite number."""
-    limit = float(np.finfo(np.float16).max)
-    return np.clip(weights, -limit, limit).astype(np.float16)
-
-
 def narrowed(features: te.Tensor) -> te.Tensor:
     """float32 as the bits of bfloat16, element by element."""
 

@@ -21,6 +21,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from attnrewrite.lowering import narrow
 from attnrewrite.lowering.choices import Choices, Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
+from attnrewrite.lowering.precision import halved
 from attnrewrite.lowering.schedules.products import choose_tile
 from attnrewrite.lowering.schedules.stages import same
 
@@ -170,7 +171,7 @@ class _Packer(PyExprMutator):  # type: ignore[misc]
             if self._in_pairs(weights):
                 matrix = narrow.paired_weights(matrix)
             elif self._precision == "fp16":
-                matrix = narrow.halved_weights(matrix)
+                matrix = halved(matrix)
             self._packed[key] = relax.const(packed(matrix, columns))
         return self._packed[key]
 

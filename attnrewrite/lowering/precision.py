@@ -21,7 +21,7 @@ def to_half(model: onnx.ModelProto) -> None:
     for subgraph in _graphs(graph):
         for tensor in subgraph.initializer:
             if tensor.data_type == _FLOAT and tensor.name not in kept:
-                tensor.CopyFrom(_halved(tensor))
+                _halve_tensor(tensor)
         for value in (*subgraph.value_info, *(() if subgraph is graph else (*subgraph.input, *subgraph.output))):
             if value.type.tensor_type.elem_type == _FLOAT and value.name not in kept:
                 value.type.tensor_type.elem_type = _HALF
@@ -49,12 +49,14 @@ def _kept_names(graph: onnx.GraphProto) -> set[str]:
     }
 
 
-def _halved(tensor: onnx.TensorProto) -> onnx.TensorProto:
+def halved(values: np.ndarray) -> np.ndarray:
+    """float32 as float16; numbers out of range become the largest there is, infinities stay (they are masks)."""
     limit = float(np.finfo(np.float16).max)
-    values = numpy_helper.to_array(tensor)
-    # Infinities stay: they are masks, not large numbers.
-    clipped = np.where(np.isinf(values), values, np.clip(values, -limit, limit)).astype(np.float16)
-    return numpy_helper.from_array(clipped, tensor.name)
+    return np.where(np.isinf(values), values, np.clip(values, -limit, limit)).astype(np.float16)
+
+
+def _halve_tensor(tensor: onnx.TensorProto) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(halved(numpy_helper.to_array(tensor)), tensor.name))
 
 
 def _halve_attributes(node: onnx.NodeProto, kept: set[str]) -> None:
@@ -65,7 +67,7 @@ def _halve_attributes(node: onnx.NodeProto, kept: set[str]) -> None:
     if node.op_type in ("Constant", "ConstantOfShape") and node.output[0] not in kept:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == _FLOAT:
-                attribute.t.CopyFrom(_halved(attribute.t))
+                _halve_tensor(attribute.t)
 
 
 def _cast_interface(graph: onnx.GraphProto) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnrewrite.dims import static
-from attnrewrite.frontend.fx.building import Builder, Opaque, Results, Table, entry, plain
+from attnrewrite.frontend.fx.building import Builder, Opaque, Results, Table, entry, every, plain
 from attnrewrite.frontend.shapes import broadcast
 from attnrewrite.graph import UnknownShape, Value, ancestors
 
@@ -119,24 +119,17 @@ def convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> Value:
-    """The attributes of one number are those of every axis."""
     spatial = len(weight.known_shape) - 2
-    alone = len(input.known_shape) == spatial + 1
-    shape = (1, *write.shape) if alone else write.shape
-    image = write.reshape(input, (1, *input.known_shape)) if alone else input
-
-    def every(numbers: Sequence[int]) -> list[int]:
-        return [plain(n) for n in (numbers if len(numbers) == spatial else list(numbers) * spatial)]
-
+    image, shape = write.batched(input, spatial)
     attributes: dict[str, Any] = {
         "kernel_shape": [static(e) for e in weight.known_shape[2:]],
-        "strides": every(stride),
-        "pads": every(padding) * 2,
-        "dilations": every(dilation),
+        "strides": every(stride, spatial),
+        "pads": every(padding, spatial) * 2,
+        "dilations": every(dilation, spatial),
         "group": groups,
     }
     if transposed:
-        attributes["output_padding"] = every(output_padding)
+        attributes["output_padding"] = every(output_padding, spatial)
     operands = [image, weight, *([] if bias is None else [bias])]
     result = write.op("ConvTranspose" if transposed else "Conv", operands, shape, **attributes)
     return write.reshape(result, write.shape)
@@ -206,42 +199,9 @@ def scaled_dot_product_attention(
     return attention(write, query, key, value, attn_mask, scale, is_causal=is_causal)
 
 
-@entry(PRODUCTS, "_scaled_dot_product_flash_attention_for_cpu")
-def flash_attention_for_cpu(
-    write: Builder,
-    query: Value,
-    key: Value,
-    value: Value,
-    dropout_p: float,
-    is_causal: bool,
-    attn_mask: Value | None,
-    scale: float | None,
-) -> Results:
-    if dropout_p:
-        raise Opaque("dropout of attention weights")
-    return [attention(write, query, key, value, attn_mask, scale, is_causal=is_causal), None]
-
-
+@entry(PRODUCTS, "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu")
+@entry(PRODUCTS, "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
 @entry(PRODUCTS, "_scaled_dot_product_attention_math")
-def attention_math(
-    write: Builder,
-    query: Value,
-    key: Value,
-    value: Value,
-    attn_mask: Value | None,
-    dropout_p: float,
-    is_causal: bool,
-    dropout_mask: Value | None,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Results:
-    if dropout_p or dropout_mask is not None or enable_gqa:
-        raise Opaque("dropout of attention weights")
-    return [attention(write, query, key, value, attn_mask, scale, is_causal=is_causal), None]
-
-
-@entry(PRODUCTS, "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
-@entry(PRODUCTS, "_scaled_dot_product_cudnn_attention")
 def fused_attention(
     write: Builder,
     query: Value,
@@ -250,11 +210,15 @@ def fused_attention(
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
+    attn_mask: Value | None = None,
     attn_bias: Value | None = None,
+    dropout_mask: Value | None = None,
+    enable_gqa: bool = False,
     **saved: Any,
 ) -> Results:
-    """Of the results only the first, the attended values, is known."""
-    if dropout_p:
+    """Of the results only the first, the attended values, is known. saved: what the backward pass is to be told."""
+    if dropout_mask is not None:
         raise Opaque("dropout of attention weights")
-    attended = attention(write, query, key, value, attn_bias, scale, is_causal=is_causal)
+    mask = attn_mask if attn_mask is not None else attn_bias
+    attended = scaled_dot_product_attention(write, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
     return [attended, *[None] * (len(write.shapes) - 1)]

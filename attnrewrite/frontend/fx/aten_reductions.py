@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnrewrite.dims import Extent
-from attnrewrite.frontend.fx.building import Builder, Opaque, Results, Table, axes_of, count, entry, plain
+from attnrewrite.frontend.fx.building import Builder, Opaque, Results, Table, axes_of, count, entry, every, plain
 from attnrewrite.graph import Value
 
 REDUCTIONS: Table = {}
@@ -356,7 +356,7 @@ def native_dropout(write: Builder, input: Value, p: float, train: bool | None) -
 
 
 def _pool(op: str, rank: int, *names: str) -> None:
-    """Pools over `rank` spatial axes; attributes of one number are those of every axis."""
+    """Pools over `rank` spatial axes."""
 
     @entry(REDUCTIONS, *names)
     def pool(
@@ -372,15 +372,13 @@ def _pool(op: str, rank: int, *names: str) -> None:
     ) -> Results:
         if divisor_override is not None:
             raise Opaque("a pool with a divisor of its own")
-        alone = len(x.known_shape) == rank + 1
-        image = write.reshape(x, (1, *x.known_shape)) if alone else x
-        shape = (1, *write.shape) if alone else write.shape
-
-        def every(numbers: Sequence[int]) -> list[int]:
-            return [plain(n) for n in (numbers if len(numbers) == rank else list(numbers) * rank)]
-
-        attributes: dict[str, Any] = {"kernel_shape": every(kernel_size), "strides": every(stride or kernel_size)}
-        attributes |= {"pads": every(padding) * 2, "dilations": every(dilation)}
+        image, shape = write.batched(x, rank)
+        attributes: dict[str, Any] = {
+            "kernel_shape": every(kernel_size, rank),
+            "strides": every(stride or kernel_size, rank),
+            "pads": every(padding, rank) * 2,
+            "dilations": every(dilation, rank),
+        }
         if ceil_mode and _whole_windows(image.known_shape[2:], attributes) != list(shape[2:]):
             if op == "AveragePool":
                 raise Opaque("means of windows that reach beyond the padding")
@@ -421,9 +419,7 @@ def adaptive_avg_pool(write: Builder, x: Value, output_size: Sequence[Any]) -> V
 
 
 def _means(write: Builder, x: Value, kernel: list[int]) -> Value:
-    alone = len(x.known_shape) == len(kernel) + 1
-    image = write.reshape(x, (1, *x.known_shape)) if alone else x
-    shape = (1, *write.shape) if alone else write.shape
+    image, shape = write.batched(x, len(kernel))
     pooled = write.op("AveragePool", [image], shape, kernel_shape=kernel, strides=kernel)
     return write.reshape(pooled, write.shape)
 

@@ -138,6 +138,12 @@ class Builder(BodyBuilder):
             target = [-1 if isinstance(e, Dim) else e for e in target]
         return self.op("Reshape", [value, self.extents(tuple(target))], shape)
 
+    def batched(self, image: Value, rank: int) -> tuple[Value, Shape]:
+        """A map of `rank` spatial axes with a batch in front, [B, C, *S], and the result's shape with one."""
+        if len(image.known_shape) > rank + 1:
+            return image, self.shape
+        return self.reshape(image, (1, *image.known_shape)), (1, *self.shape)
+
     def expand(self, value: Value, shape: Shape) -> Value:
         own = value.known_shape
         if own == shape:
@@ -209,6 +215,11 @@ def plain(extent: Any) -> int:
     if isinstance(extent, bool) or not isinstance(extent, int):
         raise Opaque(f"an argument of {extent}")
     return extent
+
+
+def every(numbers: Sequence[Any], rank: int) -> list[int]:
+    """An attribute of the spatial axes: one number is that of every axis."""
+    return [plain(n) for n in (numbers if len(numbers) == rank else list(numbers) * rank)]
 
 
 def count(shape: Shape) -> Extent:

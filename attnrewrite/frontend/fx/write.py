@@ -18,6 +18,7 @@ from torch.fx import Node as FxNode
 
 from attnrewrite.dims import Dim
 from attnrewrite.errors import UserError
+from attnrewrite.frontend.fx.calls import invoke, tensors_in
 from attnrewrite.frontend.fx.demand import Demand, Emit, Keep, Ref, Size, in_order, updated, values_in
 from attnrewrite.frontend.fx.emission import Recording
 from attnrewrite.frontend.fx.emit import as_tensor, bound
@@ -335,13 +336,9 @@ class _Writer:
                 return self.recording.size_of(tree)
             return [given(branch) for branch in tree] if isinstance(tree, list | tuple) else tree
 
-        own = target._schema.arguments
         with self._emitting(plan):
-            found = target(
-                *(given(arguments[a.name]) for a in own if not a.kwarg_only),
-                **{a.name: given(arguments[a.name]) for a in own if a.kwarg_only},
-            )
-        return [t for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+            found = invoke(target, {name: given(argument) for name, argument in arguments.items()})
+        return list(tensors_in(found))
 
     def _origin(self, plan: Emit) -> dict[str, Any]:
         """What a new node says of where it comes from: as the node that its name starts with, or that it reads."""

@@ -363,8 +363,11 @@ class _Lowering:
             inside = None if self.n_divides else j * self.tile.columns + v * self.tile.lanes < self.n
             return guarded(inside, vectorized(self.tile.lanes, lambda lane: element(v * self.tile.lanes + lane)))
 
-        inside = None if self.m_divides else i * self.tile.rows + r < self.m
-        return guarded(inside, unrolled(self.tile.vectors, vector))
+        return self.within_rows(i, r, unrolled(self.tile.vectors, vector))
+
+    def within_rows(self, i: Expr, r: int, body: Stmt) -> Stmt:
+        """What is done for row r of a tile, where the output has that row."""
+        return guarded(None if self.m_divides else i * self.tile.rows + r < self.m, body)
 
     def output_indices(self, batch: Mapping[tirx.Var, Expr], row: Expr, column: Expr) -> list[Expr]:
         where = {**batch, **self.at(self.c.rows, row), **self.at(self.c.columns, column)}
@@ -416,15 +419,14 @@ class _Lowering:
             return guarded(first + tile.lanes <= self.n, whole, one_by_one)
 
         def row(r: int) -> Stmt:
-            inside = None if self.m_divides else i * tile.rows + r < self.m
             if not heavy:
-                return guarded(inside, unrolled(tile.vectors, lambda v: vector(sums[r], r, v)))
+                return self.within_rows(i, r, unrolled(tile.vectors, lambda v: vector(sums[r], r, v)))
             # Written out, long epilogues would be most of the code. The accumulators themselves must not be addressed
             # by a loop variable, or they leave the registers for good.
             copy = local([tile.columns], self.c.dtype, "row")
             moved = self.vectors(lambda at: tirx.BufferStore(copy, tirx.BufferLoad(sums[r], [at]), [at]))
             body = allocated(copy, moved, loop(tile.vectors, lambda v: vector(copy, r, v), name="v"))
-            return guarded(inside, body)
+            return self.within_rows(i, r, body)
 
         return seq(*map(row, range(tile.rows)))
 

@@ -17,9 +17,7 @@ from tvm import ir, tirx
 from attnrewrite.lowering import narrow
 from attnrewrite.lowering.choices import Product
 from attnrewrite.lowering.kernels.vector_math import VectorUnit
-from attnrewrite.lowering.schedules.loops import (
-    const,
-)
+from attnrewrite.lowering.schedules.loops import const
 from attnrewrite.lowering.schedules.stages import (
     Axis,
     Expr,
