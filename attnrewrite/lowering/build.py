@@ -15,11 +15,12 @@ from tvm import IRModule, ir, relax, tirx
 from tvm.relax import transform
 
 from attnrewrite.errors import CompilerError
+from attnrewrite.lowering import limits
 from attnrewrite.lowering.choices import Choices
 from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.layout import channels_last
 from attnrewrite.lowering.packing import pack_weights
-from attnrewrite.lowering.schedules.stack import PIPELINE
+from attnrewrite.lowering.schedules import stack
 from attnrewrite.lowering.targets import Target
 
 ENTRY = "main"
@@ -121,7 +122,8 @@ def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None
             transform.VMShapeLower(),
             transform.AttachGlobalSymbol(),
         )
-        executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=PIPELINE if on_cpu else "default")
+        pipeline = stack.PIPELINE if on_cpu else limits.PIPELINE
+        executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=pipeline)
     attention = [name for name in kernels if name.startswith(("flash_window_attention", "slide_attention"))]
     return Built(executable, len(kernels), len(attention), constants)
 

@@ -14,8 +14,8 @@ tvm = pytest.importorskip("tvm")
 
 from attnrewrite.errors import CompilerError  # noqa: E402
 from attnrewrite.lowering import cuda_compiler  # noqa: E402
-from tests.lowering.gpu_cases import SLIDES, WINDOWS, Case  # noqa: E402
-from tests.lowering.test_gpu_kernels import CUDA, kernel, symbol  # noqa: E402
+from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
+from tests.metal.test_kernels import CUDA, kernel, symbol  # noqa: E402
 
 KERNELS: dict[str, Case] = {
     **{f"window-{name}": WINDOWS[name] for name in ("shifted", "half", "keys-in-tiles")},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ tvm = pytest.importorskip("tvm")
 
 from tvm.target import Target  # noqa: E402
 
+from attnrewrite.emulator import MetalDevice, metal_device, metal_target  # noqa: E402
 from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
+from attnrewrite.lowering import limits  # noqa: E402
 from attnrewrite.lowering.kernels import reference, slide_gpu, window_gpu  # noqa: E402
 from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
-from tests.lowering import gpu_emulator  # noqa: E402
-from tests.lowering.gpu_cases import SLIDES, WINDOWS, Case  # noqa: E402
+from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
 
 # float32 sums of up to about 600 products of order 1, against a reference in float64.
 FLOAT32 = 1e-5
@@ -38,53 +39,62 @@ def symbol(name: str) -> str:
     return f"kernel_{name.replace('-', '_')}"
 
 
-def emulated(cases: Mapping[str, Case], directory: Any) -> Any:
+def emulated(cases: Mapping[str, Case]) -> Any:
     """One module of all the kernels: their source is compiled together."""
-    target = gpu_emulator.metal_target()
+    target = metal_target()
     functions = {symbol(name): kernel(case, target, symbol(name)) for name, case in cases.items()}
-    return gpu_emulator.emulate(tvm.IRModule(functions), directory, target)
+    return tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline=limits.PIPELINE)
 
 
 @pytest.fixture(scope="module")
-def windows(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return emulated(WINDOWS, tmp_path_factory.mktemp("windows"))
+def device() -> Iterator[MetalDevice]:
+    with metal_device(recording=True) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return emulated(SLIDES, tmp_path_factory.mktemp("slides"))
+def windows(device: MetalDevice) -> Any:
+    return emulated(WINDOWS)
+
+
+@pytest.fixture(scope="module")
+def slides(device: MetalDevice) -> Any:
+    return emulated(SLIDES)
 
 
 def run(module: Any, name: str, case: Case, expected: np.ndarray) -> np.ndarray:
-    output = tvm.runtime.tensor(np.full(expected.shape, np.nan, expected.dtype))
-    module[symbol(name)](*(tvm.runtime.tensor(operand) for operand in case.operands.values()), output)
+    output = tvm.runtime.empty(expected.shape, str(expected.dtype), tvm.metal())
+    module[symbol(name)](*(tvm.runtime.tensor(operand, tvm.metal()) for operand in case.operands.values()), output)
     return output.numpy()
 
 
-def check(module: Any, name: str, case: Case, oracle: Callable[..., np.ndarray]) -> None:
+def check(device: MetalDevice, module: Any, name: str, case: Case, oracle: Callable[..., np.ndarray]) -> None:
+    """Right numbers, and no access that a GPU would not forgive."""
     expected = oracle(case.spec, case.operands)
+    device.clear()
     got = run(module, name, case, expected)
+    assert device.findings == ()
     scale = np.abs(expected).max()
     tolerance = FLOAT32 if expected.dtype == np.float32 else FLOAT16
     assert np.abs(got.astype(np.float64) - expected).max() <= tolerance * scale
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_window_kernel_computes_its_reference(windows: Any, name: str) -> None:
-    check(windows, name, WINDOWS[name], reference.flash_window_attention)
+def test_window_kernel_computes_its_reference(device: MetalDevice, windows: Any, name: str) -> None:
+    check(device, windows, name, WINDOWS[name], reference.flash_window_attention)
 
 
 @pytest.mark.parametrize("name", SLIDES)
-def test_slide_kernel_computes_its_reference(slides: Any, name: str) -> None:
-    check(slides, name, SLIDES[name], reference.slide_attention)
+def test_slide_kernel_computes_its_reference(device: MetalDevice, slides: Any, name: str) -> None:
+    check(device, slides, name, SLIDES[name], reference.slide_attention)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_a_symbolic_batch_is_read_from_the_query(windows: Any, batch: int) -> None:
+def test_a_symbolic_batch_is_read_from_the_query(device: MetalDevice, windows: Any, batch: int) -> None:
     case = WINDOWS["shifted"]
     operands = {name: np.repeat(value[:1], batch, axis=0) for name, value in case.operands.items()}
     operands["bias"] = case.operands["bias"]
-    check(windows, "shifted", Case(case.spec, operands, symbolic=True), reference.flash_window_attention)
+    check(device, windows, "shifted", Case(case.spec, operands, symbolic=True), reference.flash_window_attention)
 
 
 def test_a_row_that_is_masked_altogether_gives_nan(windows: Any) -> None:
@@ -98,11 +108,11 @@ def test_a_row_that_is_masked_altogether_gives_nan(windows: Any) -> None:
     np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
 
 
-def test_large_logits_do_not_overflow(windows: Any) -> None:
+def test_large_logits_do_not_overflow(device: MetalDevice, windows: Any) -> None:
     case = WINDOWS["mask-tensor"]
     # Whole numbers and a scale of 1/4: logits of thousands, and exact.
     whole = {name: np.round(case.operands[name] * 20) for name in ("query", "key")}
-    check(windows, "mask-tensor", Case(case.spec, {**case.operands, **whole}), reference.flash_window_attention)
+    check(device, windows, "mask-tensor", Case(case.spec, {**case.operands, **whole}), reference.flash_window_attention)
 
 
 # tokens, head_dim of query and key, of value, bytes of an element
@@ -117,7 +127,7 @@ TILINGS = [
 ]
 
 
-@pytest.mark.parametrize("target", [gpu_emulator.metal_target(), CUDA], ids=["metal", "cuda"])
+@pytest.mark.parametrize("target", [metal_target(), CUDA], ids=["metal", "cuda"])
 @pytest.mark.parametrize("sizes", TILINGS, ids=str)
 def test_window_tilings_keep_to_the_limits(sizes: tuple[int, int, int, int], target: Target) -> None:
     limits = Limits.of(target)
@@ -129,7 +139,7 @@ def test_window_tilings_keep_to_the_limits(sizes: tuple[int, int, int, int], tar
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, 13])
 @pytest.mark.parametrize("dilation", [1, 2, 8, 40])
 def test_slide_tilings_keep_to_the_limits(kernel_size: int, dilation: int) -> None:
-    limits = Limits.of(gpu_emulator.metal_target())
+    limits = Limits.of(metal_target())
     geometry = slide_gpu.NeighborhoodGeometry((56, 64), (kernel_size, kernel_size), (dilation, dilation))
     tiling = slide_gpu.choose_tiling(geometry, 48, 64, 4, limits)
     carried = tiling.value_block * slide_gpu.THREADS * 4 if len(tiling.slot_groups) > 1 else 0
