@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from attnrewrite.errors import AttnRewriteError
-from attnrewrite.frontend.fx.program import Lifted
+from attnrewrite.frontend.fx.program import Lifted, known_as
 from attnrewrite.modules import Rewritten, as_module, prepare_kernels, rewrite
 from attnrewrite.pipeline import Pipeline, select
 
@@ -141,7 +141,7 @@ class GraphPass(CustomGraphPass):
         module = graph.owning_module
         assert module is not None
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        inputs = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
+        inputs = [known_as(n) for n in placeholders]
         if any(value is None for value in inputs):
             logger.warning("the graph is compiled as it is: it does not say the shapes of its inputs")
             return

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from attnrewrite.errors import UserError, last_line
 from attnrewrite.frontend import pt2
 from attnrewrite.frontend.fx.entry import NotInTorch
-from attnrewrite.frontend.fx.program import Lifted, Live, Program
+from attnrewrite.frontend.fx.program import Lifted, Live, Program, known_as
 from attnrewrite.frontend.fx.read import read
 from attnrewrite.frontend.fx.tensors import array_of
 from attnrewrite.frontend.fx.write import write
@@ -193,11 +193,9 @@ def prepare_kernels(module: GraphModule) -> None:
     sites = []
     for node in module.graph.nodes:
         operator = operator_of(node.target)
-        if operator is None:
+        if operator is None or any(known_as(n) is None for n in node.all_input_nodes):
             continue
-        args, kwargs = torch.fx.map_arg(
-            (node.args, node.kwargs), lambda n: n.meta.get("val", n.meta.get("example_value"))
-        )
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known_as)
         spec, operands = bind(operator, args, kwargs)
         if all(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in operands.values()):
             sites.append((spec, operands))

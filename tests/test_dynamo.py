@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,32 @@ def test_gradients():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for expected, found in zip(*gradients, strict=True):
         assert (found - expected).abs().max() <= 1e-4 * max(g.abs().max() for g in gradients[0])
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_autocast(where):
+    """Weights that autocast converts follow the parameters, and the ops are no further off than autocast itself is."""
+    model, x, seen = swin(), torch.randn(IMAGE), Seen()
+
+    def run(image):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(image)
+
+    compiled = torch.compile(run if where == "inside" else model, backend=dynamo.rewriting(seen))
+    outside = torch.autocast("cpu", torch.bfloat16, enabled=where == "around")
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            with outside:
+                found = compiled(x)
+            expected, reference = run(x), copy.deepcopy(model).double()(x.double())
+        assert found.dtype == expected.dtype == torch.bfloat16
+        assert scaled_error(found.double(), reference) < max(4 * scaled_error(expected.double(), reference), 2**-7)
+    with outside:
+        compiled(x).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert seen.operators() == [2, 2]  # without gradients, and with
 
 
 def test_a_mask_written_to_is_compiled_anew():

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.errors import UserError
 from attnrewrite.frontend.fx.entry import dtype_of
-from attnrewrite.frontend.fx.program import Program
+from attnrewrite.frontend.fx.program import KNOWN_AS, Program, known_as
 from attnrewrite.graph import Value
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -50,7 +50,8 @@ class Recording(TorchFunctionMode):
         self._stem: str | None = None
         self._alive: list[torch.Tensor] = []  # what `_nodes` knows by identity
         self._mode = _mode_of(program)
-        self._said = any("val" in n.meta for n in self.graph.nodes)  # whether nodes say what they return
+        # Where nodes say what they return: torch.export's and Dynamo's way, if any does.
+        self._said = next((key for key in KNOWN_AS if any(key in n.meta for n in self.graph.nodes)), None)
         self._fakes: dict[FxNode, Any] = {}
         self._nodes: dict[int, FxNode] = {}  # by the identity of the fake tensor
         self._constants: dict[tuple[Any, ...], FxNode] = {}
@@ -103,8 +104,8 @@ class Recording(TorchFunctionMode):
         self._fakes[node] = result
         if isinstance(result, torch.Tensor):
             self._stands_for(result, node)
-        if self._said:
-            node.meta["val"] = result
+        if self._said is not None:
+            node.meta[self._said] = result
 
     def _stands_for(self, fake: torch.Tensor, node: FxNode) -> None:
         self._alive.append(fake)
@@ -148,7 +149,7 @@ class Recording(TorchFunctionMode):
         for known in (self._fakes, self.program.fakes):
             if node in known:
                 return known[node]
-        for key in ("val", "example_value"):
+        for key in KNOWN_AS:
             if key in node.meta:
                 return node.meta[key]
         value = self.program.values.get(node)
@@ -300,7 +301,7 @@ class Recording(TorchFunctionMode):
 
 def _mode_of(program: Program) -> FakeTensorMode:
     """The mode of the fake tensors that the nodes return, or a new one."""
-    known = [n.meta.get("val", n.meta.get("example_value")) for n in program.module.graph.nodes]
+    known = map(known_as, program.module.graph.nodes)
     for fake in [*known, *program.fakes.values()]:
         if isinstance(fake, FakeTensor):
             return fake.fake_mode

@@ -18,6 +18,15 @@ from attnrewrite.graph import Node, Value
 TORCH_DOMAIN = "torch"
 
 
+# Where nodes say in their `meta` what they return on fake tensors: torch.export's way, and Dynamo's.
+KNOWN_AS = ("val", "example_value")
+
+
+def known_as(node: torch.fx.Node) -> Any:
+    """What a node says that it returns; None where it says nothing."""
+    return next((node.meta[key] for key in KNOWN_AS if key in node.meta), None)
+
+
 @dataclass(frozen=True)
 class Operand:
     """Stands for the input at an index in the arguments of an opaque node."""

@@ -21,12 +21,9 @@ from attnrewrite.frontend.flattened import keep_axes
 from attnrewrite.frontend.fold import fold
 from attnrewrite.frontend.fx.calls import tensors_in
 from attnrewrite.frontend.fx.guards import guard_by_softmax
-from attnrewrite.frontend.fx.program import Lifted, Program, by_name
+from attnrewrite.frontend.fx.program import KNOWN_AS, Lifted, Program, by_name, known_as
 from attnrewrite.frontend.fx.reading import Mutated, Reading, State
 from attnrewrite.graph import Graph, Value
-
-# Where a placeholder's `meta` holds what stands for it while a graph is made.
-_KNOWN_AS = ("val", "example_value")
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -131,7 +128,7 @@ def _of_module(
 
 def _described(node: torch.fx.Node, example: Any) -> Any:
     """The example, or the symbolic tensor that it is an instance of, where the graph was made for one (by Dynamo)."""
-    symbolic = next((node.meta[key] for key in _KNOWN_AS if key in node.meta), None)
+    symbolic = known_as(node)
     if not isinstance(symbolic, FakeTensor) or not isinstance(example, torch.Tensor) or isinstance(example, FakeTensor):
         return example
     sizes: list[tuple[Any, int]] = list(zip(symbolic.shape, example.shape, strict=False))
@@ -141,7 +138,7 @@ def _described(node: torch.fx.Node, example: Any) -> Any:
 
 def _example(node: torch.fx.Node) -> Any:
     """What is known of a placeholder without example inputs."""
-    for key in _KNOWN_AS:
+    for key in KNOWN_AS:
         if key in node.meta:
             return node.meta[key]
     if node.args:

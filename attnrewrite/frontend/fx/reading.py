@@ -23,7 +23,7 @@ from attnrewrite.frontend.fx.aten import apply, handler_of
 from attnrewrite.frontend.fx.building import Builder, Opaque, as_symbol
 from attnrewrite.frontend.fx.calls import Call, functional, invoke, mapped, tensors_in
 from attnrewrite.frontend.fx.program import TORCH_DOMAIN, Expansion, Operand, Program
-from attnrewrite.frontend.fx.record import Recorder, Runner, is_fake, quiet
+from attnrewrite.frontend.fx.record import Recorder, Runner, is_autocast, is_fake, quiet
 from attnrewrite.frontend.fx.tensors import extent_of, loader, numpy_dtype, shape_of, tensor_of
 from attnrewrite.graph import Node, Value
 
@@ -282,11 +282,21 @@ class Reading:
         if reals is not None:
             real = list(tensors_in(reals))
             for k, tensor in fresh:
-                self.tensors.add_result(call, k, tensor, self._frozen(real[k]), real[k])
+                value = self._cast(call, tensor) if is_autocast(call.target) else self._frozen(real[k])
+                self.tensors.add_result(call, k, tensor, value, real[k])
             return
         values = self._values(call.target, call.arguments, call.results)
         for k, tensor in fresh:
             self.tensors.add_result(call, k, tensor, values[k], None)
+
+    def _cast(self, call: Call, tensor: torch.Tensor) -> Value:
+        """A constant that autocast converts for an operator: no torch.fx node of its own computes it, so it stays a
+        node of the graph view until it is folded, by which a parameter's is computed anew at every call.
+        """
+        dtype = numpy_dtype(tensor.dtype)
+        if dtype is None:
+            raise self._refused(f"autocast to {tensor.dtype}")
+        return self.write.cast(self.tensors.value(call.tensors[0]), dtype)
 
     def _again(self, call: Call, parent: torch.Tensor, value: Value) -> list[Value]:
         """The values of a view's call, its parent holding another value."""

@@ -125,3 +125,9 @@ def quiet(mode: FakeTensorMode) -> Iterator[None]:
 
 def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
+
+
+def is_autocast(target: OpOverload) -> bool:
+    """Whether a call is one by which autocast converts an operand, or may be."""
+    is_cast = target in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
+    return is_cast and any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
