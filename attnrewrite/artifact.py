@@ -24,6 +24,7 @@ from attnrewrite.atomic import GENERATOR
 from attnrewrite.errors import CompilerError, UserError
 from attnrewrite.frontend.pt2 import as_onnx
 from attnrewrite.report import Report
+from attnrewrite.runtime import Tensor, read_manifest
 
 if TYPE_CHECKING:
     from attnrewrite.graph import Graph
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 MODEL_NAME = "model.onnx"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
+README_NAME = "README.md"
 
 InputShapes = Mapping[str, Sequence[int | str]]
 Passes = Sequence["Pass | str"]
@@ -352,10 +354,11 @@ def run_once(runner: Runner, inputs: Mapping[str, np.ndarray]) -> dict[str, np.n
 
 
 def write_reports(report: Report, directory: Path, source_sha256: str) -> None:
-    """report.json and report.html. The former also names every file, by which a later run knows them."""
+    """report.json, report.html and README.md. The first also names every file, by which a later run knows them."""
     from attnrewrite.report.html import to_html
 
     (directory / PAGE_NAME).write_text(to_html(report), encoding="utf-8")
+    (directory / README_NAME).write_text(_readme(report, directory), encoding="utf-8")
     document = report.to_json() | {
         "source_sha256": source_sha256,
         "generator": GENERATOR,
@@ -363,6 +366,23 @@ def write_reports(report: Report, directory: Path, source_sha256: str) -> None:
         "files": sorted(path.name for path in directory.iterdir()),
     }
     (directory / REPORT_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _readme(report: Report, directory: Path) -> str:
+    """What stands in the directory is looked at: the manifest, or the interface of the rewritten model."""
+    from attnrewrite.report.readme import to_readme
+    from attnrewrite.verify.inputs import interface
+
+    if has_library(report):
+        manifest = read_manifest(directory)
+        tvm = manifest.versions["apache-tvm"]
+        return to_readme(report, manifest.inputs, manifest.outputs, library=manifest.library, tvm=tvm)
+    inputs: list[Tensor] = []
+    with contextlib.suppress(UserError):  # inputs of unknown rank, or none of numbers
+        specs = interface(directory / MODEL_NAME).inputs
+        inputs = [Tensor(spec.name, str(spec.dtype), spec.shape) for spec in specs]
+    program = not (directory / MODEL_NAME).exists()
+    return to_readme(report, inputs, (), library=None, tvm=None, program=program)
 
 
 def read_report(directory: Path) -> tuple[Report, dict[str, Any]]:

@@ -95,7 +95,7 @@ def contestants(
 
 def find_original(directory: Path, model: str, sha256: str | None) -> Path:
     """The file an artifact was made from, known by its hash: where the report says, or beside the artifact."""
-    for candidate in (Path(model), directory.parent / Path(model).name):
+    for candidate in (Path(model), directory.resolve().parent / Path(model).name):
         if candidate.is_file() and artifact.sha256_of(candidate) == sha256:
             return candidate
     raise UserError(

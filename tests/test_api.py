@@ -32,7 +32,7 @@ def test_optimize_a_model_in_memory(tmp_path, x):
     (output,) = result.run({"x": x}).values()
     assert output.shape == (1, 16, 8)
     saved = result.save(tmp_path / "out")
-    assert sorted(p.name for p in saved.iterdir()) == ["model.onnx", "report.html", "report.json"]
+    assert sorted(p.name for p in saved.iterdir()) == ["README.md", "model.onnx", "report.html", "report.json"]
     assert_equivalent(original, saved, threads=1)
 
 

@@ -173,7 +173,7 @@ def test_dynamic_batch_and_saving(tmp_path):
     result = attnrewrite.optimize(model, (torch.randn(2, 8, 7, 6),), dynamic_shapes=({0: batch},), compile=False)
     assert kinds(result) == [("neighborhood", "rewrite")]
     path = result.save(tmp_path / "out")
-    assert sorted(p.name for p in path.iterdir()) == ["model.pt2", "report.html", "report.json"]
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "model.pt2", "report.html", "report.json"]
     loaded = torch.export.load(path / "model.pt2").module()
     for extent in (3, 8):
         x = torch.randn(extent, 8, 7, 6)

@@ -77,10 +77,10 @@ def test_model_without_local_attention_comes_out_unchanged(command, tmp_path, at
     assert [site["verdict"] for site in document["sites"]] == ["leave"]
     x = np.random.default_rng(0).standard_normal((1, 16, 8)).astype(np.float32)
     np.testing.assert_allclose(run_onnx(out / "model.onnx", x), run_onnx(attention, x), rtol=0, atol=1e-6)
-    assert sorted(p.name for p in out.iterdir()) == ["model.onnx", "report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.onnx", "report.html", "report.json"]
     on_disk = json.loads((out / "report.json").read_text())
     assert on_disk.items() >= document.items()
-    assert on_disk["files"] == ["model.onnx", "report.html"]
+    assert on_disk["files"] == ["README.md", "model.onnx", "report.html"]
 
 
 def test_output_goes_beside_the_model_by_default(command, attention):
@@ -163,7 +163,7 @@ def test_compiler_failure_is_exit_3_and_delivers_the_rest(command, tmp_path, mlp
     assert done.code == 3
     assert "no linker was found" in done.stderr
     assert done.json["compile"] == {"target": "cpu", "error": "no linker was found"}
-    assert sorted(p.name for p in out.iterdir()) == ["model.onnx", "report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.onnx", "report.html", "report.json"]
 
 
 def test_interrupt_leaves_nothing(command, tmp_path, mlp, monkeypatch):

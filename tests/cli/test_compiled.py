@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_directory_holds_what_the_contract_says(built):
     model, directory = built
     names = {p.name for p in directory.iterdir()}
-    assert {"model.onnx", "manifest.json", "report.json", "report.html"} < names
+    assert {"model.onnx", "manifest.json", "report.json", "report.html", "README.md"} < names
     manifest = json.loads((directory / "manifest.json").read_text())
     report = json.loads((directory / "report.json").read_text())
     assert manifest["library"] in names
@@ -93,3 +94,20 @@ def test_bench_times_the_library(command, built, monkeypatch):
     done = command("bench", built[1], "--threads", 1, "--json")
     assert [t["name"] for t in done.json["timings"]] == ["original", "rewritten", "compiled"]
     assert done.json["speedup"]["compiled"] > 0
+
+
+def test_the_commands_of_the_readme_run(command, built, tmp_path, monkeypatch):
+    import attnrewrite.bench as timing
+
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.0)
+    model, directory = built
+    shutil.copytree(directory, tmp_path / directory.name)
+    shutil.copy(model, tmp_path)
+    monkeypatch.chdir(tmp_path / directory.name)
+    np.save("x.npy", np.zeros((1, 16, 8), np.float32))
+    install, *lines = Path("README.md").read_text().partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert install.startswith("pip install .")
+    assert [shlex.split(line)[:2] for line in lines] == [["attnrewrite", c] for c in ("run", "verify", "bench")]
+    for line in lines:
+        assert command(*shlex.split(line)[1:]).code == 0
+    assert np.load(tmp_path / "outputs" / "y.npy").shape == (1, 16, 8)
