@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
 from attnrewrite.graph import Graph, Node, Value
+
+T = TypeVar("T")
 
 
 class Facts:
@@ -18,15 +21,24 @@ class Facts:
         self._users = graph.users()
         self._outputs = set(graph.outputs)
         self.apart: frozenset[Value] = frozenset()  # results of nodes that the graph does not hold
+        self._derived: dict[Any, Any] = {}
 
     def with_nodes(self, nodes: Sequence[Node]) -> Facts:
         """The same facts, with nodes behind the last one that belong to no graph (an analysis' own)."""
         facts = copy.copy(self)
         facts.positions = dict(self.positions)
+        facts._derived = {}
         for node in nodes:
             facts.positions.update(dict.fromkeys(node.outputs, len(facts.positions)))
         facts.apart = self.apart | {o for node in nodes for o in node.outputs}
         return facts
+
+    def derived(self, analysis: Callable[[Facts], T]) -> T:
+        """What an analysis makes of these facts, made when first asked for and kept with them."""
+        if analysis not in self._derived:
+            self._derived[analysis] = analysis(self)
+        found: T = self._derived[analysis]
+        return found
 
     def users(self, value: Value) -> list[Node]:
         """Nodes that read the value, once each."""

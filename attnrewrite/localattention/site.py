@@ -91,7 +91,12 @@ def _as_list(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Reparam:
-    """One group of re-parameterised branches summed into a single node."""
+    """Re-parameterised branches that one operator replaces, or a chain of operators, which is one branch.
+
+    into: Conv, Gemm or MatMul. node: where the branches end. parameters: numbers in the weights. multiplications: for
+    one sample, as `attnrewrite/reparam/plan.py` counts them. max_weight_error: the largest difference between a weight
+    in float64 and as stored; max_weight_error_ulp: the same in units in the last place, at most 1/2.
+    """
 
     branches: int
     into: str
@@ -101,6 +106,9 @@ class Reparam:
     parameters_before: int | None = None
     parameters_after: int | None = None
     max_weight_error: float | None = None
+    multiplications_before: int | None = None
+    multiplications_after: int | None = None
+    max_weight_error_ulp: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -117,12 +118,21 @@ def headline(report: Report) -> str:
             kinds = Counter(site.kind for site in report.left)
             left = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             found += f", {len(report.left)} left ({left})"
-    folded = sum(r.verdict == "rewrite" for r in report.reparam)
-    if folded:
-        found += f"; {_counted(folded, 'group')} of re-parameterised branches folded"
+    folded = [r for r in report.reparam if r.verdict == "rewrite"]
+    if groups := sum(r.branches > 1 for r in folded):
+        found += f"; {_counted(groups, 'group')} of re-parameterised branches folded"
+    elif folded:
+        found += f"; {chains_sentence(folded)}"
     if not report.changed:
         found += "; nothing to rewrite"
     return found[0].upper() + found[1:]
+
+
+def chains_sentence(chains: Sequence[Reparam]) -> str:
+    """One sentence for all chains of one operator that were folded."""
+    kinds = Counter("convolution" if r.into == "Conv" else "matrix product" for r in chains)
+    layers = " and ".join(_counted(count, kind) for kind, count in kinds.items())
+    return f"{layers} took in the BatchNorm, scale or bias around"
 
 
 def facts(report: Report) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from attnrewrite.report.document import Report, facts, headline, is_shifted, scientific
-from attnrewrite.report.terminal import SITE_COLUMNS, reparam_sentence, site_cells
+from attnrewrite.report.terminal import SITE_COLUMNS, reparam_lines, site_cells
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -23,8 +23,8 @@ def to_html(report: Report) -> str:
         columns=SITE_COLUMNS,
         rows=[(site, site_cells(site)) for site in report.sites],
         shifted=sum(map(is_shifted, report.rewritten)),
-        folded=sum(group.verdict == "rewrite" for group in report.reparam),
-        reparam=[(group, reparam_sentence(group)) for group in report.reparam],
+        folded=sum(group.verdict == "rewrite" and group.branches > 1 for group in report.reparam),
+        reparam=reparam_lines(report.reparam),
         timings=_bars(report.gains),
         removed=report.nodes_before - report.nodes_after,
         error=_largest_error(report.verification),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -10,8 +10,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from attnrewrite.localattention.site import Reparam, Site
-from attnrewrite.report.document import Report, facts, headline, is_shifted, scientific, shifts_of, times
+from attnrewrite.localattention.site import Reparam, Site, Verdict
+from attnrewrite.report.document import (
+    Report,
+    chains_sentence,
+    facts,
+    headline,
+    is_shifted,
+    scientific,
+    shifts_of,
+    times,
+)
 from attnrewrite.report.drawing import draw
 from attnrewrite.report.drawing import sentence as drawn_sentence
 
@@ -25,7 +34,7 @@ def render(report: Report) -> Group:
     if report.sites:
         parts.append(_site_table(grouped(report.sites)))
     parts += _reasons(report.left)
-    parts += [Text(f"  {reparam_sentence(group)}") for group in report.reparam]
+    parts += [Text(f"  {sentence}") for _, sentence in reparam_lines(report.reparam)]
     parts.append(_fact_table(facts(report)))
     return Group(*parts)
 
@@ -103,12 +112,32 @@ def site_cells(site: Site) -> tuple[str, ...]:
     return (site.kind, times(site.feature_size), reach, shift, heads, site.bias or "", site.mask or "")
 
 
+def reparam_lines(reparam: Sequence[Reparam]) -> list[tuple[Verdict, str]]:
+    """A sentence for every group of branches, and one for all chains of which the same is said."""
+    lines = [(group.verdict, reparam_sentence(group)) for group in reparam if group.branches > 1]
+    if folded := [r for r in reparam if r.branches == 1 and r.verdict == "rewrite"]:
+        lines.append(("rewrite", chains_sentence(folded)))
+    by_reason: dict[str, list[Reparam]] = {}
+    for chain in reparam:
+        if chain.branches == 1 and chain.verdict == "leave":
+            by_reason.setdefault(chain.reason, []).append(chain)
+    for reason, left in by_reason.items():
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        lines.append(("leave", f"operators in a row at {left[0].node}{more} left: {reason}"))
+    return lines
+
+
 def reparam_sentence(group: Reparam) -> str:
     if group.verdict == "leave":
         return f"{group.branches} branches at {group.node} left: {group.reason}"
     sentence = f"{group.branches} branches folded into one {group.into} at {group.node}"
     if group.parameters_before is not None and group.parameters_after is not None:
         sentence += f", {group.parameters_before:,} parameters before, {group.parameters_after:,} after"
+    if group.multiplications_before is not None and group.multiplications_after is not None:
+        sentence += f", {group.multiplications_before:,} multiplications before, {group.multiplications_after:,} after"
+    if group.max_weight_error:
+        ulp = "" if group.max_weight_error_ulp is None else f" ({group.max_weight_error_ulp:.2f} ulp)"
+        sentence += f", weights rounded by at most {scientific(group.max_weight_error)}{ulp}"
     return sentence
 
 

@@ -111,7 +111,7 @@ class SoftmaxFree(nn.Module):
 
 
 ARCHITECTURES = (
-    Architecture("CARE Transformer", CareTransformer, (1, 3, 48, 64), folds=2, exporters=BOTH),
+    Architecture("CARE Transformer", CareTransformer, (1, 3, 48, 64), exporters=BOTH),
     Architecture("ELA", EfficientLocalAttention, (1, 3, 48, 64)),
     Architecture("Softmax-free (SOFT)", SoftmaxFree, (1, 3, 48, 72)),
 )

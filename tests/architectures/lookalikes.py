@@ -98,12 +98,19 @@ ARCHITECTURES = (
     Architecture("look-alike: twins_pcpvt", twins_pcpvt, (1, 3, 64, 96), REDUCED, folds=2),
     Architecture("look-alike: pvt_v2", pvt_v2, (1, 3, 64, 96), REDUCED),
     Architecture("look-alike: beit", beit, (1, 3, 64, 96), (everywhere(25, 25, 2, num_heads=3),)),
-    Architecture("look-alike: levit", levit, (1, 3, 64, 64), (everywhere(16, 16), everywhere(4, 16), everywhere(4, 4))),
+    Architecture(
+        "look-alike: levit",
+        levit,
+        (1, 3, 64, 64),
+        (everywhere(16, 16), everywhere(4, 16), everywhere(4, 4)),
+        folds=1,  # the two classifiers, of which the mean is taken
+    ),
     Architecture(
         "look-alike: efficientformerv2",
         efficientformerv2,
         (1, 3, 128, 128),
         (everywhere(16, 64), left("other", 2, reason=HEADS_MIXED)),
+        folds=2,  # a pooled query, and the two classifiers, of which the mean is taken
     ),
     Architecture("look-alike: botnet26t", botnet, (1, 3, 256, 256), (everywhere(256, 256, 2), everywhere(64, 64))),
     Architecture("look-alike: poolformer", poolformer, (1, 3, 64, 96)),
@@ -113,7 +120,7 @@ ARCHITECTURES = (
         (1, 3, 64, 96),
         (left("other", 9, reason=r"the logits are a linear projection \(Conv\), not a product of queries and keys"),),
     ),
-    Architecture("look-alike: fastvit", fastvit, (1, 3, 64, 96), (everywhere(6, 6),), folds=7),
-    Architecture("look-alike: repvit", repvit, (1, 3, 64, 96), folds=3),
-    Architecture("look-alike: mobileone", mobileone, (1, 3, 64, 96), folds=8),
+    Architecture("look-alike: fastvit", fastvit, (1, 3, 64, 96), (everywhere(6, 6),), folds=14),
+    Architecture("look-alike: repvit", repvit, (1, 3, 64, 96), folds=4),  # the two classifiers among them
+    Architecture("look-alike: mobileone", mobileone, (1, 3, 64, 96), folds=43),
 )

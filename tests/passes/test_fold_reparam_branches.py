@@ -142,7 +142,7 @@ CASES: dict[str, Case] = {
     "dilated-beside-pointwise": Case([Branch((3, 3), dilation=2), K1]),
     "strided": Case([Branch((3, 3), stride=2), Branch((1, 1), stride=2)]),
     "one-axis": Case([Branch((3,)), Branch((5,))], size=(13,)),
-    "three-axes": Case([Branch((3, 1, 3)), Branch((1, 3, 1))], size=(3, 5, 7)),
+    "three-axes": Case([Branch((3, 3, 3)), Branch((1, 3, 1))], size=(3, 5, 7)),
     "constant-per-channel": Case([K3, K1], with_offsets, offsets=OFFSETS),
     "scalar": Case([K3, K1], with_scalar, offsets=0.25),
     "half": Case([K3, K1], element_type=TensorProto.FLOAT16, bound=4e-3),
@@ -187,7 +187,7 @@ def test_folded_weights_are_exact_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, CHANNELS])
-@pytest.mark.parametrize("kernels", [[(3, 3)], [(3, 3), (1, 5)]])
+@pytest.mark.parametrize("kernels", [[(3, 3)], [(3, 3), (1, 3)]])
 def test_the_input_itself_may_be_a_branch(kernels: list[tuple[int, ...]], groups: int) -> None:
     """Also where the input comes from a convolution, which is no branch."""
     branches = [Branch(kernel, groups=groups) for kernel in kernels]
@@ -264,35 +264,17 @@ NEAR_MISSES: dict[str, tuple[NearMiss, str]] = {
     ),
     "other-dilation": (
         of_two(dilations=[2, 2], pads=[2, 2, 2, 2]),
-        "the branches have different dilations: one kernel for all would have 25 taps, they have 18",
-    ),
-    "other-groups": (
-        lambda g, x: g.op("Add", K3.write(g, x, 0), Branch((3, 3), groups=2).write(g, x, 1)),
-        "the branches have different groups",
-    ),
-    "off-centre": (of_two(pads=[2, 1, 0, 1]), "a branch's padding does not keep its kernel centred"),
-    "padded-by-name": (of_two(auto_pad="SAME_UPPER", pads=None), "a branch's padding does not keep its kernel centred"),
-    "even-kernels": (
-        lambda g, x: g.op("Add", Branch((2, 2)).write(g, x, 0), Branch((2, 2)).write(g, x, 1)),
-        "a branch's padding does not keep its kernel centred",
+        f"one operator would take {462 * 6 * 25:,} multiplications for a sample, the branches take {462 * 109:,}",
     ),
     "computed-weight": (computed_weight, "a branch computes its weights"),
     "read-elsewhere": (read_elsewhere, "the result of a branch is used elsewhere as well"),
-    "input-after-an-activation": (
-        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.op("Relu", x)]),
-        "a summand beside the convolutions is neither one of them nor a constant per channel",
-    ),
     "input-of-another-shape": (  # one filter for six channels, broadcast by the sum
         lambda g, x: g.op("Add", Branch((3, 3), filters=1).write(g, x, 0), x),
-        "the input is a summand, but not of the shape that the convolutions return",
+        "a branch does not have the shape of the sum",
     ),
-    "constant-per-pixel": (
-        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.constant(np.ones(SIZE))]),
-        "a summand beside the convolutions is neither one of them nor a constant per channel",
-    ),
-    "constant-along-the-width": (  # [11] lines up with the last axis; six channels would not
-        lambda g, x: nested(g, [K3.write(g, x, 0), K1.write(g, x, 1), g.constant(np.ones(SIZE[1]))]),
-        "a summand beside the convolutions is neither one of them nor a constant per channel",
+    "relu-between": (
+        lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", K1.write(g, x, 1))),
+        "Relu is no linear operator",
     ),
 }
 
@@ -313,10 +295,8 @@ def test_near_miss_is_left_alone(name: str) -> None:
 
 
 SILENT: dict[str, NearMiss] = {
-    "relu-between": lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", K1.write(g, x, 1))),
     "other-input": lambda g, x: g.op("Add", K3.write(g, x, 0), K1.write(g, g.op("Relu", x), 1)),
     "one-branch": lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", x)),
-    "difference": lambda g, x: g.op("Sub", K3.write(g, x, 0), K1.write(g, x, 1)),
 }
 
 
