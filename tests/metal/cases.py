@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention, Spec
-from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
+from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, WindowGeometry
 
 Operands = dict[str, np.ndarray]
 
@@ -47,26 +47,31 @@ def window(
     shift_padded: bool = False,
     symbolic: bool = False,
     dtype: str = "float32",
+    keys: KeyWindows | None = None,
+    shared_query: bool = False,
+    head_shifts: tuple[tuple[int, ...], ...] = (),
 ) -> Case:
     """bias: "" | "shared" | "own" (one for each window). mask: a tensor with -inf, though never for a whole row."""
     rng = np.random.default_rng(sum(feature) + head_dim)
     value_dim = value_dim or head_dim
-    geometry = WindowGeometry(feature, window_size, shift, shift_padded)
-    tokens, windows = geometry.tokens_per_window, geometry.num_windows
+    geometry = WindowGeometry(feature, window_size, shift, shift_padded, keys)
+    tokens, windows, beside = geometry.tokens_per_window, geometry.num_windows, geometry.keys_per_window
     operands = {
-        "query": 2 * rng.standard_normal((batch, *feature, heads * head_dim)),
-        "key": 2 * rng.standard_normal((batch, *feature, heads * head_dim)),
-        "value": rng.standard_normal((batch, *feature, heads * value_dim)),
+        "query": 2 * rng.standard_normal((batch, *(window_size if shared_query else feature), heads * head_dim)),
+        "key": 2 * rng.standard_normal((batch, *geometry.key_size, heads * head_dim)),
+        "value": rng.standard_normal((batch, *geometry.key_size, heads * value_dim)),
     }
     if bias:
-        operands["bias"] = rng.standard_normal((1 if bias == "shared" else windows, heads, tokens, tokens))
+        operands["bias"] = rng.standard_normal((1 if bias == "shared" else windows, heads, tokens, beside))
     if mask:
-        operands["mask"] = np.where(rng.random((windows, tokens, tokens)) < 0.4, -np.inf, 0.5)
+        operands["mask"] = np.where(rng.random((windows, tokens, beside)) < 0.4, -np.inf, 0.5)
         operands["mask"][:, :, -1] = 0.0
     if padding:
         operands["key_padding"] = rng.standard_normal(heads * head_dim)
         operands["value_padding"] = rng.standard_normal(heads * value_dim)
-    spec = FlashWindowAttention(geometry, heads, head_dim**-0.5, mask_value)
+    spec = FlashWindowAttention(
+        geometry, heads, head_dim**-0.5, mask_value, shared_query=shared_query, head_shifts=head_shifts
+    )
     return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
 
 
@@ -111,6 +116,9 @@ def slide(
     return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
 
 
+# Windows of 4 x 5 that see two pixels more on every side.
+HALO = KeyWindows((11, 15), (8, 9), (4, 5), (-2, -2), (1, 1))
+
 WINDOWS = {
     "shifted": window((14, 14), (7, 7), (3, 3), 2, 32, bias="shared", mask_value=-100.0, symbolic=True),
     "half": window((14, 14), (7, 7), (3, 3), 2, 32, bias="shared", mask_value=-100.0, dtype="float16"),
@@ -120,6 +128,22 @@ WINDOWS = {
     "keys-in-tiles": window((24, 24), (24, 24), (0, 0), 1, 30, batch=1),
     "channels-in-chunks": window((9,), (3,), (1,), 2, 130, mask_value=-1.0),
     "three-axes": window((4, 5, 6), (2, 3, 2), (1, 1, 0), 1, 8, mask_value=-1.0, padding=True),
+    # Bias held over a run of windows, the last of which is shorter; then over the images of one window.
+    "run": window((26, 28), (4, 4), (1, 2), 2, 6, bias="shared", mask_value=-100.0, padding=True, symbolic=True),
+    "run-half": window((28, 40), (4, 8), (2, 0), 2, 10, bias="shared", mask=True, dtype="float16"),
+    "run-over-images": window((8, 8), (2, 2), (1, 1), 3, 4, batch=6, bias="own", mask=True),
+    "halo": window((11, 15), (4, 5), (0, 0), 2, 30, bias="shared", keys=HALO, padding=True),
+    "halo-half": window((11, 15), (4, 5), (0, 0), 2, 32, bias="shared", keys=HALO, dtype="float16"),
+    "halo-shifted": window((12, 15), (4, 5), (2, 1), 2, 8, keys=replace(HALO, feature_size=(12, 15), border="wrap")),
+    "halo-mirrored": window((11, 15), (4, 5), (0, 0), 1, 8, keys=replace(HALO, border="reflect")),
+    "halo-edge": window((11, 15), (4, 5), (0, 0), 1, 8, 12, keys=replace(HALO, border="edge")),
+    "keys-downsampled": window((8, 12), (4, 4), (0, 0), 2, 8, keys=KeyWindows((4, 6), (2, 2), (2, 2), (0, 0), (1, 1))),
+    "shared-query": window((8, 12), (4, 4), (0, 0), 2, 16, bias="shared", shared_query=True),
+    "shifts-of-heads": window(
+        (8, 12), (4, 4), (0, 0), 4, 8, mask_value=-9.0, head_shifts=((0, 0), (2, 2), (2, 2), (0, 1))
+    ),
+    "heads-of-64": window((16, 16), (8, 8), (4, 4), 1, 64, bias="shared", mask_value=-100.0, batch=1),
+    "heads-of-64-half": window((16, 16), (16, 16), (0, 0), 1, 64, bias="shared", batch=1, dtype="float16"),
 }
 
 SLIDES = {

@@ -131,8 +131,10 @@ TILINGS = [
 @pytest.mark.parametrize("sizes", TILINGS, ids=str)
 def test_window_tilings_keep_to_the_limits(sizes: tuple[int, int, int, int], target: Target) -> None:
     limits = Limits.of(target)
-    tiling = window_gpu.choose_tiling(*sizes, limits)
-    assert tiling.shared_bytes(sizes[3]) <= limits.shared_bytes <= 49152
+    tokens, *rest = sizes
+    tiling = window_gpu.choose_tiling(window_gpu.Sizes(tokens, tokens, *rest), limits)
+    assert tiling.shared_bytes() <= limits.shared_bytes <= 49152
+    assert tiling.first_bytes("float32" if sizes[3] == 4 else "float16")[-1] == tiling.shared_bytes()
     assert tiling.columns * tiling.rows <= 256
 
 

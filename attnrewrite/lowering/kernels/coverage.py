@@ -28,14 +28,11 @@ def covers(spec: Spec, present: Mapping[str, Shape | None], device: str = "any")
 
 
 def _covers_windows(spec: FlashWindowAttention, present: Mapping[str, Shape | None], device: str) -> bool:
-    if spec.shared_query or spec.head_shifts:
+    if device in ("cpu", "any") and (spec.shared_query or spec.head_shifts):
         return False
     operands = set(present)
-    if device == "cpu":
-        # One table per axis, known while compiling, can be laid out for the kernel.
-        table = present.get("relative_position")
-        if table is not None and is_decomposed(spec, table[1]):
-            operands.remove("relative_position")
-    elif spec.geometry.keys is not None:
-        return False
+    table = present.get("relative_position")
+    # One table per axis, known while compiling, can be laid out for the CPU's kernel.
+    if device == "cpu" and table is not None and is_decomposed(spec, table[1]):
+        operands.remove("relative_position")
     return _WINDOW_OPERANDS.issuperset(operands)

@@ -7,11 +7,12 @@ spatial axes and on which operands are present: a Python `for` unrolls, `T.seria
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
@@ -19,6 +20,7 @@ from tvm.tirx.script.builder import ir as T
 Expr = Any  # tvm.ir.Expr; its operators are not typed
 
 ACCUMULATOR = "float32"
+WORD_BYTES = 16  # the widest access to memory
 LOWEST = -3.402823e38  # finite on purpose: GPU compilers in fast-math mode may assume that no infinity is compared
 
 
@@ -27,29 +29,31 @@ class Limits:
     """What one threadgroup may use: threads, and bytes of threadgroup (CUDA: static shared) memory.
 
     resident_bytes: the shared memory of one GPU core, which all its resident threadgroups divide among themselves.
+    in_flight: how many threadgroups keep the GPU busy; a threadgroup takes on more work only beyond that many.
     """
 
     threads: int
     shared_bytes: int
     resident_bytes: int
+    in_flight: int
 
     @classmethod
     def of(cls, target: Target) -> Limits:
         """Limits of a metal or cuda target, by its own attributes where it carries them."""
         defaults = {"metal": (32768, 61440), "cuda": (49152, 102400)}.get(target.kind.name, (16384, 16384))
         shared = min(int(target.attrs.get("max_shared_memory_per_block", defaults[0])), 49152)
-        return cls(256, shared, max(defaults[1], shared))
+        return cls(256, shared, max(defaults[1], shared), 264 if target.kind.name == "cuda" else 32)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An open kernel: its operand buffers by name, its output, and where in the grid it stands."""
+    """An open kernel: its operand buffers by name, its output, and where it stands in the grid of (x, y, z)."""
 
     operands: dict[str, tirx.Buffer]
     output: tirx.Buffer
-    block: Expr
-    head: Expr
-    batch: Expr
+    x: Expr
+    y: Expr
+    z: Expr
     thread_x: Expr
     thread_y: Expr
     threads: tuple[int, int]
@@ -59,6 +63,15 @@ class Frame:
         """The flat index within the threadgroup; x runs fastest, as in a warp."""
         return self.thread_y * self.threads[0] + self.thread_x
 
+    @property
+    def batch(self) -> Expr:
+        """Extent of the batch."""
+        return self.output.shape[0]
+
+
+Grid = Callable[[Expr], tuple[Expr, Expr, Expr]]
+"""Extent of the batch -> threadgroups along x, y and z."""
+
 
 @contextlib.contextmanager
 def _kernel_frame(
@@ -67,7 +80,7 @@ def _kernel_frame(
     shapes: Sequence[Sequence[Any]],
     output_shape: Sequence[int],
     dtype: str,
-    grid: tuple[int, int],
+    grid: Grid,
     threads: tuple[int, int],
 ) -> Iterator[Frame]:
     batch = shapes[0][0] if isinstance(shapes[0][0], int) else tirx.Var("batch", "int64")
@@ -79,14 +92,16 @@ def _kernel_frame(
             own_shape = [extent if isinstance(extent, int) else batch for extent in shape]
             operands[operand] = T.arg(operand, T.buffer(own_shape, dtype))
         output = T.arg("output", T.buffer([batch, *output_shape], dtype))
+        x, y, z = grid(batch)
         with (
-            T.launch_thread("blockIdx.z", batch) as block_z,
-            T.launch_thread("blockIdx.y", grid[1]) as block_y,
-            T.launch_thread("blockIdx.x", grid[0]) as block_x,
+            T.launch_thread("blockIdx.z", z) as block_z,
+            T.launch_thread("blockIdx.y", y) as block_y,
+            T.launch_thread("blockIdx.x", x) as block_x,
             T.launch_thread("threadIdx.y", threads[1]) as thread_y,
             T.launch_thread("threadIdx.x", threads[0]) as thread_x,
         ):
-            yield Frame(operands, output, block_x, block_y, block_z, thread_x, thread_y, threads)
+            at = [T.bind(tirx.Cast("int32", block)) for block in (block_x, block_y, block_z)]
+            yield Frame(operands, output, at[0], at[1], at[2], thread_x, thread_y, threads)
 
 
 class KernelBuilder:
@@ -101,7 +116,7 @@ class KernelBuilder:
 
     @contextlib.contextmanager
     def kernel(self, *arguments: Any) -> Iterator[Frame]:
-        """Arguments: name, present, shapes, output_shape (without batch), dtype, (grid x, grid y), (threads x, y)."""
+        """Arguments: name, present, shapes, output_shape (without batch), dtype, grid, (threads x, y)."""
         with self._builder, _kernel_frame(*arguments) as frame:
             yield frame
 
@@ -114,22 +129,120 @@ def barrier() -> None:
     T.evaluate(tirx.call_intrin("void", "tirx.tvm_storage_sync", "shared"))
 
 
-class SharedTile:
-    """A matrix in shared memory whose rows start an odd number of elements apart, hence on different memory banks.
+def lanes_of(dtype: str, divisor: int) -> int:
+    """The most elements that one access moves where every run of them starts at a multiple of `divisor`."""
+    return math.gcd(divisor, WORD_BYTES // DataType(dtype).itemsize)
 
-    Flat underneath: TVM trims a two-dimensional buffer to the columns in use, and the odd distance would be lost.
+
+class Flat:
+    """A buffer as one row of elements, `lanes` of them moved at once.
+
+    No GPU language here has a vector of eight halves: those move as words of four 32-bit integers, which keeps the
+    bits but cannot be computed with. Indices are 32-bit: a buffer holds fewer than 2**31 elements.
     """
 
-    def __init__(self, rows: int, columns: int, dtype: str = ACCUMULATOR) -> None:
-        self.stride = columns | 1
-        self.dtype = dtype
-        self._buffer = T.alloc_buffer((rows * self.stride,), dtype, scope="shared")
+    def __init__(self, buffer: tirx.Buffer, lanes: int, dtype: str | None = None, elements: Expr = None) -> None:
+        self.lanes, self.dtype = lanes, dtype or str(buffer.dtype)
+        as_bits = lanes > 4
+        self._ratio = 2 if as_bits else 1
+        self._type = "int32" if as_bits else self.dtype
+        if elements is None:
+            elements = math.prod(buffer.shape[1:], start=tirx.Cast("int32", buffer.shape[0]))
+        self._buffer = T.decl_buffer((elements // self._ratio,), self._type, data=buffer.data, scope=buffer.scope())
 
-    def load(self, row: Expr, column: Expr) -> Expr:
-        return tirx.BufferLoad(self._buffer, [row * self.stride + column])
+    def _index(self, first: Expr) -> Expr:
+        if self.lanes == 1:
+            return first
+        return tirx.Ramp(first // self._ratio, 1, self.lanes // self._ratio)
 
-    def store(self, row: Expr, column: Expr, value: Expr) -> None:
-        T.buffer_store(self._buffer, value, [row * self.stride + column])
+    def load(self, first: Expr) -> Expr:
+        """Elements first .. first + lanes."""
+        return tirx.BufferLoad(self._buffer, [self._index(first)])
+
+    def store(self, first: Expr, value: Expr) -> None:
+        T.buffer_store(self._buffer, value, [self._index(first)])
+
+    @property
+    def zero(self) -> Expr:
+        single = tirx.const(0, self._type)
+        return single if self.lanes == 1 else tirx.Broadcast(single, self.lanes // self._ratio)
+
+
+class SharedMemory:
+    """Threadgroup memory that tiles of several types share, one after the other; aligned to words.
+
+    Some of them must be float32: TVM declares memory that is only ever half precision as such, in the wrong size.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.buffer = T.alloc_buffer((ceil_div(size_bytes, WORD_BYTES),), "float32x4", scope="shared")
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """A matrix in shared memory whose rows start an odd number of words apart, hence on different memory banks."""
+
+    rows: int
+    columns: int
+    dtype: str = ACCUMULATOR
+
+    @property
+    def stride(self) -> int:
+        """Elements from row to row."""
+        word = WORD_BYTES // DataType(self.dtype).itemsize
+        return (ceil_div(self.columns, word) | 1) * word
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.stride * DataType(self.dtype).itemsize
+
+
+class SharedTile:
+    """A tile in memory of its own, or that lies in `memory` from a byte on, a multiple of a word.
+
+    lanes: the widths of the accesses it allows.
+    """
+
+    def __init__(
+        self, shape: TileShape, memory: SharedMemory | None = None, first_byte: int = 0, lanes: Sequence[int] = (1,)
+    ) -> None:
+        self.shape = shape
+        self._first = first_byte // DataType(shape.dtype).itemsize
+        last = self._first + shape.rows * shape.stride
+        buffer = T.alloc_buffer((last,), shape.dtype, scope="shared") if memory is None else memory.buffer
+        self._views = {n: Flat(buffer, n, shape.dtype, last) for n in lanes}
+
+    def load(self, row: Expr, column: Expr, lanes: int = 1) -> Expr:
+        return self._views[lanes].load(self._at(row, column))
+
+    def store(self, row: Expr, column: Expr, value: Expr, lanes: int = 1) -> None:
+        self._views[lanes].store(self._at(row, column), value)
+
+    def _at(self, row: Expr, column: Expr) -> Expr:
+        return row * self.shape.stride + column + self._first
+
+
+def typed(value: Expr, dtype: str, lanes: int) -> Expr:
+    """The value, a vector of `lanes` elements, in another element type."""
+    target = dtype if lanes == 1 else f"{dtype}x{lanes}"
+    return value if str(value.ty.dtype) == target else value.astype(target)
+
+
+def combine_lanes(
+    frame: Frame, value: Expr, operation: Callable[[Expr, Expr], Expr], target: tirx.Buffer, at: int
+) -> None:
+    """target[at] = value combined over the threads of one row of the threadgroup, in all of them alike.
+
+    The threads along x are a power of two and at most a SIMD group.
+    """
+    store(target, [at], value)
+    reach = frame.threads[0] // 2
+    while reach:
+        lane = (frame.thread % 32) ^ reach
+        mask, width = tirx.const(0xFFFFFFFF, "uint32"), tirx.const(32, "int32")
+        other = tirx.call_intrin(ACCUMULATOR, "tirx.tvm_warp_shuffle", mask, load(target, [at]), lane, width, width)
+        store(target, [at], operation(load(target, [at]), other))
+        reach //= 2
 
 
 def registers(count: int, dtype: str = ACCUMULATOR) -> tirx.Buffer:

@@ -123,13 +123,11 @@ class _SlideKernel:
         self.geometry = spec.geometry
         self.head_dim, self.value_dim = head_dim, value_dim
         blocks = value_dim // tiling.value_block
-        self.head = frame.head if blocks == 1 else frame.head // blocks
-        self.first_value = 0 if blocks == 1 else frame.head % blocks * tiling.value_block
+        self.head = frame.y if blocks == 1 else frame.y // blocks
+        self.first_value = 0 if blocks == 1 else frame.y % blocks * tiling.value_block
         extents = self.geometry.feature_size
         tile_counts = [ceil_div(e, t) for e, t in zip(extents, tiling.tile, strict=True)]
-        self.tile_start = [
-            T.bind(at * t) for at, t in zip(unflatten(frame.block, tile_counts), tiling.tile, strict=True)
-        ]
+        self.tile_start = [T.bind(at * t) for at, t in zip(unflatten(frame.x, tile_counts), tiling.tile, strict=True)]
         self.thread_at = [T.bind(at) for at in unflatten(frame.thread, tiling.tile)]
         self.pixel = [T.bind(s + t) for s, t in zip(self.tile_start, self.thread_at, strict=True)]
         bounds = zip(self.pixel, extents, tiling.tile, strict=True)
@@ -188,7 +186,7 @@ class _SlideKernel:
         """The operand's element, in its own type; 0 off the map."""
         buffer = self.frame.operands[operand]
         inside = tirx.all(*[tirx.all(p >= 0, p < e) for p, e in zip(pixel, self.geometry.feature_size, strict=True)])
-        return choose(inside, load(buffer, [self.frame.batch, channel, *pixel]), tirx.const(0.0, buffer.dtype))
+        return choose(inside, load(buffer, [self.frame.z, channel, *pixel]), tirx.const(0.0, buffer.dtype))
 
     def read(self, operand: str, channel: Expr, pixel: list[Expr]) -> Expr:
         return self.guarded(operand, channel, pixel).astype(ACCUMULATOR)
@@ -224,7 +222,7 @@ class _SlideKernel:
             first = self.head * self.head_dim + chunk * step
             with self.staged_chunk("key", first) as tap_of, T.serial(step) as channel:
                 row = first + channel
-                own = load(operands["query"], [self.frame.batch, row, *self.pixel])
+                own = load(operands["query"], [self.frame.z, row, *self.pixel])
                 zero = tirx.const(0.0, operands["query"].dtype)
                 query = T.bind(choose(self.on_map, own, zero).astype(ACCUMULATOR))
                 if "key_kernel" in operands:
@@ -299,7 +297,7 @@ class _SlideKernel:
         frame = self.frame
         with when(self.on_map):
             value = (result / self.total[0]).astype(frame.output.dtype)
-            store(frame.output, [frame.batch, row, *self.pixel], value)
+            store(frame.output, [frame.z, row, *self.pixel], value)
 
 
 def slide_attention(
@@ -321,7 +319,10 @@ def slide_attention(
     geometry = spec.geometry
     tiling = choose_tiling(geometry, head_dim, value_dim, DataType(dtype).itemsize, Limits.of(target))
     tiles = math.prod(ceil_div(e, t) for e, t in zip(geometry.feature_size, tiling.tile, strict=True))
-    grid = (tiles, spec.num_heads * (value_dim // tiling.value_block))
+
+    def grid(batch: Expr) -> tuple[Expr, Expr, Expr]:
+        return tiles, spec.num_heads * (value_dim // tiling.value_block), batch
+
     threads = (tiling.tile[-1], math.prod(tiling.tile[:-1]))
     builder = KernelBuilder()
     output_shape = [spec.num_heads * value_dim, *geometry.feature_size]

@@ -1,274 +1,249 @@
-"""FlashWindowAttention for CUDA and Metal: one threadgroup per window, head and tile of queries.
+"""FlashWindowAttention for CUDA and Metal: one threadgroup per tile of queries, head, and run of windows.
 
 Keys stream through shared memory in tiles, the softmax is kept up as they come (running maximum and sum, float32), so
-a window of any size fits and nothing of size N x N leaves the chip. Per tile of keys, a threadgroup
+a window of any size fits and nothing of size N x M leaves the chip. A window of up to some 64 tokens is one tile: its
+query, key and value are read once, and bias and mask stay in registers over a run of windows (window_gpu_plan.py).
+Per tile of keys, a threadgroup
 
-1. stages query and key (in chunks of channels) and forms its logits in registers, `queries x keys` of them per thread,
-2. adds bias, mask and the region penalty, and exchanges the row maxima through shared memory,
-3. puts the weights into shared memory and multiplies them with the staged value, `queries x channels` per thread.
+1. stages query, key and value, up to 16 bytes per load,
+2. forms the logits in registers, `queries x keys` of them per thread, four channels at a time,
+3. adds bias, mask and the region penalty, and finds the row maxima by shuffles between the threads of a row,
+4. puts the weights where the keys were and multiplies them with the value, `queries x channels` per thread.
 
 The layout of a threadgroup is threads (x, y): x runs over keys, then over the value's channels; y over queries.
 
-Letters: N tokens per window, nW windows, nH heads, d and dv head_dim of query/key and of value.
+Letters: N query and M key tokens per window, nW windows, nH heads, d and dv head_dim of query/key and of value.
 Source of the running softmax: Dao et al., "FlashAttention", https://arxiv.org/abs/2205.14135, algorithm 1.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from attnrewrite.functions.spec import FlashWindowAttention
-from attnrewrite.localattention.geometry import WindowGeometry
 from attnrewrite.lowering.kernels.gpu_builder import (
     ACCUMULATOR,
     LOWEST,
     Expr,
+    Flat,
     Frame,
     KernelBuilder,
     Limits,
+    SharedMemory,
     SharedTile,
     barrier,
     ceil_div,
     choose,
+    combine_lanes,
     every,
     fill,
+    lanes_of,
     load,
     registers,
     spread,
     store,
-    unflatten,
+    typed,
     when,
 )
+from attnrewrite.lowering.kernels.window_gpu_pixels import Pixel, Window
+from attnrewrite.lowering.kernels.window_gpu_plan import STEP, Run, Sizes, WindowTiling, choose_run, choose_tiling
 
-MAX_CHANNEL_CHUNK = 64
-
-
-@dataclass(frozen=True)
-class WindowTiling:
-    """How one threadgroup divides a window.
-
-    columns, rows: threads along x and y. queries, keys: of the logits tile, per thread.
-    chunk: channels staged at a time, of query, key and value alike.
-    """
-
-    columns: int
-    rows: int
-    queries: int
-    keys: int
-    chunk: int
-
-    @property
-    def tile_queries(self) -> int:
-        return self.rows * self.queries
-
-    @property
-    def tile_keys(self) -> int:
-        return self.columns * self.keys
-
-    @property
-    def channels(self) -> int:
-        """Channels of a value chunk per thread."""
-        return ceil_div(self.chunk, self.columns)
-
-    @property
-    def staged_width(self) -> int:
-        """Channels of a staged row: the chunk, up to a multiple of the thread columns."""
-        return self.channels * self.columns
-
-    def shared_bytes(self, operand_bytes: int) -> int:
-        """Bytes of the staged query, of the staged key or value, and of the weights."""
-        staged = (self.tile_queries + self.tile_keys) * (self.staged_width | 1) * operand_bytes
-        return staged + self.tile_queries * (self.tile_keys | 1) * 4
-
-
-def choose_tiling(tokens: int, head_dim: int, value_dim: int, operand_bytes: int, limits: Limits) -> WindowTiling:
-    """The tiling with the least estimated time among those that keep to the limits.
-
-    The estimate counts the multiply-adds of a thread and its loads from shared memory (a core has about a quarter as
-    many load lanes as arithmetic lanes), tiles that stick out of the window included, and is divided by how well the
-    independent operations of the resident threads hide latency.
-    """
-    chunk = min(max(head_dim, value_dim), MAX_CHANNEL_CHUNK)
-    while WindowTiling(8, 8, 1, 1, chunk).shared_bytes(operand_bytes) > limits.shared_bytes:
-        chunk //= 2
-
-    def estimate(tiling: WindowTiling) -> float:
-        query_tiles, key_tiles = ceil_div(tokens, tiling.tile_queries), ceil_div(tokens, tiling.tile_keys)
-        q, k, c = tiling.queries, tiling.keys, tiling.channels
-        logits = ceil_div(head_dim, chunk) * chunk * (q * k + 4 * (q + k))
-        values = ceil_div(value_dim, chunk) * min(tiling.tile_keys, tokens) * (q * c + 4 * (q + c))
-        exchange = 4 * q * tiling.columns + 12 * q * k + 150  # row maxima, exponentials, barriers
-        threads = tiling.columns * tiling.rows
-        resident = min(limits.resident_bytes // tiling.shared_bytes(operand_bytes) * threads, 1024)
-        hidden = min(1.0, resident * min(q * k, 16) / 2048)
-        return query_tiles * key_tiles * threads * (logits + values + exchange) / hidden
-
-    candidates = []
-    for columns, rows, queries, keys in itertools.product((8, 16), (8, 16), range(1, 9), range(1, 9)):
-        tiling = WindowTiling(columns, rows, queries, keys, chunk)
-        held = queries * (keys + tiling.channels * ceil_div(value_dim, chunk))
-        fits = tiling.shared_bytes(operand_bytes) <= limits.shared_bytes and columns * rows <= limits.threads
-        if fits and (held <= 96 or queries == keys == 1):
-            candidates.append(tiling)
-    return min(candidates, key=estimate)
-
-
-class Window:
-    """Index arithmetic of one window of the grid: which pixel, region and validity a token has."""
-
-    def __init__(self, geometry: WindowGeometry, window: Expr) -> None:
-        self.geometry = geometry
-        self.axes = unflatten(window, geometry.grid)
-
-    def _positions(self, token: Expr) -> list[Expr]:
-        """Position of a token on the shifted, padded map, per axis."""
-        size = self.geometry.window_size
-        return [w * s + t for w, s, t in zip(self.axes, size, unflatten(token, size), strict=True)]
-
-    def pixel(self, token: Expr) -> tuple[list[Expr], Expr | bool]:
-        """Pixel coordinates a token reads and whether they lie on the map; the closed form of WindowGeometry.pixels."""
-        geometry = self.geometry
-        pixel, inside = [], []
-        for axis, position in enumerate(self._positions(token)):
-            extent, shift, padded = (
-                s[axis] for s in (geometry.feature_size, geometry.shift_size, geometry.padded_size)
-            )
-            around = padded if geometry.shift_padded else extent
-            if shift:
-                position_shifted = position + shift
-                moved = tirx.Select(position_shifted < around, position_shifted, position_shifted - around)
-            else:
-                moved = position
-            pixel.append(moved)
-            if padded != extent:
-                inside.append(moved < extent if geometry.shift_padded else position < extent)
-        return pixel, every(inside)
-
-    def region(self, token: Expr) -> Expr:
-        """int32 label of the token's region, as WindowGeometry.regions numbers them."""
-        geometry = self.geometry
-        label: Expr = tirx.const(0, "int32")
-        for axis, position in enumerate(self._positions(token)):
-            shift, padded = geometry.shift_size[axis], geometry.padded_size[axis]
-            if shift:
-                label = label * 2 + tirx.Select(position < padded - shift, 0, 1)
-        return label
+_ADDED = ("bias", "mask")
 
 
 class _WindowKernel:
     """Emits the statements of one kernel; open only inside its frame."""
 
-    def __init__(self, spec: FlashWindowAttention, frame: Frame, tiling: WindowTiling, head_dim: int, value_dim: int):
-        self.spec, self.frame, self.tiling = spec, frame, tiling
-        self.head_dim, self.value_dim = head_dim, value_dim
-        self.tokens = spec.geometry.tokens_per_window
-        self.query_tiles = ceil_div(self.tokens, tiling.tile_queries)
-        self.key_tiles = ceil_div(self.tokens, tiling.tile_keys)
-        window_index, query_tile = frame.block, tirx.const(0, "int32")
-        if self.query_tiles > 1:
-            window_index, query_tile = frame.block // self.query_tiles, frame.block % self.query_tiles
-        self.window_index = window_index
-        self.window = Window(spec.geometry, window_index)
-        self.first_query = query_tile * tiling.tile_queries
+    def __init__(self, spec: FlashWindowAttention, frame: Frame, tiling: WindowTiling, run: Run):
+        self.spec, self.frame, self.tiling, self.run = spec, frame, tiling, run
+        self.sizes, self.head = tiling.sizes, frame.y
+        self.query_tile = tirx.const(0, "int32") if tiling.query_tiles == 1 else T.bind(frame.x % tiling.query_tiles)
+        self.first_query = self.query_tile * tiling.tile_queries
 
-        operand_type = frame.output.dtype
-        value_chunks = ceil_div(value_dim, tiling.chunk)
-        self.staged_query = SharedTile(tiling.tile_queries, tiling.staged_width, operand_type)
-        self.staged = SharedTile(tiling.tile_keys, tiling.staged_width, operand_type)
-        self.weights = SharedTile(tiling.tile_queries, tiling.tile_keys)
+        dtype = str(frame.output.dtype)
+        first_query, first_key, first_weight, first_value, end = tiling.first_bytes(dtype)
+        memory = SharedMemory(end)
+        staged = sorted({lanes_of(dtype, n) for n in (self.staged_run("query"), self.staged_run("value"))} | {1, STEP})
+        self.tiles = {
+            "query": SharedTile(tiling.query_tile(dtype), memory, first_query, staged),
+            "key": SharedTile(tiling.key_tile(dtype), memory, first_key, staged),
+            "value": SharedTile(tiling.value_tile(dtype), memory, first_value, sorted({*staged, tiling.lanes})),
+        }
+        self.weights = SharedTile(tiling.weight_tile, memory, first_weight, (1, STEP))
         self.logits = registers(tiling.queries * tiling.keys)
-        self.result = registers(tiling.queries * tiling.channels * value_chunks)
+        self.held = registers(tiling.queries * tiling.keys) if run.shared else None
+        self.result = registers(tiling.queries * tiling.channels * tiling.value_chunks)
         self.maximum, self.total, self.rescale = (registers(tiling.queries) for _ in range(3))
-        self.left = registers(tiling.queries)
-        self.right = registers(max(tiling.keys, tiling.channels))
+        self.left = registers(tiling.queries * STEP)
+        self.right = registers(STEP * max(tiling.keys, tiling.channels))
 
     def emit(self) -> None:
-        fill(self.maximum, self.tiling.queries, LOWEST)
-        fill(self.total, self.tiling.queries, 0.0)
+        """Goes through the run; the last one of the map, or of the batch, may be shorter."""
+        run, windows = self.run, self.spec.geometry.num_windows
+        block = self.frame.x if self.tiling.query_tiles == 1 else self.frame.x // self.tiling.query_tiles
+        first_window, first_image = block * run.windows, self.frame.z * run.images
+        if self.held is not None:
+            self.hold_shared(first_window)
+        if run.windows == run.images == 1:
+            self.attend(block, self.frame.z)
+            return
+        batch = self.frame.batch if isinstance(self.frame.batch, int) else self.frame.batch.astype("int32")
+        own_windows = run.windows if windows % run.windows == 0 else tirx.min(run.windows, windows - first_window)
+        with T.serial(own_windows) as window, T.serial(tirx.min(run.images, batch - first_image)) as image:
+            self.attend(T.bind(first_window + window), T.bind(first_image + image))
+            barrier()  # all are done with the weights and the value
+
+    def attend(self, window_index: Expr, image: Expr) -> None:
+        """One tile of queries of one window."""
+        tiling = self.tiling
+        self.window_index, self.image = window_index, image
+        self.window = Window(self.spec, window_index, self.head)
+        fill(self.maximum, tiling.queries, LOWEST)
+        fill(self.total, tiling.queries, 0.0)
         fill(self.result, self.result.shape[0].value, 0.0)
-        resident_query = self.head_dim <= self.tiling.chunk  # one chunk: staged once for all tiles of keys
-        if resident_query:
-            self.stage(self.staged_query, "query", self.first_query, self.tiling.tile_queries, self.head_dim, 0)
-        with T.serial(self.key_tiles) as key_tile:
-            first_key = key_tile * self.tiling.tile_keys
-            self.multiply_query_key(first_key, resident_query)
-            self.add_bias_and_mask(first_key)
-            self.update_softmax(first_key)
-            self.multiply_weights_value(first_key)
+        if tiling.resident_query:
+            self.stage_query(0)
+        if tiling.key_tiles == 1:
+            self.attend_tile(tirx.const(0, "int32"))
+        else:
+            with T.serial(tiling.key_tiles) as key_tile:
+                self.attend_tile(key_tile * tiling.tile_keys)
+                barrier()
         self.write_output()
 
-    def stage(self, tile: SharedTile, operand: str, first: Expr, rows: int, head_dim: int, chunk_start: Expr) -> None:
+    def attend_tile(self, first_key: Expr) -> None:
+        """One tile of keys."""
+        self.stage("value", self.window.key_pixel, first_key, self.sizes.keys, 0)
+        self.multiply_query_key(first_key)
+        self.add_to_logits(first_key)
+        self.update_softmax(first_key)
+        self.multiply_weights_value(first_key)
+
+    # Staging.
+
+    def channels_of(self, operand: str) -> int:
+        return self.sizes.value_dim if operand == "value" else self.sizes.head_dim
+
+    def staged_run(self, operand: str) -> int:
+        """What the start of every head and chunk of an operand is a multiple of, in elements."""
+        return math.gcd(self.channels_of(operand), self.tiling.chunk)
+
+    def stage_query(self, chunk_start: Expr | int) -> None:
+        self.stage("query", self.window.query_source, self.first_query, self.sizes.queries, chunk_start)
+
+    def stage(
+        self, operand: str, pixel_of: Callable[[Expr], Pixel], first: Expr, tokens: int, chunk_start: Expr | int
+    ) -> None:
         """tile[r, c] = operand of token `first + r`, channel `chunk_start + c` of this head.
 
         Tokens outside the map read key_padding or value_padding; what lies outside window and head is zero.
         """
-        frame, width = self.frame, self.tiling.staged_width
+        frame, tile, head_dim = self.frame, self.tiles[operand], self.channels_of(operand)
+        lanes = lanes_of(str(frame.output.dtype), self.staged_run(operand))
         buffer, padding = frame.operands[operand], frame.operands.get(f"{operand}_padding")
-        zero = tirx.const(0.0, tile.dtype)
+        source = Flat(buffer, lanes)
+        outside_source = None if padding is None else Flat(padding, lanes)
+        extents = [int(e) for e in buffer.shape[1:]]
+        rows, width = tile.shape.rows, ceil_div(tile.shape.columns, lanes)
         with spread(frame, rows * width) as index:
-            row, column = index // width, index % width
-            token = T.bind(first + row)
-            channel = chunk_start + column
-            pixel, on_map = self.window.pixel(token)
-            position = frame.head * head_dim + channel
-            outside = zero if padding is None else load(padding, [position])
-            value = choose(on_map, load(buffer, [frame.batch, *pixel, position]), outside)
-            in_window = True if self.tokens % rows == 0 else token < self.tokens
-            in_head = True if head_dim % width == 0 else channel < head_dim
-            tile.store(row, column, choose(every([in_window, in_head]), value, zero))
+            row, column = index // width, index % width * lanes
+            token, channel = T.bind(first + row), chunk_start + column
+            pixel, on_map = pixel_of(token)
+            position = self.head * head_dim + channel
+            outside = source.zero if outside_source is None else outside_source.load(position)
+            flat = self.image
+            for at, extent in zip(pixel, extents, strict=False):
+                flat = flat * extent + at
+            value = choose(on_map, source.load(flat * extents[-1] + position), outside)
+            in_window = True if tokens % rows == 0 else token < tokens
+            whole = head_dim % tile.shape.columns == 0 and tile.shape.columns <= self.tiling.chunk
+            in_head = True if whole else channel < head_dim
+            tile.store(row, column, choose(every([in_window, in_head]), value, source.zero), lanes)
 
-    def multiply_query_key(self, first_key: Expr, resident_query: bool) -> None:
-        """logits[i, j] = sum over channels of query i and key j; ends with the logits in registers, no barrier."""
+    # The four steps.
+
+    def multiply_query_key(self, first_key: Expr) -> None:
+        """logits[i, j] = sum over channels of query i and key j; ends in registers, with the tiles free."""
         tiling = self.tiling
         fill(self.logits, tiling.queries * tiling.keys, 0.0)
-        chunks = ceil_div(self.head_dim, tiling.chunk)
-        with T.serial(chunks) as chunk:
+        with T.serial(tiling.chunks) as chunk:
             start = chunk * tiling.chunk
-            if not resident_query:
-                self.stage(self.staged_query, "query", self.first_query, tiling.tile_queries, self.head_dim, start)
-            self.stage(self.staged, "key", first_key, tiling.tile_keys, self.head_dim, start)
+            if not tiling.resident_query:
+                self.stage_query(start)
+            self.stage("key", self.window.key_pixel, first_key, self.sizes.keys, start)
             barrier()
-            with T.serial(min(tiling.chunk, self.head_dim)) as channel:
-                self.load_left(self.staged_query, channel)
+            with T.serial(tiling.query_tile(ACCUMULATOR).columns // STEP) as step:
+                self.load_left(self.tiles["query"], step * STEP)
                 for j in range(tiling.keys):
                     key_row = self.frame.thread_x + tiling.columns * j
-                    store(self.right, [j], self.staged.load(key_row, channel).astype(ACCUMULATOR))
-                self.multiply_add(self.logits, 0, tiling.keys)
+                    self.load_step(self.right, j * STEP, self.tiles["key"], key_row, step * STEP)
+                for i, j in itertools.product(range(tiling.queries), range(tiling.keys)):
+                    self.multiply_add(
+                        self.logits, i * tiling.keys + j, i, [self.right[j * STEP + lane] for lane in range(STEP)]
+                    )
             barrier()
 
     def load_left(self, tile: SharedTile, column: Expr) -> None:
+        """left[i, ...] = four columns of the tile in row i of this thread."""
         for i in range(self.tiling.queries):
-            row = self.frame.thread_y * self.tiling.queries + i
-            store(self.left, [i], tile.load(row, column).astype(ACCUMULATOR))
+            self.load_step(self.left, i * STEP, tile, self.query_row(i), column)
 
-    def multiply_add(self, accumulator: tirx.Buffer, offset: int, count: int) -> None:
-        """accumulator[offset + i*count + j] += left[i] * right[j]."""
-        for i, j in itertools.product(range(self.tiling.queries), range(count)):
-            at = offset + i * count + j
-            store(accumulator, [at], accumulator[at] + self.left[i] * self.right[j])
+    def load_step(self, target: tirx.Buffer, at: int, tile: SharedTile, row: Expr, column: Expr) -> None:
+        value = typed(tile.load(row, column, STEP), ACCUMULATOR, STEP)
+        store(target, [tirx.Ramp(at, 1, STEP)], value)
+
+    def multiply_add(self, accumulator: tirx.Buffer, at: int, i: int, right: Sequence[Expr]) -> None:
+        """accumulator[at] += left[i, ...] . right."""
+        total = accumulator[at]
+        for lane, value in enumerate(right):
+            total = total + self.left[i * STEP + lane] * value
+        store(accumulator, [at], total)
+
+    def query_row(self, i: int) -> Expr:
+        return self.frame.thread_y * self.tiling.queries + i
 
     def query_token(self, i: int) -> Expr:
-        return self.first_query + self.frame.thread_y * self.tiling.queries + i
+        return self.first_query + self.query_row(i)
 
     def key_token(self, first_key: Expr, j: int) -> Expr:
         return first_key + self.frame.thread_x + self.tiling.columns * j
 
-    def in_window(self, token: Expr, tile: int) -> Expr | bool:
-        return True if self.tokens % tile == 0 else token < self.tokens
+    def is_query(self, token: Expr) -> Expr | bool:
+        return True if self.sizes.queries % self.tiling.tile_queries == 0 else token < self.sizes.queries
 
-    def add_bias_and_mask(self, first_key: Expr) -> None:
+    def is_key(self, token: Expr) -> Expr | bool:
+        return True if self.sizes.keys % self.tiling.tile_keys == 0 else token < self.sizes.keys
+
+    def added(self, operand: str, query: Expr, key: Expr, window: Expr) -> Expr:
+        """An element of bias or mask; 0 outside of the window."""
+        buffer = self.frame.operands[operand]
+        own = tirx.const(0, "int32") if int(buffer.shape[0]) == 1 else window
+        index = [own, self.head, query, key] if operand == "bias" else [own, query, key]
+        inside = every([self.is_query(query), self.is_key(key)])
+        return choose(inside, load(buffer, index).astype(ACCUMULATOR), tirx.const(0.0, ACCUMULATOR))
+
+    def hold_shared(self, window: Expr) -> None:
+        """Bias and mask that all windows of the run share, kept in the layout of the logits."""
+        for i, j in itertools.product(range(self.tiling.queries), range(self.tiling.keys)):
+            query, key = self.query_token(i), self.key_token(tirx.const(0, "int32"), j)
+            terms = [self.added(operand, query, key, window) for operand in self.run.shared]
+            store(self.held, [i * self.tiling.keys + j], functools.reduce(lambda a, b: a + b, terms))
+
+    def add_to_logits(self, first_key: Expr) -> None:
         """Scales the logits and adds bias, mask and region penalty; keys past the window become LOWEST."""
-        spec, tiling, operands = self.spec, self.tiling, self.frame.operands
-        zero = tirx.const(0.0, ACCUMULATOR)
-        penalised = spec.mask_value is not None and any(spec.geometry.shift_size)
+        spec, tiling = self.spec, self.tiling
+        zero, lowest = tirx.const(0.0, ACCUMULATOR), tirx.const(LOWEST, ACCUMULATOR)
+        apart = [name for name in _ADDED if name in self.frame.operands and name not in self.run.shared]
+        shifted = any(any(geometry.shift_size) for _, geometry in spec.runs_of_heads())
+        penalised = spec.mask_value is not None and shifted
         if penalised:
             # In registers rather than in bound variables: the latter keep TVM's region analysis busy for seconds.
             query_regions, key_region = registers(tiling.queries, "int32"), registers(1, "int32")
@@ -278,104 +253,105 @@ class _WindowKernel:
             key = self.key_token(first_key, j)
             if penalised:
                 store(key_region, [0], self.window.region(key))
-            key_inside = self.in_window(key, tiling.tile_keys)
             for i in range(tiling.queries):
-                query, at = self.query_token(i), i * tiling.keys + j
-                both_inside = every([self.in_window(query, tiling.tile_queries), key_inside])
+                at = i * tiling.keys + j
                 value = self.logits[at] * tirx.const(spec.scale, ACCUMULATOR)
-                if (bias := operands.get("bias")) is not None:
-                    index = [self.shared_or_own(bias), self.frame.head, query, key]
-                    value = value + choose(both_inside, load(bias, index).astype(ACCUMULATOR), zero)
-                if (mask := operands.get("mask")) is not None:
-                    index = [self.shared_or_own(mask), query, key]
-                    value = value + choose(both_inside, load(mask, index).astype(ACCUMULATOR), zero)
+                if self.held is not None:
+                    value = value + self.held[at]
+                for operand in apart:
+                    value = value + self.added(operand, self.query_token(i), key, self.window_index)
                 if penalised:
                     penalty = tirx.const(spec.mask_value, ACCUMULATOR)
                     value = value + tirx.Select(query_regions[i] != key_region[0], penalty, zero)
-                store(self.logits, [at], choose(key_inside, value, tirx.const(LOWEST, ACCUMULATOR)))
-
-    def shared_or_own(self, per_window: tirx.Buffer) -> Expr:
-        """First index of an operand that has one entry for all windows, or one for each."""
-        return tirx.const(0, "int32") if per_window.shape[0].value == 1 else self.window_index
+                store(self.logits, [at], choose(self.is_key(key), value, lowest))
 
     def update_softmax(self, first_key: Expr) -> None:
         """Turns logits into weights relative to the running maximum, and rescales what was summed before."""
-        tiling = self.tiling
-        rows = [self.frame.thread_y * tiling.queries + i for i in range(tiling.queries)]
-        keys = range(tiling.keys)
-        self.exchange(
-            rows, [_fold(tirx.max, [self.logits[i * tiling.keys + j] for j in keys]) for i in range(len(rows))]
-        )
-        for i, row in enumerate(rows):
+        tiling, keys = self.tiling, range(self.tiling.keys)
+        for i in range(tiling.queries):
             store(self.rescale, [i], self.maximum[i])
-            with T.serial(tiling.columns) as column:
-                store(self.maximum, [i], tirx.max(self.maximum[i], self.weights.load(row, column)))
-            store(self.rescale, [i], tirx.exp(self.rescale[i] - self.maximum[i]))
-            store(self.total, [i], self.total[i] * self.rescale[i])
-        for at in range(self.result.shape[0].value):
-            query = at // tiling.channels % tiling.queries
-            store(self.result, [at], self.result[at] * self.rescale[query])
-        barrier()  # all have read the maxima; the same memory now takes the weights
+            largest = functools.reduce(tirx.max, [self.logits[i * tiling.keys + j] for j in keys], self.maximum[i])
+            combine_lanes(self.frame, largest, tirx.max, self.maximum, i)
+        if tiling.key_tiles > 1:
+            for i in range(tiling.queries):
+                store(self.rescale, [i], tirx.exp(self.rescale[i] - self.maximum[i]))
+                store(self.total, [i], self.total[i] * self.rescale[i])
+            for at in range(self.result.shape[0].value):
+                query = at // tiling.channels % tiling.queries
+                store(self.result, [at], self.result[at] * self.rescale[query])
         for i, j in itertools.product(range(tiling.queries), keys):
-            weight = tirx.exp(self.logits[i * tiling.keys + j] - self.maximum[i])
-            inside = self.in_window(self.key_token(first_key, j), tiling.tile_keys)
+            at = i * tiling.keys + j
+            weight = tirx.exp(self.logits[at] - self.maximum[i])
+            inside = self.is_key(self.key_token(first_key, j))
             weight = weight if inside is True else tirx.Select(inside, weight, tirx.const(0.0, ACCUMULATOR))
-            store(self.logits, [i * tiling.keys + j], weight)
-            store(self.total, [i], self.total[i] + self.logits[i * tiling.keys + j])
-            column = self.frame.thread_x + tiling.columns * j
-            self.weights.store(rows[i], column, self.logits[i * tiling.keys + j])
-
-    def exchange(self, rows: list[Expr], values: list[Expr]) -> None:
-        """Publishes one value per query and thread column in `weights`, and waits for the others."""
-        for row, value in zip(rows, values, strict=True):
-            self.weights.store(row, self.frame.thread_x, value)
-        barrier()
+            store(self.logits, [at], weight)
+            store(self.total, [i], self.total[i] + self.logits[at])
+            self.weights.store(self.query_row(i), self.frame.thread_x + tiling.columns * j, self.logits[at])
 
     def multiply_weights_value(self, first_key: Expr) -> None:
-        """result += weights x value, a chunk of channels at a time; ends with a barrier."""
+        """result += weights x value, a chunk of channels at a time; the first of them is staged already."""
         tiling = self.tiling
-        for chunk in range(ceil_div(self.value_dim, tiling.chunk)):
-            start = chunk * tiling.chunk
-            self.stage(self.staged, "value", first_key, tiling.tile_keys, self.value_dim, start)
+        for chunk in range(tiling.value_chunks):
+            if chunk:
+                barrier()
+                self.stage("value", self.window.key_pixel, first_key, self.sizes.keys, chunk * tiling.chunk)
             barrier()
-            with T.serial(min(tiling.tile_keys, self.tokens)) as key:
-                self.load_left(self.weights, key)
-                for j in range(tiling.channels):
-                    column = self.frame.thread_x + tiling.columns * j
-                    store(self.right, [j], self.staged.load(key, column).astype(ACCUMULATOR))
-                self.multiply_add(self.result, chunk * tiling.queries * tiling.channels, tiling.channels)
-            barrier()
+            with T.serial(ceil_div(min(tiling.tile_keys, self.sizes.keys), STEP)) as step:
+                self.load_left(self.weights, step * STEP)
+                for group in range(tiling.channels // tiling.lanes):
+                    self.multiply_channels(step * STEP, chunk, group)
+
+    def multiply_channels(self, first_key: Expr, chunk: int, group: int) -> None:
+        """Four keys' share in the sums of `lanes` neighbouring channels."""
+        tiling, lanes = self.tiling, self.tiling.lanes
+        for key in range(STEP):
+            value = self.tiles["value"].load(first_key + key, self.channel(group), lanes)
+            at = key * lanes if lanes == 1 else tirx.Ramp(key * lanes, 1, lanes)
+            store(self.right, [at], typed(value, ACCUMULATOR, lanes))
+        for i, lane in itertools.product(range(tiling.queries), range(lanes)):
+            at = (chunk * tiling.queries + i) * tiling.channels + group * lanes + lane
+            self.multiply_add(self.result, at, i, [self.right[key * lanes + lane] for key in range(STEP)])
+
+    def channel(self, group: int) -> Expr:
+        """First channel within the chunk of a group of `lanes`; neighbouring threads have neighbouring ones."""
+        return (self.frame.thread_x + self.tiling.columns * group) * self.tiling.lanes
 
     def write_output(self) -> None:
         """output = result / total, where the total is the sum over the thread columns' shares."""
         frame, tiling = self.frame, self.tiling
-        rows = [frame.thread_y * tiling.queries + i for i in range(tiling.queries)]
-        self.exchange(rows, [self.total[i] for i in range(tiling.queries)])
-        for i, row in enumerate(rows):
-            store(self.total, [i], tirx.const(0.0, ACCUMULATOR))
-            with T.serial(tiling.columns) as column:
-                store(self.total, [i], self.total[i] + self.weights.load(row, column))
+        dtype, head_dim = str(frame.output.dtype), self.sizes.value_dim
+        lanes = math.gcd(tiling.lanes, self.staged_run("value"))
+        output = Flat(frame.output, lanes)
+        extents = [int(e) for e in frame.output.shape[1:]]
+        for i in range(tiling.queries):
+            combine_lanes(frame, self.total[i], lambda a, b: a + b, self.total, i)
+        for i in range(tiling.queries):
             query = T.bind(self.query_token(i))
-            pixel, on_map = self.window.pixel(query)
-            with when(every([self.in_window(query, tiling.tile_queries), on_map])):
-                for chunk, j in itertools.product(
-                    range(ceil_div(self.value_dim, tiling.chunk)), range(tiling.channels)
-                ):
-                    column = frame.thread_x + tiling.columns * j
+            pixel, on_map = self.window.query_pixel(query)
+            flat = self.image
+            for at, extent in zip(pixel, extents, strict=False):
+                flat = flat * extent + at
+            with when(every([self.is_query(query), on_map])):
+                row = T.bind(flat * extents[-1] + self.head * head_dim)
+                parts = itertools.product(
+                    range(tiling.value_chunks), range(tiling.channels // tiling.lanes), range(0, tiling.lanes, lanes)
+                )
+                for chunk, group, part in parts:
+                    column = self.channel(group) + part
                     channel = chunk * tiling.chunk + column
-                    in_chunk = True if tiling.chunk % tiling.columns == 0 else column < tiling.chunk
-                    in_head = True if self.value_dim % tiling.chunk == 0 else channel < self.value_dim
-                    at = (chunk * tiling.queries + i) * tiling.channels + j
+                    width = tiling.channels * tiling.columns
+                    in_chunk = True if tiling.value_chunks == 1 or width == tiling.chunk else column < tiling.chunk
+                    in_head = True if head_dim % width == 0 and width <= tiling.chunk else channel < head_dim
+                    first = (chunk * tiling.queries + i) * tiling.channels + group * tiling.lanes + part
+                    own = first if lanes == 1 else tirx.Ramp(first, 1, lanes)
+                    total = self.total[i] if lanes == 1 else tirx.Broadcast(self.total[i], lanes)
                     with when(every([in_chunk, in_head])):
-                        value = (self.result[at] / self.total[i]).astype(frame.output.dtype)
-                        store(frame.output, [frame.batch, *pixel, frame.head * self.value_dim + channel], value)
+                        output.store(row + channel, typed(load(self.result, [own]) / total, dtype, lanes))
 
 
-def _fold(function: Any, values: Sequence[Expr]) -> Expr:
-    result = values[0]
-    for value in values[1:]:
-        result = function(result, value)
-    return result
+def int_or_none(extent: Any) -> int | None:
+    """A buffer's extent where it is a number."""
+    return int(extent) if isinstance(extent, int | tirx.IntImm) else None
 
 
 def flash_window_attention(
@@ -392,14 +368,18 @@ def flash_window_attention(
     kernel's own then stands for it, matched from the query). dtype: float32 or float16, of all operands and the output;
     logits, softmax and sums are float32 whatever spec.softmax_dtype says, which is never less exact.
     """
-    geometry = spec.geometry
     by_name = dict(zip(present, shapes, strict=True))
-    head_dim, value_dim = (int(by_name[operand][-1]) // spec.num_heads for operand in ("query", "value"))
-    tokens = geometry.tokens_per_window
-    tiling = choose_tiling(tokens, head_dim, value_dim, DataType(dtype).itemsize, Limits.of(target))
-    grid = (math.prod(geometry.grid) * ceil_div(tokens, tiling.tile_queries), spec.num_heads)
-    output_shape = [*geometry.feature_size, spec.num_heads * value_dim]
+    limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
+    sizes = Sizes.of(spec, int(by_name["query"][-1]), int(by_name["value"][-1]), dtype)
+    tiling = choose_tiling(sizes, limits)
+    added = {operand: by_name[operand] for operand in _ADDED if operand in by_name}
+    run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), added, limits)
+
+    def grid(batch: Expr) -> tuple[Expr, Expr, Expr]:
+        return ceil_div(windows, run.windows) * tiling.query_tiles, heads, ceil_div(batch, run.images)
+
+    output_shape = [*spec.geometry.feature_size, heads * sizes.value_dim]
     builder = KernelBuilder()
     with builder.kernel(name, present, shapes, output_shape, dtype, grid, (tiling.columns, tiling.rows)) as frame:
-        _WindowKernel(spec, frame, tiling, head_dim, value_dim).emit()
+        _WindowKernel(spec, frame, tiling, run).emit()
     return builder.prim_func()

@@ -19,6 +19,7 @@ from tvm.tirx.script.builder import ir as T
 
 from attnrewrite.lowering.kernels.gpu_builder import (
     SharedTile,
+    TileShape,
     barrier,
     choose,
     every,
@@ -132,8 +133,9 @@ class _Product:
         self.rows, self.columns = count(contraction.rows), count(contraction.columns)
         self.depth = count(contraction.stage.reduction)
         dtype = contraction.dtype
-        self.left = SharedTile(tile.rows, DEPTH, _operand_type(contraction.left, dtype))
-        self.right = SharedTile(DEPTH, tile.columns, _operand_type(contraction.right, dtype))
+        left = TileShape(tile.rows, DEPTH, _operand_type(contraction.left, dtype))
+        right = TileShape(DEPTH, tile.columns, _operand_type(contraction.right, dtype))
+        self.left, self.right = SharedTile(left), SharedTile(right)
         self.sums = registers(tile.rows_per_thread * tile.columns_per_thread, dtype)
         self.row_values = registers(tile.rows_per_thread, dtype)
         self.column_values = registers(tile.columns_per_thread, dtype)
@@ -159,7 +161,7 @@ class _Product:
         with self.deal(self.tile.rows, DEPTH, first_is_fast=by_row) as (row, step):
             value = self.element(contraction.left, batch, contraction.rows, first_row + row, first_step + step)
             inside = [below(first_row + row, self.rows, self.tile.rows), below(first_step + step, self.depth, DEPTH)]
-            self.left.store(row, step, self.or_zero(every(inside), value, self.left.dtype))
+            self.left.store(row, step, self.or_zero(every(inside), value, self.left.shape.dtype))
 
     def stage_right(self, batch: Bound, first_column: Expr, first_step: Expr) -> None:
         contraction = self.contraction
@@ -172,7 +174,7 @@ class _Product:
                 below(first_column + column, self.columns, self.tile.columns),
                 below(first_step + step, self.depth, DEPTH),
             ]
-            self.right.store(step, column, self.or_zero(every(inside), value, self.right.dtype))
+            self.right.store(step, column, self.or_zero(every(inside), value, self.right.shape.dtype))
 
     @contextmanager
     def deal(self, first: int, second: int, first_is_fast: bool) -> Iterator[tuple[Expr, Expr]]:

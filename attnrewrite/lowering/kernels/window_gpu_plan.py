@@ -1,0 +1,226 @@
+"""How the GPU kernel of FlashWindowAttention divides its work: tiles of a window, and windows of a threadgroup.
+
+Letters: N query tokens and M key tokens per window, nW windows, nH heads, d and dv head_dim of query/key and of value.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import DataType
+
+from attnrewrite.functions.spec import FlashWindowAttention
+from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
+
+# Channels that are multiplied per load from shared memory; a staged row is a multiple of them.
+STEP = 4
+
+# What the numbers a thread holds may take of its registers.
+MAX_HELD = 128
+
+# Multiply-adds that a GPU does in the time it moves one byte: 18 on an M2, 10 to 20 on CUDA's larger chips.
+PER_BYTE = 16
+
+# How much of a window's own traffic reading bias and mask again may cost before windows share them.
+SHARED_READS = 0.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one head of one window; bytes are those of an element of the operands."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    bytes: int
+
+    @classmethod
+    def of(cls, spec: FlashWindowAttention, query_channels: int, value_channels: int, dtype: str) -> Sizes:
+        geometry, heads = spec.geometry, spec.num_heads
+        tokens = geometry.tokens_per_window, geometry.keys_per_window
+        return cls(*tokens, query_channels // heads, value_channels // heads, DataType(dtype).itemsize)
+
+
+@dataclass(frozen=True)
+class WindowTiling:
+    """How one threadgroup divides a window.
+
+    columns, rows: threads along x and y. queries, keys: of the logits tile, per thread. chunk: channels staged at a
+    time, of query, key and value alike.
+    """
+
+    sizes: Sizes
+    columns: int
+    rows: int
+    queries: int
+    keys: int
+    chunk: int
+
+    @property
+    def tile_queries(self) -> int:
+        return self.rows * self.queries
+
+    @property
+    def tile_keys(self) -> int:
+        return self.columns * self.keys
+
+    @property
+    def query_tiles(self) -> int:
+        return ceil_div(self.sizes.queries, self.tile_queries)
+
+    @property
+    def key_tiles(self) -> int:
+        return ceil_div(self.sizes.keys, self.tile_keys)
+
+    @property
+    def chunks(self) -> int:
+        """Of query and key."""
+        return ceil_div(self.sizes.head_dim, self.chunk)
+
+    @property
+    def value_chunks(self) -> int:
+        return ceil_div(self.sizes.value_dim, self.chunk)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a value chunk per thread, at least; a multiple of `lanes`."""
+        return ceil_div(min(self.chunk, self.sizes.value_dim), self.columns)
+
+    @property
+    def lanes(self) -> int:
+        """Neighbouring channels of the value that a thread takes at once."""
+        return math.gcd(self.channels, STEP)
+
+    @property
+    def resident_query(self) -> bool:
+        """The query tile stays staged while tiles of keys pass; else its memory is used again as that of the keys."""
+        return self.key_tiles > 1 and self.chunks == 1
+
+    def query_tile(self, dtype: str) -> TileShape:
+        return TileShape(self.tile_queries, self._staged_channels, dtype)
+
+    def key_tile(self, dtype: str) -> TileShape:
+        return TileShape(self.tile_keys, self._staged_channels, dtype)
+
+    def value_tile(self, dtype: str) -> TileShape:
+        return TileShape(ceil_div(self.tile_keys, STEP) * STEP, self.channels * self.columns, dtype)
+
+    @property
+    def weight_tile(self) -> TileShape:
+        return TileShape(self.tile_queries, ceil_div(self.tile_keys, STEP) * STEP)
+
+    @property
+    def _staged_channels(self) -> int:
+        return ceil_div(min(self.chunk, self.sizes.head_dim), STEP) * STEP
+
+    def first_bytes(self, dtype: str) -> tuple[int, int, int, int, int]:
+        """Where query, key, weights and value begin in shared memory, and where it ends.
+
+        The weights take the memory of the keys, and of the query where that is not resident: both are used up by then.
+        """
+        query, key, value = (t(dtype).size_bytes for t in (self.query_tile, self.key_tile, self.value_tile))
+        first_weight = query if self.resident_query else 0
+        first_value = max(query + key, first_weight + self.weight_tile.size_bytes)
+        return 0, query, first_weight, first_value, first_value + value
+
+    def shared_bytes(self) -> int:
+        return self.first_bytes("float32" if self.sizes.bytes == 4 else "float16")[-1]
+
+    def held(self) -> int:
+        """Numbers that a thread keeps: logits, bias where it may stay, results, and operands of one step."""
+        logits = self.queries * self.keys * (2 if self.key_tiles == 1 else 1)
+        results = self.queries * self.channels * self.value_chunks
+        return logits + results + STEP * (self.queries + max(self.keys, self.channels))
+
+    def moved_bytes(self) -> int:
+        """Bytes of query, key, value and output that one head of one window asks device memory for."""
+        sizes = self.sizes
+        query_reads = 1 if self.chunks == 1 else self.key_tiles
+        queries = sizes.queries * (sizes.head_dim * query_reads + sizes.value_dim)
+        keys = sizes.keys * (sizes.head_dim + sizes.value_dim) * self.query_tiles
+        return sizes.bytes * (queries + keys)
+
+    def estimate(self, limits: Limits) -> float:
+        """Time of one window in multiply-adds of one thread.
+
+        Counts multiply-adds and loads from shared memory (a core has a quarter as many load lanes as arithmetic lanes,
+        and threads of one row read the left operand together), tiles that stick out of the window included; divides by
+        how well the independent operations of the resident threads hide latency; and adds what device memory takes.
+        """
+        q, k, c = self.queries, self.keys, self.channels
+        keys_of_tile = min(self.tile_keys, ceil_div(self.sizes.keys, STEP) * STEP)
+        logits = self.chunks * self._staged_channels * (q * k + q + 4 * k)
+        values = self.value_chunks * keys_of_tile * (q * c + q + 4 * c)
+        barriers = 60 * (self.chunks + self.value_chunks)
+        exchange = 8 * q * self.columns.bit_length() + 12 * q * k + barriers  # row maxima, exponentials
+        threads = self.columns * self.rows
+        resident = min(limits.resident_bytes // self.shared_bytes() * threads, 1024)
+        hidden = min(1.0, resident * min(q * k, 16) / 2048)
+        arithmetic = self.query_tiles * self.key_tiles * threads * (logits + values + exchange) / hidden
+        # Bias stays on chip over a run of windows where the logits are one tile of keys.
+        bias_bytes = 0 if self.key_tiles == 1 else self.sizes.queries * self.sizes.keys * self.sizes.bytes
+        return arithmetic + PER_BYTE * (self.moved_bytes() + bias_bytes)
+
+
+@functools.cache
+def choose_tiling(sizes: Sizes, limits: Limits) -> WindowTiling:
+    """The tiling with the least estimated time among those that keep to the limits.
+
+    There always is one: 8 x 4 threads, one logit each, and as few channels at a time as it takes.
+    """
+    widest = max(sizes.head_dim, sizes.value_dim)
+    chunks = [widest] + [c for c in (64, 32, 16, 8) if c < widest]
+    candidates = []
+    for chunk, columns, rows in itertools.product(chunks, (8, 16), range(4, 33, 4)):
+        if columns * rows > limits.threads:
+            continue
+        for queries, keys in itertools.product(range(1, 9), range(1, 9)):
+            tiling = WindowTiling(sizes, columns, rows, queries, keys, chunk)
+            small = queries == keys == 1 and columns * rows == 32
+            if tiling.shared_bytes() <= limits.shared_bytes and (tiling.held() <= MAX_HELD or small):
+                candidates.append(tiling)
+    return min(candidates, key=lambda tiling: tiling.estimate(limits))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Windows of one image, and images, that a threadgroup goes through one after the other for one head.
+
+    shared: operands of the logits (bias, mask) that are the same for all of them; it holds their sum in registers.
+    """
+
+    windows: int
+    images: int
+    shared: tuple[str, ...]
+
+
+def choose_run(
+    tiling: WindowTiling,
+    num_windows: int,
+    heads: int,
+    batch: int | None,
+    added: dict[str, Sequence[int]],
+    limits: Limits,
+) -> Run:
+    """As many windows as make reading bias and mask cheap, and no more than leave enough threadgroups in flight.
+
+    added: shapes of bias and mask, where present; first extent 1 or nW. batch: None where it is not known.
+    """
+    if not added or tiling.key_tiles > 1:
+        return Run(1, 1, ())
+    for_all_windows = tuple(name for name, shape in added.items() if shape[0] == 1)
+    shared_bytes = len(for_all_windows or added) * tiling.sizes.queries * tiling.sizes.keys * tiling.sizes.bytes
+    wanted = math.ceil(shared_bytes / (SHARED_READS * tiling.moved_bytes()))
+    most = num_windows * heads * tiling.query_tiles * (batch or 1) // limits.in_flight
+    length = max(1, min(wanted, most))
+    windows = min(length, num_windows) if for_all_windows else 1
+    windows = ceil_div(num_windows, ceil_div(num_windows, windows))  # threadgroups of equal length
+    images = min(max(1, length // windows), batch or 1)
+    if windows == images == 1:
+        return Run(1, 1, ())
+    return Run(windows, images, for_all_windows if windows > 1 else tuple(added))
