@@ -203,6 +203,8 @@ struct Reference {
   Memory* memory;
   int64_t offset;
   operator T() const { return read<T>(*memory, offset); }
+  template <typename U, int N>
+  explicit operator Vector<U, N>() const { return Vector<U, N>(T(*this)); }
   const Reference& operator=(const T& value) const {
     write<T>(*memory, offset, value);
     return *this;
