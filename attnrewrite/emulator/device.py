@@ -111,6 +111,20 @@ class Launch:
         """Bytes of device memory read and written."""
         return sum(b.reads.requested + b.writes.requested for b in self.buffers)
 
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kernel}: {self.groups} x {self.threads} threads, {self.barriers} barriers, "
+            f"{self.shared_bytes} bytes of threadgroup memory (read {self.shared_reads}, written {self.shared_writes})"
+        ]
+        for buffer in self.buffers:
+            for word, moved in (("reads", buffer.reads), ("writes", buffer.writes)):
+                if moved.requested:
+                    lines.append(
+                        f"  {word} {buffer.name} [{buffer.extent}]: {moved.requested} requested, "
+                        f"{moved.per_group} per group, {moved.distinct} distinct"
+                    )
+        return "\n".join(lines)
+
 
 class MetalDevice:
     """The emulated device of this process, as `metal_device` opens it."""
