@@ -92,6 +92,33 @@ def test_autocast(where):
     assert seen.operators() == [2, 2]  # without gradients, and with
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_attention_in_float32_beside_autocast(off):
+    """Where nothing else is left of the region in which autocast was off, or between its end and the attention."""
+
+    def attend(x):
+        def windows(y):
+            return y.view(2, 2, 4, 2, 4, 2, 8).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 2, 16, 8)
+
+        query, key, value = windows(x * 1.5), windows(x * 0.7 + 1), windows(x.sin())
+        return ((query @ key.mT).softmax(-1) @ value).view(2, 2, 2, 2, 4, 4, 8).permute(0, 1, 4, 2, 5, 3, 6).flatten(-2)
+
+    def run(x, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            low = x @ weight
+            if off:
+                with torch.autocast("cpu", enabled=False):
+                    attended = attend(x)
+                return attended, low @ weight
+        return attend(x), low
+
+    seen, given = Seen(), (torch.randn(2, 8, 8, 16), torch.randn(16, 16))
+    found = torch.compile(run, backend=dynamo.rewriting(seen))(*given)
+    assert seen.operators() == [1]
+    assert [t.dtype for t in found] == [torch.float32, torch.bfloat16]
+    assert [scaled_error(a, b) < 1e-5 for a, b in zip(found, run(*given), strict=True)] == [True, True]
+
+
 def test_a_mask_written_to_is_compiled_anew():
     model, x, seen = swin(), torch.randn(IMAGE), Seen()
     compiled = torch.compile(model, backend=dynamo.rewriting(seen))

@@ -71,6 +71,7 @@ class Recording(TorchFunctionMode):
                 stack.enter_context(self._mode.shape_env.suppress_guards())
                 stack.enter_context(self._mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(torch.no_grad())
+            stack.enter_context(torch._C._DisableAutocast())
             stack.enter_context(self._mode)
             stack.enter_context(self)
             yield

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnrewrite.frontend.fx.autocast import DEVICES
 from attnrewrite.frontend.fx.calls import bound
 
 # Operators that take a submodule and run it as it is, in a state that the calls inside show.
@@ -101,9 +102,7 @@ def quiet(mode: FakeTensorMode) -> Iterator[None]:
     """The state in which a graph is run: calls arrive whole, nothing is learned of symbols, nothing outlives it."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     grad = torch.is_grad_enabled()
-    autocast = {
-        device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
-    }
+    autocast = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         shape_env = mode.shape_env
@@ -130,4 +129,4 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def is_autocast(target: OpOverload) -> bool:
     """Whether a call is one by which autocast converts an operand, or may be."""
     is_cast = target in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
-    return is_cast and any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return is_cast and any(torch.is_autocast_enabled(device) for device in DEVICES)

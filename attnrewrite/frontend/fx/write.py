@@ -18,6 +18,7 @@ from torch.fx import Node as FxNode
 
 from attnrewrite.dims import Dim
 from attnrewrite.errors import UserError
+from attnrewrite.frontend.fx.autocast import without_autocast
 from attnrewrite.frontend.fx.calls import invoke, tensors_in
 from attnrewrite.frontend.fx.demand import Demand, Emit, Keep, Ref, Size, in_order, updated, values_in
 from attnrewrite.frontend.fx.emission import Recording
@@ -100,6 +101,7 @@ class _Writer:
                 self.program.expansions.pop(node, None)
                 self.fx.erase_node(node)
         self._remember()
+        without_autocast(self.fx, self.recording.fresh)
         self.fx.lint()
         self.program.module.recompile()
         if self.program.exported is not None:
