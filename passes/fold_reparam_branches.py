@@ -27,6 +27,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value
 from attnrewrite.localattention.site import Decline, Reparam
 from attnrewrite.pipeline import Declined, Pass
+from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.emit import Weights, Writer, into, weights_of
 from attnrewrite.reparam.obstacles import obstacle
 from attnrewrite.reparam.plan import Plan, Planner
@@ -87,7 +88,7 @@ def record_branches(node: Node, found: Plan | Decline) -> Reparam:
 
 def _constants(plan: Plan) -> list[Value]:
     """The weights of the nodes that go, each once."""
-    read = [v for n in plan.nodes for v in n.inputs if v is not None and v.is_constant and v.dtype == n.output.dtype]
+    read = [v for n in plan.nodes if not moves(n) for v in n.inputs if v is not None and v.is_constant]
     kept = {v for _, v in plan.rest}
     return [v for v in dict.fromkeys(read) if v not in kept]
 

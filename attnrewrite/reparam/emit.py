@@ -9,9 +9,7 @@ import numpy as np
 from attnrewrite.graph import Graph, Node, Value
 from attnrewrite.reparam.operator import Operator, regrouped
 from attnrewrite.reparam.plan import Plan
-
-# (bits of the significand after the point, smallest exponent) of the types that weights come in.
-_FORMATS = {"float16": (10, -14), "bfloat16": (7, -126), "float32": (23, -126), "float64": (52, -1022)}
+from attnrewrite.reparam.precision import ulp
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +35,10 @@ class Weights:
     @property
     def error_in_ulp(self) -> float:
         """The largest error in units in the last place of the number it is an error of; at most 1/2."""
-        return max(float((np.abs(r.astype(np.float64) - e) / _ulp(r)).max(initial=0.0)) for e, r in self._pairs())
+        return max(float((np.abs(r.astype(np.float64) - e) / ulp(r)).max(initial=0.0)) for e, r in self._pairs())
 
     def _pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
         return list(zip(self.exact, self.rounded, strict=True))
-
-
-def _ulp(numbers: np.ndarray) -> np.ndarray:
-    bits, smallest = _FORMATS[numbers.dtype.name]
-    exponents = np.frexp(np.abs(numbers.astype(np.float64)))[1] - 1
-    return np.ldexp(1.0, np.maximum(exponents, smallest) - bits)
 
 
 def weights_of(operator: Operator, dtype: np.dtype) -> Weights:

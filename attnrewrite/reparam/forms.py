@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from attnrewrite.dims import NonAffine, SymbolicExtent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, UnknownShape, Value
-from attnrewrite.reparam.operator import Inexact, Linear, Scaling, add, compose, scaled, shifted
+from attnrewrite.reparam.border import Border, read_border
+from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling, add, compose, scaled, shifted, with_border
+from attnrewrite.reparam.precision import precision
 from attnrewrite.reparam.read import PRODUCTS, Reading, read_linear, read_offset, summands
 
 # Forms kept of one value, and nodes walked back over: more than any branch has; a bound for linear networks.
 MOST_FORMS = 8
 DEEPEST = 48
+# A model computes its border from a BatchNorm's numbers in their own precision: four operations.
+BORDER_ULP = 8
 
 NOT_AN_OFFSET = Inexact("a summand is a constant that is not one per channel", border=False)
 
@@ -76,7 +80,10 @@ class Forms:
         if isinstance(read, Reading):
             return self.through(node, read)
         terms = summands(node)
-        return self.summed(node, terms) if len(terms) > 1 else []
+        if len(terms) > 1:
+            return self.summed(node, terms)
+        border = None if isinstance(read, Inexact) else read_border(node.output)
+        return [] if border is None else self.bordered(border)
 
     def through(self, node: Node, read: Reading) -> list[Form]:
         """The forms of what a node gives, by those of what it reads."""
@@ -106,6 +113,19 @@ class Forms:
             if not isinstance(operator, Inexact):
                 nodes = frozenset({node}).union(*(f.nodes for _, f in parts))
                 found.append(Form(base, operator, nodes, sum(f.branches for _, f in parts)))
+        return found
+
+    def bordered(self, border: Border) -> list[Form]:
+        """The forms of a value with a constant border, where the border is what the operator gives there anyway."""
+        dtype, around = border.inner.dtype, border.numbers
+        found = []
+        for form in self.of(border.inner).values():
+            if isinstance(form.operator, Operator) and form.operator.axes and dtype is not None:
+                shapes = (form.base.known_shape, border.inner.known_shape)
+                tolerance = BORDER_ULP * precision(dtype)
+                operator = with_border(form.operator, around, border.begin, border.end, *shapes, tolerance)
+                if not isinstance(operator, Inexact):
+                    found.append(Form(form.base, operator, form.nodes | border.nodes, form.branches))
         return found
 
     def position(self, value: Value) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value
+from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.forms import Form, Forms, total
 from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling
 from attnrewrite.reparam.read import PRODUCTS, Reading, read_offset, summands
@@ -121,7 +122,8 @@ class Planner:
             plan = self.plan(end)
             if plan is not None and node in plan.nodes and not self.is_absorbed(end):
                 return True
-            if user.outputs and any(node in form.nodes for form in self.forms.of(user.output).values()):
+            # Where a border is written, there is a form only at its end.
+            if moves(user) or any(node in form.nodes for v in user.outputs[:1] for form in self.forms.of(v).values()):
                 pending += self.facts.users(user.output)
         return False
 

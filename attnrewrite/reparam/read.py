@@ -15,6 +15,7 @@ from attnrewrite.dims import Extent, Shape, static
 from attnrewrite.frontend.evaluate import python_slice
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.reparam.operator import Axis, Inexact, Linear, Operator, Scaling, depthwise
+from attnrewrite.reparam.precision import is_weight_type
 
 # They multiply and sum over many elements: a fold replaces at least one of them.
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -48,8 +49,7 @@ def summands(node: Node) -> list[tuple[int, Value]]:
 
 
 def _is_float(value: Value | None) -> bool:
-    """Also of bfloat16, which NumPy knows as a type of somebody else."""
-    return value is not None and value.shape is not None and value.dtype is not None and value.dtype.kind in "fV"
+    return value is not None and value.shape is not None and value.dtype is not None and is_weight_type(value.dtype)
 
 
 def _wide(value: Value) -> np.ndarray:
