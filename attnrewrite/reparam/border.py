@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from attnrewrite.dims import elements, is_static
+from attnrewrite.dims import elements, is_static, static
 from attnrewrite.frontend.evaluate import NUMPY_OPS, Arrays
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value, ancestors
 
@@ -44,7 +45,7 @@ def read_border(value: Value) -> Border | None:
         return None
     if value.shape == inner.shape or elements(value.shape) > MOST_ELEMENTS:
         return None
-    count = np.arange(1.0, elements(inner.shape) + 1).reshape([int(e) for e in inner.shape])
+    count = np.arange(1.0, elements(inner.shape) + 1).reshape([static(e) for e in inner.shape])
     first, second = (_run(value, inner, sign * count) for sign in (1, -1))
     if first is None or second is None:
         return None
@@ -53,7 +54,7 @@ def read_border(value: Value) -> Border | None:
     if not len(at) or not constant.any():
         return None
     begin, stop = at.min(axis=0)[2:], at.max(axis=0)[2:] + 1
-    inside = (..., *(slice(b, s) for b, s in zip(begin, stop, strict=True)))
+    inside: tuple[Any, ...] = (..., *(slice(b, s) for b, s in zip(begin, stop, strict=True)))
     if first[inside].shape != count.shape or not np.array_equal(first[inside], count):
         return None
     numbers = np.array([channel[around][0] for channel, around in zip(first[0], constant[0], strict=True)])

@@ -18,7 +18,7 @@ from attnrewrite.graph import Node, Value
 from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.forms import Form, Forms, total
 from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling
-from attnrewrite.reparam.read import PRODUCTS, Reading, read_offset, summands
+from attnrewrite.reparam.read import PRODUCTS, SUMS, Reading, read_offset, summands
 
 # What a symbol counts for where costs are compared: maps and rows of tokens are about that long.
 NOMINAL_EXTENT = 64
@@ -189,7 +189,7 @@ class Planner:
         if isinstance(operator, Scaling):
             return None
         group = Group(form.base, operator, form.nodes, form.branches, ((1, node.output),))
-        return self._paying(node, [group], (), form.nodes)
+        return None if self._is_plain(group) else self._paying(node, [group], (), form.nodes)
 
     def _is_closed(self, nodes: frozenset[Node], root: Node) -> bool:
         """Whether nothing but the root's result is read from outside."""
@@ -209,15 +209,21 @@ class Planner:
         remaining = sum(emitted_nodes(g.operator, shape) for g in groups) + sums
         plan = Plan(root, tuple(groups), rest, nodes, before, after)
         pays = plan.saving > 0 or (plan.saving == 0 and any(g.branches > 1 for g in groups))
-        return plan if pays and remaining < len(nodes) and not self._is_logit_scale(plan) else None
+        return plan if pays and remaining < len(nodes) else None
 
-    def _is_logit_scale(self, plan: Plan) -> bool:
-        """Whether all there is to fold is one number that scales a layer: an attention's, which its op takes over."""
-        others = [n for n in plan.nodes if n is not plan.root and n.op not in PRODUCTS]
-        read = self.forms.reading(plan.root)
-        if not isinstance(read, Reading) or not isinstance(read.operator, Scaling) or plan.branches > 1:
+    def _is_plain(self, group: Group) -> bool:
+        """Whether all there is to fold is a layer's own bias, or one number that scales it: an attention's or an
+        activation's, which keep their form.
+        """
+        if group.branches > 1 or sum(n.op in PRODUCTS for n in group.nodes) > 1:
             return False
-        return all(n.op == "Add" for n in others) and not any(summands(u) for u in self.facts.users(plan.root.output))
+        own = PRODUCTS if group.operator.axes else PRODUCTS | SUMS
+        return all(n.op in own or not self.cost(n) or self._is_number(n) for n in group.nodes)
+
+    def _is_number(self, node: Node) -> bool:
+        """Whether a node scales or offsets by one number."""
+        read = self.forms.reading(node)
+        return isinstance(read, Reading) and isinstance(read.operator, Scaling)
 
     def _of_summands(self, node: Node) -> Plan | None:
         """Some of the summands folded, the rest added to them as before."""
@@ -291,7 +297,8 @@ class Planner:
         nodes = frozenset[Node]().union(*(f.nodes for _, f in forms))
         if not isinstance(operator, Operator) or not is_written(operator) or not has_product(nodes):
             return None
-        return Group(base, operator, nodes, sum(f.branches for _, f in forms), (*terms, *offsets))
+        group = Group(base, operator, nodes, sum(f.branches for _, f in forms), (*terms, *offsets))
+        return None if self._is_plain(group) and (not operator.axes or not offsets) else group
 
     def _saving(self, node: Node, group: Group) -> int:
         shape = node.output.known_shape
