@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,21 +90,28 @@ def slide(
     key_bias: int = 0,
     value_kernel: int = 0,
     value_bias: int = 0,
+    border: str = "zero",
+    geometry: NeighborhoodGeometry | None = None,
+    bias_of_pixels: bool = False,
     symbolic: bool = False,
     dtype: str = "float32",
 ) -> Case:
-    """key_kernel, key_bias, value_kernel, value_bias: how many rows the operand has; 0: it is absent."""
+    """key_kernel, key_bias, value_kernel, value_bias: how many rows the operand has; 0: it is absent.
+
+    geometry: in place of the one of these sizes. bias_of_pixels: one bias for every query.
+    """
     rng = np.random.default_rng(sum(feature) + head_dim)
     value_dim = value_dim or head_dim
-    geometry = NeighborhoodGeometry(feature, kernel, dilation)
+    geometry = geometry or NeighborhoodGeometry(feature, kernel, dilation, border)
     slots = geometry.keys_per_query
     operands = {
         "query": 2 * rng.standard_normal((batch, heads * head_dim, *feature)),
-        "key": 2 * rng.standard_normal((batch, heads * head_dim, *feature)),
-        "value": rng.standard_normal((batch, heads * value_dim, *feature)),
+        "key": 2 * rng.standard_normal((batch, heads * head_dim, *geometry.key_size)),
+        "value": rng.standard_normal((batch, heads * value_dim, *geometry.key_size)),
     }
     if bias:
-        operands["bias"] = rng.standard_normal((heads, slots))
+        pixels = (math.prod(feature),) if bias_of_pixels else ()
+        operands["bias"] = rng.standard_normal((heads, *pixels, slots))
     if key_kernel:
         operands["key_kernel"] = 0.3 * rng.standard_normal((key_kernel, slots, *kernel))
     if key_bias:
@@ -112,6 +120,9 @@ def slide(
         operands["value_kernel"] = rng.standard_normal((value_kernel, slots, *kernel))
     if value_bias:
         operands["value_bias"] = rng.standard_normal((value_bias, slots))
+    if "constant" in border:
+        operands["key_padding"] = rng.standard_normal(heads * head_dim)
+        operands["value_padding"] = rng.standard_normal(heads * value_dim)
     spec = SlideAttention(geometry, heads, head_dim**-0.5)
     return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
 
@@ -155,5 +166,24 @@ SLIDES = {
     "slots-in-groups": slide((20, 21), (13, 13), (2, 1), 2, 36, batch=1),
     "one-axis": slide((40,), (9,), (3,), 1, 6),
     "three-axes": slide((5, 6, 7), (3, 3, 3), (1, 1, 2), 1, 5, key_bias=5),
+    # Rows of vectors, and two or four queries of a column per thread.
+    "k7": slide((16, 20), (7, 7), (1, 1), 2, 8, bias=True, key_bias=8, batch=1),
+    "k7-half": slide((16, 24), (7, 7), (1, 1), 1, 32, bias=True, batch=1, dtype="float16"),
+    "k3-wide": slide((64, 64), (3, 3), (1, 1), 4, 4, bias=True, key_kernel=4, value_kernel=8),
+    "exclude": slide((9, 12), (3, 5), (1, 2), 2, 6, border="exclude", bias=True, bias_of_pixels=True),
+    "exclude-inward": slide((9, 12), (3, 5), (1, 2), 2, 6, border="exclude,inward"),
+    "inward": slide((14, 16), (7, 5), (1, 1), 2, 8, border="inward", bias=True, symbolic=True),
+    "inward-dilated": slide((17, 23), (3, 5), (3, 4), 1, 4, border="inward", dtype="float16"),
+    "replicate": slide((8, 9), (5, 3), (1, 3), 1, 6, border="replicate"),
+    "wrap-reflect": slide((8, 9), (5, 3), (1, 3), 1, 6, border="wrap,reflect", key_bias=6),
+    "constant": slide((8, 12), (3, 3), (1, 1), 2, 6, 4, border="constant"),
+    "strided": slide(
+        (6, 8),
+        (4, 3),
+        (1, 1),
+        2,
+        8,
+        geometry=NeighborhoodGeometry((6, 8), (4, 3), (1, 1), "zero", (2, 2), (12, 16), (-1, 0)),
+    ),
     "halo-too-large": slide((60, 60), (3, 13), (20, 20), 1, 2, batch=1),
 }

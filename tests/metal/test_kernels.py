@@ -13,7 +13,9 @@ tvm = pytest.importorskip("tvm")
 from tvm.target import Target  # noqa: E402
 
 from attnrewrite.emulator import MetalDevice, metal_device, metal_target  # noqa: E402
+from attnrewrite.errors import CompilerError  # noqa: E402
 from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
+from attnrewrite.localattention.geometry import NeighborhoodGeometry  # noqa: E402
 from attnrewrite.lowering import limits  # noqa: E402
 from attnrewrite.lowering.kernels import reference, slide_gpu, window_gpu  # noqa: E402
 from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
@@ -142,8 +144,14 @@ def test_window_tilings_keep_to_the_limits(sizes: tuple[int, int, int, int], tar
 @pytest.mark.parametrize("dilation", [1, 2, 8, 40])
 def test_slide_tilings_keep_to_the_limits(kernel_size: int, dilation: int) -> None:
     limits = Limits.of(metal_target())
-    geometry = slide_gpu.NeighborhoodGeometry((56, 64), (kernel_size, kernel_size), (dilation, dilation))
-    tiling = slide_gpu.choose_tiling(geometry, 48, 64, 4, limits)
-    carried = tiling.value_block * slide_gpu.THREADS * 4 if len(tiling.slot_groups) > 1 else 0
-    assert tiling.staged_bytes(4) + carried <= limits.shared_bytes
+    geometry = NeighborhoodGeometry((56, 64), (kernel_size, kernel_size), (dilation, dilation))
+    tiling = slide_gpu.choose_tiling(slide_gpu.Work(geometry, 48, 64, 4), limits)
+    assert tiling.shared_floats() * slide_gpu.STAGED_ELEMENT <= limits.shared_bytes
+    assert np.prod(tiling.threads) <= limits.threads
     assert [slot for group in tiling.slot_groups for slot in group] == list(range(kernel_size**2))
+
+
+def test_a_neighbourhood_that_fits_in_no_tile_is_one_sentence() -> None:
+    geometry = NeighborhoodGeometry((200, 200), (99, 99), (1, 1))
+    with pytest.raises(CompilerError, match="no tile of a neighbourhood of 9801 pixels fits into 32768 bytes"):
+        slide_gpu.choose_tiling(slide_gpu.Work(geometry, 48, 64, 4), Limits.of(metal_target()))

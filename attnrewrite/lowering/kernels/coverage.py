@@ -10,6 +10,7 @@ from attnrewrite.lowering.kernels.window_cpu_operands import is_decomposed
 _WINDOW_OPERANDS = frozenset({"query", "key", "value", "bias", "mask", "key_padding", "value_padding"})
 
 _SLIDE_OPERANDS = frozenset({"query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias"})
+_GPU_SLIDE_OPERANDS = _SLIDE_OPERANDS | {"key_padding", "value_padding"}
 
 
 Shape = tuple[int, ...]
@@ -23,6 +24,8 @@ def covers(spec: Spec, present: Mapping[str, Shape | None], device: str = "any")
         case FlashWindowAttention():
             return _covers_windows(spec, present, device)
         case SlideAttention():
+            if device in ("metal", "cuda"):
+                return not spec.predicted and _GPU_SLIDE_OPERANDS.issuperset(present)
             plain = spec.geometry.is_plain and spec.border == "zero"
             return plain and len(present.get("bias") or (1, 1)) == 2 and _SLIDE_OPERANDS.issuperset(present)
 

@@ -1,14 +1,14 @@
-"""SlideAttention for CUDA and Metal: one threadgroup per head and tile of pixels, one thread per pixel.
+"""SlideAttention for CUDA and Metal: one threadgroup per head and tile of queries, a column of them per thread.
 
-Key and value of the tile and its halo are staged in shared memory a few channels at a time, so every element is read
-from device memory about once and never expanded k^2 times. A thread keeps the logits of its pixel in registers. Where
-the neighbourhood has more slots than fit there, it goes through them in groups with a running softmax; where the halo
-of a single channel does not fit into shared memory (huge dilations), taps are read from device memory directly, still
-coalesced along the last axis.
+Key and value of the tile and its halo are staged in shared memory a few channels at a time, in rows of up to 16 bytes
+per load, so every element is read from device memory about once and never expanded k^2 times; learned kernels and
+biases are staged with them. A thread keeps the logits of its queries, neighbours along the last axis but one, in
+registers: what one of them reads is read for all of them. Where the neighbourhood has more slots than fit there, it
+goes through them in groups with a running softmax; where the halo of a single channel does not fit into shared memory,
+neighbours are read from device memory.
 
-Letters: K slots of the neighbourhood, nH heads, d and dv head_dim of query/key and of value; a tap is a neighbour's
-offset, and with learned shift kernels every slot mixes all K taps.
-Source of the running softmax: Dao et al., "FlashAttention", https://arxiv.org/abs/2205.14135, algorithm 1.
+A tap is a position within the neighbourhood. Slot j of the op is tap j, or with learned kernels a weighted sum of taps.
+slide_gpu_plan.py chooses the tiles, and knows where neighbours lie and what the borders make of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import DataType, tirx
@@ -25,14 +24,15 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from attnrewrite.functions.spec import SlideAttention
-from attnrewrite.localattention.geometry import NeighborhoodGeometry, Sizes
 from attnrewrite.lowering.kernels.gpu_builder import (
     ACCUMULATOR,
     LOWEST,
     Expr,
+    Flat,
     Frame,
     KernelBuilder,
     Limits,
+    SharedMemory,
     barrier,
     ceil_div,
     choose,
@@ -42,262 +42,368 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     registers,
     spread,
     store,
+    typed,
     unflatten,
     when,
 )
+from attnrewrite.lowering.kernels.slide_gpu_plan import STAGED_ELEMENT, SlideTiling, Work, choose_tiling
 
-THREADS = 128
-MAX_SLOTS_IN_REGISTERS = 64
-CARRIED_CHANNELS = 32
 UNROLLED_TAPS = 9
-STAGED_BYTES = 16384  # per threadgroup: leaves room for others on the same core
 
+Tap = Sequence[Expr | int]
+"""Coordinates of a tap within the kernel."""
 
-@dataclass(frozen=True)
-class SlideTiling:
-    """How threadgroups divide map, slots and channels.
+Neighbour = Callable[[Expr, int, Tap], Expr]
+"""(channel within the chunk, row, tap) -> float32: what query `row` of the thread has for a neighbour there."""
 
-    tile: pixels per spatial axis of a threadgroup, one thread each. halo: the same with the neighbourhood around it.
-    staged_channels: of key or value at a time; 0 where taps are read from device memory.
-    slot_groups: half-open ranges of slots whose logits are held together. value_block: channels of a head's value that
-    one threadgroup computes.
-    """
-
-    tile: Sizes
-    halo: Sizes
-    staged_channels: int
-    slot_groups: tuple[range, ...]
-    value_block: int
-
-    def staged_bytes(self, operand_bytes: int) -> int:
-        return self.staged_channels * math.prod(self.halo) * operand_bytes
-
-
-def choose_tiling(
-    geometry: NeighborhoodGeometry, head_dim: int, value_dim: int, operand_bytes: int, limits: Limits
-) -> SlideTiling:
-    """The tile with the least pixels computed and staged in vain, and as many channels at a time as fit."""
-    extents, slots = geometry.feature_size, geometry.keys_per_query
-
-    def halo_of(tile: Sizes) -> Sizes:
-        reach = zip(tile, geometry.kernel_size, geometry.dilation, strict=True)
-        return tuple(t + (k - 1) * d for t, k, d in reach)
-
-    def cost(tile: Sizes) -> float:
-        tiles = math.prod(ceil_div(e, t) for e, t in zip(extents, tile, strict=True))
-        narrow = 16 / min(tile[-1], 16)  # short rows make short, uncoalesced reads
-        return tiles * (math.prod(tile) * slots + 2 * narrow * math.prod(halo_of(tile)))
-
-    powers = [2**p for p in range(THREADS.bit_length())]
-    tiles = [t for t in itertools.product(powers, repeat=len(extents)) if math.prod(t) == THREADS]
-    tile = min(tiles, key=cost)
-    halo = halo_of(tile)
-
-    num_groups = ceil_div(slots, MAX_SLOTS_IN_REGISTERS)
-    group = ceil_div(slots, num_groups)
-    groups = tuple(range(s, min(s + group, slots)) for s in range(0, slots, group))
-    # Sums are carried from group to group in shared memory; with one group they are written as they come.
-    value_block = value_dim if num_groups == 1 else _largest_divisor(value_dim, CARRIED_CHANNELS)
-    carried_bytes = 0 if num_groups == 1 else value_block * THREADS * 4
-    one_channel = math.prod(halo) * operand_bytes
-    if one_channel > limits.shared_bytes - carried_bytes:
-        return SlideTiling(tile, halo, 0, groups, value_block)
-    at_most = max(1, min(STAGED_BYTES, limits.shared_bytes - carried_bytes) // one_channel)
-    staged = _largest_divisor(math.gcd(head_dim, value_block), at_most)
-    return SlideTiling(tile, halo, staged, groups, value_block)
-
-
-def _largest_divisor(value: int, at_most: int) -> int:
-    return next(d for d in range(min(value, at_most), 0, -1) if value % d == 0)
-
-
-Taps = Callable[[Expr, Sequence[Expr | int]], Expr]
-"""(channel within the chunk, tap coordinates within the kernel) -> float32 value of that neighbour, 0 off the map."""
+Parameter = Callable[[str, Expr, int, Expr | int], Expr]
+"""(operand, channel within the chunk, slot within its group, tap's flat index) -> float32"""
 
 
 class _SlideKernel:
     """Emits the statements of one kernel; open only inside its frame."""
 
-    def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling, head_dim: int, value_dim: int) -> None:
+    def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling) -> None:
         self.spec, self.frame, self.tiling = spec, frame, tiling
-        self.geometry = spec.geometry
-        self.head_dim, self.value_dim = head_dim, value_dim
-        blocks = value_dim // tiling.value_block
-        self.head = frame.y if blocks == 1 else frame.y // blocks
+        self.geometry, self.reaches, self.rows = spec.geometry, tiling.reaches, range(tiling.rows)
+        work = tiling.work
+        self.head_dim, self.value_dim, self.image = work.head_dim, work.value_dim, frame.z
+        blocks = self.value_dim // tiling.value_block
+        self.head = frame.y if blocks == 1 else T.bind(frame.y // blocks)
         self.first_value = 0 if blocks == 1 else frame.y % blocks * tiling.value_block
-        extents = self.geometry.feature_size
-        tile_counts = [ceil_div(e, t) for e, t in zip(extents, tiling.tile, strict=True)]
-        self.tile_start = [T.bind(at * t) for at, t in zip(unflatten(frame.x, tile_counts), tiling.tile, strict=True)]
-        self.thread_at = [T.bind(at) for at in unflatten(frame.thread, tiling.tile)]
-        self.pixel = [T.bind(s + t) for s, t in zip(self.tile_start, self.thread_at, strict=True)]
-        bounds = zip(self.pixel, extents, tiling.tile, strict=True)
-        self.on_map = every([True if e % t == 0 else p < e for p, e, t in bounds])
+        self.tile_start = [
+            T.bind(at * r.tile)
+            for at, r in zip(unflatten(frame.x, [r.tiles for r in self.reaches]), self.reaches, strict=True)
+        ]
+        within = unflatten(frame.thread, tiling.threads)
+        if len(within) > 1:
+            within[-2] = within[-2] * tiling.rows
+        self.query = [T.bind(s + t) for s, t in zip(self.tile_start, within, strict=True)]
+        self.first = [T.bind(r.first_neighbour(q)) for r, q in zip(self.reaches, self.query, strict=True)]
+        self.first_staged = [T.bind(r.first_staged(s)) for r, s in zip(self.reaches, self.tile_start, strict=True)]
+        position = [f - s for f, s in zip(self.first, self.first_staged, strict=True)]
+        self.staged_at = T.bind(_flatten(position, tiling.halo))
 
-        self.logits = registers(max(map(len, tiling.slot_groups)))
-        self.maximum, self.total, self.rescale, self.factor, self.sum = (registers(1) for _ in range(5))
-        if len(tiling.slot_groups) > 1:
-            self.carried = T.alloc_buffer((tiling.value_block * THREADS,), ACCUMULATOR, scope="shared")
-        if tiling.staged_channels:
-            staged_count = tiling.staged_channels * math.prod(tiling.halo)
-            self.staged = T.alloc_buffer((staged_count,), frame.output.dtype, scope="shared")
+        slots = max(map(len, tiling.slot_groups))
+        self.logits = registers(tiling.rows * slots)
+        self.asked, self.product, self.factor, self.sum = (registers(tiling.rows) for _ in range(4))
+        self.maximum, self.total, self.rescale = (registers(tiling.rows) for _ in range(3))
+        self.value = registers(1)
+        staged = tiling.staged_channels * math.prod(tiling.halo)
+        self.parameters_at = ceil_div(staged, 4) * 4
+        self.bias_at = self.parameters_at + ceil_div(tiling.parameter_floats, 4) * 4
+        self.carried_at = self.bias_at + ceil_div(self.geometry.keys_per_query, 4) * 4
+        self.shared: dict[int, Flat] = {}
+        if staged or tiling.carried_floats or self.bias_of_slots is not None:  # TVM refuses views of unused memory
+            memory = SharedMemory(tiling.shared_floats() * STAGED_ELEMENT).buffer
+            total = self.carried_at + tiling.carried_floats
+            self.shared = {lanes: Flat(memory, lanes, ACCUMULATOR, total) for lanes in {1, self.reaches[-1].lanes}}
+
+    @property
+    def bias_of_slots(self) -> tirx.Buffer | None:
+        """The bias, where all queries share it."""
+        bias = self.frame.operands.get("bias")
+        return bias if bias is not None and len(bias.shape) == 2 else None
 
     def emit(self) -> None:
-        groups = self.tiling.slot_groups
-        store(self.maximum, [0], tirx.const(LOWEST, ACCUMULATOR))
-        store(self.total, [0], tirx.const(0.0, ACCUMULATOR))
+        groups, rows = self.tiling.slot_groups, self.tiling.rows
+        fill(self.maximum, rows, LOWEST)
+        fill(self.total, rows, 0.0)
+        if (bias := self.bias_of_slots) is not None:
+            with spread(self.frame, self.geometry.keys_per_query) as slot:
+                self.shared[1].store(self.bias_at + slot, load(bias, [self.head, slot]).astype(ACCUMULATOR))
+            barrier()
         for slots in groups:
             self.compute_logits(slots)
             self.update_softmax(slots)
             self.add_weighted_values(slots, first=slots is groups[0], last=slots is groups[-1])
 
+    def pixel(self, row: int) -> list[Expr]:
+        """Where the thread's query `row` lies."""
+        at = list(self.query)
+        if row:
+            at[-2] = at[-2] + row
+        return at
+
+    def on_map(self, row: int) -> Expr | bool:
+        bounds = zip(self.pixel(row), self.reaches, strict=True)
+        return every([True if r.extent % r.tile == 0 else at < r.extent for at, r in bounds])
+
+    def position(self, plane: Expr, row: int) -> Expr:
+        """The flat index of the thread's query `row` in a plane of a map of queries."""
+        return _flatten([plane, *self.pixel(row)], [0, *self.geometry.feature_size])
+
     # Operands.
 
     @contextmanager
-    def staged_chunk(self, operand: str, first_channel: Expr) -> Iterator[Taps]:
-        """The taps of the channels from `first_channel` (of all heads' channels) on; barriers before and after."""
+    def chunk(self, operand: str, first_channel: Expr, slots: range) -> Iterator[tuple[Neighbour, Parameter]]:
+        """Neighbours and parameters of channels from `first_channel` (of all heads' channels) on, staged meanwhile."""
         if not self.tiling.staged_channels:
-            yield lambda channel, tap: self.read(operand, first_channel + channel, self.neighbour(tap))
+            yield (
+                lambda channel, row, tap: self.read(operand, first_channel + channel, row, tap),
+                self.direct_parameters(first_channel, slots),
+            )
             return
-        volume = math.prod(self.tiling.halo)
-        with spread(self.frame, self.tiling.staged_channels * volume) as index:
-            at = unflatten(index, [self.tiling.staged_channels, *self.tiling.halo])
-            reach = [k // 2 * d for k, d in zip(self.geometry.kernel_size, self.geometry.dilation, strict=True)]
-            pixel = [s + a - r for s, a, r in zip(self.tile_start, at[1:], reach, strict=True)]
-            value = self.guarded(operand, first_channel + at[0], pixel)
-            T.buffer_store(self.staged, value, [index])
+        self.stage_map(operand, first_channel)
+        names = [name for name in (f"{operand}_kernel", f"{operand}_bias") if name in self.frame.operands]
+        starts = self.stage_parameters(names, first_channel) if self.tiling.parameters else {}
+        barrier()
+        volume, strides = math.prod(self.tiling.halo), _strides(self.tiling.halo)
+
+        def neighbour(channel: Expr, row: int, tap: Tap) -> Expr:
+            at = channel * volume + self.staged_at
+            for t, r, along in zip(tap, self.reaches, strides, strict=True):
+                at = at + t * (r.dilation * along)
+            if row:
+                at = at + row * self.reaches[-2].stride * strides[-2]
+            return self.shared[1].load(at)
+
+        def parameter(name: str, channel: Expr, slot: int, tap: Expr | int) -> Expr:
+            taps = math.prod(int(e) for e in self.frame.operands[name].shape[2:])
+            per_channel = self.geometry.keys_per_query * taps
+            return self.shared[1].load(channel * per_channel + (starts[name] + slot * taps) + tap)
+
+        yield neighbour, parameter if self.tiling.parameters else self.direct_parameters(first_channel, slots)
         barrier()
 
-        def staged_tap(channel: Expr, tap: Sequence[Expr | int]) -> Expr:
-            flat: Expr = channel
-            for at, t, dilation, extent in zip(
-                self.thread_at, tap, self.geometry.dilation, self.tiling.halo, strict=True
-            ):
-                flat = flat * extent + (at + t * dilation)
-            return load(self.staged, [flat]).astype(ACCUMULATOR)
+    def stage_map(self, operand: str, first_channel: Expr) -> None:
+        """The halo of a chunk of channels as float32; what the border holds where there is no pixel."""
+        lanes, halo = self.reaches[-1].lanes, self.tiling.halo
+        buffer, padding = self.frame.operands[operand], self.frame.operands.get(f"{operand}_padding")
+        source, channels, extents = Flat(buffer, lanes), int(buffer.shape[1]), self.geometry.key_size
+        steps = [*halo[:-1], halo[-1] // lanes]
+        with spread(self.frame, self.tiling.staged_channels * math.prod(steps)) as index:
+            at = unflatten(index, [self.tiling.staged_channels, *steps])
+            at[-1] = at[-1] * lanes
+            channel = first_channel + at[0]
+            stands = [s + a for s, a in zip(self.first_staged, at[1:], strict=True)]
+            pixel, inside = zip(*(r.source(p) for r, p in zip(self.reaches, stands, strict=True)), strict=True)
+            outside = tirx.const(0.0, ACCUMULATOR) if padding is None else load(padding, [channel]).astype(ACCUMULATOR)
+            outside = outside if lanes == 1 else tirx.Broadcast(outside, lanes)
+            flat = _flatten([self.image * channels + channel, *pixel], [0, *extents])
+            value = choose(every(inside), typed(source.load(flat), ACCUMULATOR, lanes), outside)
+            self.shared[lanes].store(_flatten(at, [0, *halo]), value)
 
-        yield staged_tap
-        barrier()
+    def stage_parameters(self, names: Sequence[str], first_channel: Expr) -> dict[str, int]:
+        """Parameters of a chunk of channels; returns where in shared memory each begins."""
+        starts, start, channels = {}, self.parameters_at, self.tiling.staged_channels
+        for name in names:
+            buffer = self.frame.operands[name]
+            rows, *rest = (int(e) for e in buffer.shape)
+            per_channel, source = math.prod(rest), Flat(buffer, 1)
+            with spread(self.frame, channels * per_channel) as index:
+                row = (first_channel + index // per_channel) % rows
+                value = source.load(row * per_channel + index % per_channel)
+                self.shared[1].store(start + index, value.astype(ACCUMULATOR))
+            starts[name] = start
+            start += channels * per_channel
+        return starts
 
-    def neighbour(self, tap: Sequence[Expr | int]) -> list[Expr]:
-        axes = zip(self.pixel, tap, self.geometry.kernel_size, self.geometry.dilation, strict=True)
-        return [p + (t - k // 2) * d for p, t, k, d in axes]
+    def direct_parameters(self, first_channel: Expr, slots: range) -> Parameter:
+        """Parameters read from device memory."""
+        names = ("key_kernel", "key_bias", "value_kernel", "value_bias")
+        buffers = {name: buffer for name in names if (buffer := self.frame.operands.get(name)) is not None}
+        sources = {name: Flat(buffer, 1) for name, buffer in buffers.items()}
 
-    def guarded(self, operand: str, channel: Expr, pixel: list[Expr]) -> Expr:
-        """The operand's element, in its own type; 0 off the map."""
-        buffer = self.frame.operands[operand]
-        inside = tirx.all(*[tirx.all(p >= 0, p < e) for p, e in zip(pixel, self.geometry.feature_size, strict=True)])
-        return choose(inside, load(buffer, [self.frame.z, channel, *pixel]), tirx.const(0.0, buffer.dtype))
+        def parameter(name: str, channel: Expr, slot: int, tap: Expr | int) -> Expr:
+            rows, *rest = (int(e) for e in buffers[name].shape)
+            at = ((first_channel + channel) % rows) * rest[0] + slots[slot]
+            return sources[name].load(at * math.prod(rest[1:]) + tap).astype(ACCUMULATOR)
 
-    def read(self, operand: str, channel: Expr, pixel: list[Expr]) -> Expr:
-        return self.guarded(operand, channel, pixel).astype(ACCUMULATOR)
+        return parameter
 
-    def parameter(self, operand: str, channel: Expr, *index: Expr | int) -> Expr:
-        """An element of a [R, ...] parameter in the row of a channel, which is counted over all heads."""
-        buffer = self.frame.operands[operand]
-        rows = buffer.shape[0].value
-        return load(buffer, [channel % rows, *index]).astype(ACCUMULATOR)
+    def read(self, operand: str, channel: Expr, row: int, tap: Tap) -> Expr:
+        """A neighbour from device memory."""
+        buffer, padding = self.frame.operands[operand], self.frame.operands.get(f"{operand}_padding")
+        pixel, inside = zip(
+            *(r.source(p) for r, p in zip(self.reaches, self.stands(row, tap), strict=True)), strict=True
+        )
+        outside = tirx.const(0.0, buffer.dtype) if padding is None else load(padding, [channel])
+        return choose(every(inside), load(buffer, [self.image, channel, *pixel]), outside).astype(ACCUMULATOR)
+
+    def stands(self, row: int, tap: Tap) -> list[Expr]:
+        """Where on the key map a tap of the thread's query `row` stands, on it or not."""
+        at = [f + t * r.dilation for f, t, r in zip(self.first, tap, self.reaches, strict=True)]
+        if row:
+            at[-2] = at[-2] + row * self.reaches[-2].stride
+        return at
 
     @contextmanager
-    def every_tap(self) -> Iterator[list[Sequence[Expr | int]]]:
-        """Coordinates of all taps: a Python list for small kernels, otherwise one tap inside a loop of the kernel."""
+    def every_tap(self) -> Iterator[list[tuple[Tap, Expr | int]]]:
+        """All taps and their flat indices: a Python list for small kernels, otherwise one in a loop of the kernel."""
         sizes = self.geometry.kernel_size
         if math.prod(sizes) <= UNROLLED_TAPS:
-            yield list(itertools.product(*map(range, sizes)))
+            yield [(tap, flat) for flat, tap in enumerate(itertools.product(*map(range, sizes)))]
             return
-        with T.serial(math.prod(sizes)) as tap:
-            yield [unflatten(tap, sizes)]
+        with T.serial(math.prod(sizes)) as flat:
+            yield [(unflatten(flat, sizes), flat)]
 
-    def slot_taps(self, slots: range) -> list[tuple[int, ...]]:
-        """Without learned kernels, slot j is tap j."""
-        return list(itertools.product(*map(range, self.geometry.kernel_size)))[slots.start : slots.stop]
+    def shared_neighbours(self, slots: range) -> list[list[tuple[int, int, Tap]]]:
+        """(row, slot within the group, tap) of every slot of every row, those together that read the same neighbour."""
+        taps = list(itertools.product(*map(range, self.geometry.kernel_size)))[slots.start : slots.stop]
+        found: dict[tuple[int, ...], list[tuple[int, int, Tap]]] = {}
+        for row, (slot, tap) in itertools.product(self.rows, enumerate(taps)):
+            at = [t * r.dilation for t, r in zip(tap, self.reaches, strict=True)]
+            if row:
+                at[-2] += row * self.reaches[-2].stride
+            found.setdefault(tuple(at), []).append((row, slot, tap))
+        return list(found.values())
 
     # The three steps.
 
     def compute_logits(self, slots: range) -> None:
-        """logits[j] = scale * query . key_j + bias, for the slots of one group."""
-        operands, group = self.frame.operands, range(len(slots))
-        fill(self.logits, len(slots), 0.0)
+        """logits[row, j] = scale * query . key_j + bias, for the slots of one group."""
+        operands, count = self.frame.operands, len(slots)
+        fill(self.logits, self.tiling.rows * count, 0.0)
         step = self.tiling.staged_channels or self.head_dim
+        query, channels = Flat(operands["query"], 1), int(operands["query"].shape[1])
         with T.serial(self.head_dim // step) as chunk:
             first = self.head * self.head_dim + chunk * step
-            with self.staged_chunk("key", first) as tap_of, T.serial(step) as channel:
-                row = first + channel
-                own = load(operands["query"], [self.frame.z, row, *self.pixel])
-                zero = tirx.const(0.0, operands["query"].dtype)
-                query = T.bind(choose(self.on_map, own, zero).astype(ACCUMULATOR))
+            with self.chunk("key", first, slots) as (neighbour, parameter), T.serial(step) as channel:
+                plane = self.image * channels + first + channel
+                for row in self.rows:
+                    own = query.load(self.position(plane, row)).astype(ACCUMULATOR)
+                    store(self.asked, [row], choose(self.on_map(row), own, tirx.const(0.0, ACCUMULATOR)))
                 if "key_kernel" in operands:
-                    with self.every_tap() as taps:
-                        for tap in taps:
-                            product = T.bind(query * tap_of(channel, tap))
-                            for j in group:
-                                self.add_logit(j, product * self.parameter("key_kernel", row, slots[j], *tap))
+                    self.add_learned_keys(count, channel, neighbour, parameter)
                 else:
-                    for j, tap in zip(group, self.slot_taps(slots), strict=True):
-                        self.add_logit(j, query * tap_of(channel, tap))
+                    for users in self.shared_neighbours(slots):
+                        store(self.value, [0], neighbour(channel, users[0][0], users[0][2]))
+                        for row, slot, _ in users:
+                            self.add_logit(row * count + slot, self.asked[row] * self.value[0])
                 if "key_bias" in operands:
-                    for j in group:
-                        self.add_logit(j, query * self.parameter("key_bias", row, slots[j]))
-        for j in group:
-            logit = self.logits[j] * tirx.const(self.spec.scale, ACCUMULATOR)
-            if "bias" in operands:
-                logit = logit + load(operands["bias"], [self.head, slots[j]]).astype(ACCUMULATOR)
-            store(self.logits, [j], logit)
+                    for slot in range(count):
+                        store(self.value, [0], parameter("key_bias", channel, slot, 0))
+                        for row in self.rows:
+                            self.add_logit(row * count + slot, self.asked[row] * self.value[0])
+        for row, slot in itertools.product(self.rows, range(count)):
+            at = row * count + slot
+            logit = self.logits[at] * tirx.const(self.spec.scale, ACCUMULATOR)
+            store(self.logits, [at], self.with_bias(logit, row, slots[slot]))
 
-    def add_logit(self, slot: int, value: Expr) -> None:
-        store(self.logits, [slot], self.logits[slot] + value)
+    def add_learned_keys(self, count: int, channel: Expr, neighbour: Neighbour, parameter: Parameter) -> None:
+        with self.every_tap() as taps:
+            for tap, flat in taps:
+                for row in self.rows:
+                    store(self.product, [row], self.asked[row] * neighbour(channel, row, tap))
+                for slot in range(count):
+                    store(self.value, [0], parameter("key_kernel", channel, slot, flat))
+                    for row in self.rows:
+                        self.add_logit(row * count + slot, self.product[row] * self.value[0])
+
+    def add_logit(self, at: int, value: Expr) -> None:
+        store(self.logits, [at], self.logits[at] + value)
+
+    def with_bias(self, logit: Expr, row: int, slot: int) -> Expr:
+        """The logit plus bias; LOWEST where the border leaves the slot out."""
+        bias = self.frame.operands.get("bias")
+        if self.bias_of_slots is not None:
+            logit = logit + self.shared[1].load(self.bias_at + slot)
+        elif bias is not None:
+            own = load(bias, [self.head, self.position(tirx.const(0, "int32"), row), slot]).astype(ACCUMULATOR)
+            logit = logit + choose(self.on_map(row), own, tirx.const(0.0, ACCUMULATOR))
+        return choose(self.takes_part(row, slot), logit, tirx.const(LOWEST, ACCUMULATOR))
+
+    def takes_part(self, row: int, slot: int) -> Expr | bool:
+        """False where the slot stands off the map and the border is "exclude"."""
+        tap = unravel(slot, self.geometry.kernel_size)
+        return every(
+            [
+                tirx.all(p >= 0, p < r.key_extent)
+                for p, r in zip(self.stands(row, tap), self.reaches, strict=True)
+                if r.border == "exclude"
+            ]
+        )
 
     def update_softmax(self, slots: range) -> None:
         """Turns logits into weights relative to the running maximum, and rescales what was summed before."""
-        store(self.rescale, [0], self.maximum[0])
-        for j in range(len(slots)):
-            store(self.maximum, [0], tirx.max(self.maximum[0], self.logits[j]))
-        store(self.rescale, [0], tirx.exp(self.rescale[0] - self.maximum[0]))
-        store(self.total, [0], self.total[0] * self.rescale[0])
-        for j in range(len(slots)):
-            store(self.logits, [j], tirx.exp(self.logits[j] - self.maximum[0]))
-            store(self.total, [0], self.total[0] + self.logits[j])
+        count = len(slots)
+        for row in self.rows:
+            store(self.rescale, [row], self.maximum[row])
+            for at in range(row * count, (row + 1) * count):
+                store(self.maximum, [row], tirx.max(self.maximum[row], self.logits[at]))
+            store(self.rescale, [row], tirx.exp(self.rescale[row] - self.maximum[row]))
+            store(self.total, [row], self.total[row] * self.rescale[row])
+            for slot in range(count):
+                at = row * count + slot
+                weight = tirx.exp(self.logits[at] - self.maximum[row])
+                takes_part = self.takes_part(row, slots[slot])
+                if takes_part is not True:
+                    weight = tirx.Select(takes_part, weight, tirx.const(0.0, ACCUMULATOR))
+                store(self.logits, [at], weight)
+                store(self.total, [row], self.total[row] + self.logits[at])
 
     def add_weighted_values(self, slots: range, first: bool, last: bool) -> None:
         """Every channel of the block in turn: its sum over these slots, on top of that over the groups before."""
-        block = self.tiling.value_block
+        block, threads = self.tiling.value_block, math.prod(self.tiling.threads)
         step = self.tiling.staged_channels or block
+        output, channels = Flat(self.frame.output, 1), int(self.frame.output.shape[1])
         with T.serial(block // step) as chunk:
             first_row = self.head * self.value_dim + self.first_value + chunk * step
-            with self.staged_chunk("value", first_row) as tap_of, T.serial(step) as channel:
-                carried_at = (chunk * step + channel) * THREADS + self.frame.thread
-                before = tirx.const(0.0, ACCUMULATOR) if first else load(self.carried, [carried_at]) * self.rescale[0]
-                store(self.sum, [0], before)
-                self.add_weighted_value(slots, first_row + channel, channel, tap_of)
-                if last:
-                    self.write(first_row + channel, self.sum[0])
-                else:
-                    store(self.carried, [carried_at], self.sum[0])
+            with self.chunk("value", first_row, slots) as (neighbour, parameter), T.serial(step) as channel:
 
-    def add_weighted_value(self, slots: range, row: Expr, channel: Expr, tap_of: Taps) -> None:
-        """sum += sum over the slots of weight * value_j, for the channel `row` counted over all heads."""
-        operands, group = self.frame.operands, range(len(slots))
+                def carried(row: int) -> Expr:
+                    index = ((chunk * step + channel) * self.tiling.rows + row) * threads + self.frame.thread
+                    return self.carried_at + index
+
+                for row in self.rows:
+                    zero = tirx.const(0.0, ACCUMULATOR)
+                    before = zero if first else self.shared[1].load(carried(row)) * self.rescale[row]
+                    store(self.sum, [row], before)
+                self.add_channel(slots, channel, neighbour, parameter)
+                for row in self.rows:
+                    if not last:
+                        self.shared[1].store(carried(row), self.sum[row])
+                        continue
+                    with when(self.on_map(row)):
+                        result = (self.sum[row] / self.total[row]).astype(self.frame.output.dtype)
+                        output.store(self.position(self.image * channels + first_row + channel, row), result)
+
+    def add_channel(self, slots: range, channel: Expr, neighbour: Neighbour, parameter: Parameter) -> None:
+        """sum[row] += sum over the slots of weight * value_j, for one channel."""
+        operands, count = self.frame.operands, len(slots)
         if "value_kernel" in operands:
             with self.every_tap() as taps:
-                for tap in taps:
-                    store(self.factor, [0], tirx.const(0.0, ACCUMULATOR))
-                    for j in group:
-                        weight = self.logits[j] * self.parameter("value_kernel", row, slots[j], *tap)
-                        store(self.factor, [0], self.factor[0] + weight)
-                    store(self.sum, [0], self.sum[0] + self.factor[0] * tap_of(channel, tap))
+                for tap, flat in taps:
+                    fill(self.factor, self.tiling.rows, 0.0)
+                    for slot in range(count):
+                        store(self.value, [0], parameter("value_kernel", channel, slot, flat))
+                        for row in self.rows:
+                            share = self.logits[row * count + slot] * self.value[0]
+                            store(self.factor, [row], self.factor[row] + share)
+                    for row in self.rows:
+                        self.add_to_sum(row, self.factor[row] * neighbour(channel, row, tap))
         else:
-            for j, tap in zip(group, self.slot_taps(slots), strict=True):
-                store(self.sum, [0], self.sum[0] + self.logits[j] * tap_of(channel, tap))
+            for users in self.shared_neighbours(slots):
+                store(self.value, [0], neighbour(channel, users[0][0], users[0][2]))
+                for row, slot, _ in users:
+                    self.add_to_sum(row, self.logits[row * count + slot] * self.value[0])
         if "value_bias" in operands:
-            for j in group:
-                bias = self.parameter("value_bias", row, slots[j])
-                store(self.sum, [0], self.sum[0] + self.logits[j] * bias)
+            for slot in range(count):
+                store(self.value, [0], parameter("value_bias", channel, slot, 0))
+                for row in self.rows:
+                    self.add_to_sum(row, self.logits[row * count + slot] * self.value[0])
 
-    def write(self, row: Expr, result: Expr) -> None:
-        """The output of one channel, counted over all heads."""
-        frame = self.frame
-        with when(self.on_map):
-            value = (result / self.total[0]).astype(frame.output.dtype)
-            store(frame.output, [frame.z, row, *self.pixel], value)
+    def add_to_sum(self, row: int, value: Expr) -> None:
+        store(self.sum, [row], self.sum[row] + value)
+
+
+def unravel(flat: int, extents: Sequence[int]) -> list[int]:
+    """Row-major coordinates of a flat index."""
+    return list(next(itertools.islice(itertools.product(*map(range, extents)), flat, None)))
+
+
+def _strides(extents: Sequence[int]) -> list[int]:
+    """Elements from one position to the next along each axis of a row-major box."""
+    return [math.prod(extents[axis + 1 :]) for axis in range(len(extents))]
+
+
+def _flatten(at: Sequence[Expr], extents: Sequence[int]) -> Expr:
+    """The row-major flat index of a position; the first extent does not matter."""
+    flat: Expr = at[0]
+    for index, extent in zip(at[1:], extents[1:], strict=True):
+        flat = flat * extent + index
+    return flat
 
 
 def slide_attention(
@@ -315,17 +421,22 @@ def slide_attention(
     logits, softmax and sums are float32 whatever spec.softmax_dtype says, which is never less exact.
     """
     by_name = dict(zip(present, shapes, strict=True))
-    head_dim, value_dim = (int(by_name[operand][1]) // spec.num_heads for operand in ("query", "value"))
-    geometry = spec.geometry
-    tiling = choose_tiling(geometry, head_dim, value_dim, DataType(dtype).itemsize, Limits.of(target))
-    tiles = math.prod(ceil_div(e, t) for e, t in zip(geometry.feature_size, tiling.tile, strict=True))
+    heads, batch = spec.num_heads, by_name["query"][0]
+    head_dim, value_dim = (int(by_name[operand][1]) // heads for operand in ("query", "value"))
+    parameters = max(
+        sum(math.prod(by_name.get(f"{operand}_{kind}", (0, 0))[1:]) for kind in ("kernel", "bias"))
+        for operand in ("key", "value")
+    )
+    instances = heads * (batch if isinstance(batch, int) else 1)
+    work = Work(spec.geometry, head_dim, value_dim, DataType(dtype).itemsize, instances, parameters)
+    tiling = choose_tiling(work, Limits.of(target))
 
-    def grid(batch: Expr) -> tuple[Expr, Expr, Expr]:
-        return tiles, spec.num_heads * (value_dim // tiling.value_block), batch
+    def grid(images: Expr) -> tuple[Expr, Expr, Expr]:
+        return math.prod(r.tiles for r in tiling.reaches), heads * (value_dim // tiling.value_block), images
 
-    threads = (tiling.tile[-1], math.prod(tiling.tile[:-1]))
+    threads = (tiling.threads[-1], math.prod(tiling.threads[:-1]))
     builder = KernelBuilder()
-    output_shape = [spec.num_heads * value_dim, *geometry.feature_size]
+    output_shape = [heads * value_dim, *spec.geometry.feature_size]
     with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads) as frame:
-        _SlideKernel(spec, frame, tiling, head_dim, value_dim).emit()
+        _SlideKernel(spec, frame, tiling).emit()
     return builder.prim_func()
