@@ -10,9 +10,8 @@ import gc
 import hashlib
 import json
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,19 +247,23 @@ def verify(
     report: Report | None = None,
     *,
     trials: int = 3,
-    emulate: bool = False,
+    emulate: Collection[str] = (),
 ) -> Verification:
     """Exact and numeric verification of a rewritten model and, where this machine can run it, of its library.
 
-    report: of the artifact that the rewritten model is part of. emulate: take the time that an emulator needs, which
-    is fetched where it is missing; otherwise it is used where it is at hand, for one run.
+    report: of the artifact that the rewritten model is part of. emulate: kinds of target whose emulator may take its
+    time (see `library_runner`); otherwise it is used where it is at hand, for one run.
     """
+    from attnrewrite.verify.libraries import kind_of, library_runner
     from attnrewrite.verify.numeric import verify_models
 
     exact = _verify_exact(source, rewritten, options.input_shapes)
     load: Callable[[], Runner] | str | None = None
+    at_length = False
     if report is not None and has_library(report):
-        load = _loader(report, rewritten.parent, options.threads, emulate)
+        target = report.target or ""
+        load = library_runner(target, rewritten.parent, options.threads, emulate)
+        at_length = runs_here(report) or kind_of(target) in emulate
     asked = None if report is None else report.precision
     precision: Precision = "bf16" if asked == "bf16" else "fp16" if asked == "fp16" else "fp32"
     verification = verify_models(
@@ -269,7 +272,7 @@ def verify(
         trials=trials,
         compiled=load if callable(load) else None,
         compiled_precision=precision,
-        compiled_trials=None if emulate or (report is not None and runs_here(report)) else 1,
+        compiled_trials=None if at_length else 1,
         input_shapes=options.input_shapes,
         threads=options.threads,
     )
@@ -296,32 +299,29 @@ def _verify_exact(source: Path, rewritten: Path, input_shapes: InputShapes) -> t
     return checks
 
 
-def _loader(report: Report, directory: Path, threads: int | None, emulate: bool) -> Callable[[], Runner] | str:
-    """How to run an artifact's library on this machine, or a sentence on why it is not run."""
-    from attnrewrite.verify.runners import CompiledRunner, EmulatedRunner
-
-    if runs_here(report):
-        return lambda: CompiledRunner(directory, threads)
-    if (report.target or "").partition(":")[0] != "arm" or "apple" in (report.target or ""):
-        return f"the library for {report.target} was not run: this machine has no such device"
-    from attnrewrite.lowering.qemu import Missing, find_emulator
-
-    emulator = find_emulator(prepare=emulate)
-    if isinstance(emulator, Missing):
-        hint = "" if emulate else "; `attnrewrite verify` prepares one where it can"
-        return f"the library for {report.target} was not run, for want of an emulator: {emulator.reason}{hint}"
-    return lambda: EmulatedRunner(emulator, directory)
-
-
 def verify_artifact(
-    original: Path, rewritten: Path, *, trials: int, input_shapes: InputShapes, threads: int | None
+    original: Path,
+    rewritten: Path,
+    *,
+    trials: int,
+    input_shapes: InputShapes,
+    threads: int | None,
+    emulate_metal: bool = False,
 ) -> Verification:
-    """Verify a rewritten model, or an artifact directory with its library, against the original file."""
+    """Verify a rewritten model, or an artifact directory with its library, against the original file.
+
+    emulate_metal: run a library for Metal on the CPU. Raises UserError where there is none to run.
+    """
     options = Options(input_shapes=input_shapes, threads=threads)
     if rewritten.is_dir():
         report, _ = read_report(rewritten)
+        if emulate_metal and not (has_library(report) and (report.target or "").startswith("metal")):
+            raise UserError(f"--emulate runs libraries for metal, and {rewritten} holds none")
+        emulate = ("arm", "metal") if emulate_metal else ("arm",)
         with as_onnx(original) as source:
-            return verify(source, rewritten / MODEL_NAME, options, report, trials=trials, emulate=True)
+            return verify(source, rewritten / MODEL_NAME, options, report, trials=trials, emulate=emulate)
+    if emulate_metal:
+        raise UserError(f"--emulate takes an output of optimize for metal, and {rewritten} is a file")
     check_model_path(rewritten)
     with as_onnx(original) as source, as_onnx(rewritten) as after:
         return verify(source, after, options, trials=trials)
@@ -408,15 +408,10 @@ def has_library(report: Report) -> bool:
 
 
 def runs_here(report: Report) -> bool:
-    """Whether this machine can run the library: a CPU's on the machine it was made for, a GPU's where there is one."""
-    if report.compile is None or "error" in report.compile:
-        return False
-    kind = report.compile["target"].partition(":")[0]
-    if kind in ("cuda", "metal"):
-        import tvm
+    """Whether the report is of a library that this machine can run."""
+    from attnrewrite.verify.libraries import runs_here as target_runs_here
 
-        return bool(tvm.device(kind, 0).exist)
-    return kind == "cpu" or (kind == "arm" and platform.machine() == "aarch64" and platform.system() == "Linux")
+    return has_library(report) and target_runs_here(report.target or "")
 
 
 def default_directory(model: Path, target: str) -> Path:

@@ -225,6 +225,10 @@ def verify(
     ],
     trials: Annotated[int, typer.Option("--trials", min=1, metavar="N", help="How many inputs to try.")] = 3,
     threads: Threads = None,
+    emulate: Annotated[
+        bool,
+        typer.Option("--emulate", help="Run a library for metal on the CPU, with every access to memory checked."),
+    ] = False,
     as_json: Json = False,
     input_shape: Shapes = None,
 ) -> None:
@@ -237,7 +241,12 @@ def verify(
     with _status(quiet=as_json) as say:
         say("verifying")
         verification = artifact.verify_artifact(
-            original, rewritten, trials=trials, input_shapes=parse_shapes(input_shape), threads=threads
+            original,
+            rewritten,
+            trials=trials,
+            input_shapes=parse_shapes(input_shape),
+            threads=threads,
+            emulate_metal=emulate,
         )
     if as_json:
         _print_json({"original": str(original), "rewritten": str(rewritten)} | verification.to_json())

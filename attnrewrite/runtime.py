@@ -101,7 +101,11 @@ class LoadedModel:
     def __init__(self, directory: Path) -> None:
         self.manifest = read_manifest(directory)
         self._devices = _devices(self.manifest)
-        self._function = _entry(directory / self.manifest.library, self.manifest, self._devices)
+        library = directory / self.manifest.library
+        if not library.exists():
+            raise UserError(f"{directory} holds no {library.name}, which its manifest names")
+        # Looked up once, because a lookup costs as much as a small kernel.
+        self._function = self._open(library)[self.manifest.entry]
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -130,6 +134,19 @@ class LoadedModel:
             own = on_cpu and tensor.name not in self.manifest.constant_outputs
             found[tensor.name] = _handed_over(value, [*arrays, *found.values()]) if own else value.numpy()
         return found
+
+    def _open(self, library: Path) -> Any:
+        """The library as a virtual machine of TVM's, a mapping of functions."""
+        import tvm
+        from tvm import relax
+
+        try:
+            return relax.VirtualMachine(tvm.runtime.load_module(str(library)), self._devices)
+        except Exception as error:  # whatever TVM's loader raises
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(
+                f"{library} is compiled for {self.manifest.target} and cannot be loaded on this machine: {first}"
+            ) from error
 
     def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
         expected = [tensor.name for tensor in self.inputs]
@@ -218,23 +235,6 @@ def _devices(manifest: Manifest) -> list[Any]:
             f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device"
         )
     return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
-
-
-def _entry(library: Path, manifest: Manifest, devices: Sequence[Any]) -> Any:
-    """The model's function; it is looked up once, because a lookup costs as much as a small kernel."""
-    import tvm
-    from tvm import relax
-
-    if not library.exists():
-        raise UserError(f"{library.parent} holds no {library.name}, which its manifest names")
-    try:
-        machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), list(devices))
-        return machine[manifest.entry]
-    except Exception as error:  # whatever TVM's loader raises
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"{library} is compiled for {manifest.target} and cannot be loaded on this machine: {first}"
-        ) from error
 
 
 def _to_device(array: np.ndarray, device: Any) -> Any:

@@ -114,13 +114,13 @@ def measure(row: Row, *, original: bool = False) -> Moved:
     """
     from attnrewrite.emulator import metal_target, run_model
     from attnrewrite.lowering import importer
+    from attnrewrite.lowering.kernels.coverage import covers
     from attnrewrite.lowering.targets import parse_target
     from attnrewrite.lowering.written_out import write_out
 
     model = onnx.ModelProto()
     model.CopyFrom(row.model)
-    if original:
-        write_out(model, lambda *_: False)
+    write_out(model, (lambda *_: False) if original else covers)
     run = run_model(importer.import_onnx(model, parse_target("metal"), metal_target()), list(row.operands.values()))
     assert run.findings == (), run.findings
     least = sum(array.nbytes for array in (*row.operands.values(), *run.outputs))

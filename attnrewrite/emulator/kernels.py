@@ -68,7 +68,7 @@ def from_bytes(data: bytes) -> list[MetalKernel]:
 
     Raises CompilerError where the module holds compiled Metal, or is not laid out as TVM 0.27 does it.
     """
-    reader = _Reader(data)
+    reader = Reader(data)
     try:
         if (kind := reader.text()) != "metal":
             raise CompilerError(f"the library holds {kind} kernels, not Metal source")
@@ -86,7 +86,12 @@ def from_bytes(data: bytes) -> list[MetalKernel]:
     return [MetalKernel(name, sources[name], *functions[name]) for name in functions]
 
 
-class _Reader:
+class Reader:
+    """Reads what TVM serialises: numbers of 64 bits, and before every string and list its length.
+
+    Raises struct.error past the end.
+    """
+
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
@@ -139,7 +144,7 @@ def compile_source(text: str, flags: Sequence[str] = ()) -> Path:
         command = [sys.executable, "-m", "ziglang", "cc", *_FLAGS, *flags, *include, str(source), "-o", str(output)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
-            errors = [line for line in run.stderr.splitlines() if "error:" in line] or ["no message"]
+            errors = [line.partition("error: ")[2] for line in run.stderr.splitlines() if "error: " in line] or ["?"]
             raise CompilerError(f"the emulator cannot compile the Metal source: {errors[0]}")
         os.replace(output, library)
     return library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.layout import channels_last
 from attnrewrite.lowering.packing import pack_weights
 from attnrewrite.lowering.schedules import stack
-from attnrewrite.lowering.targets import Target
+from attnrewrite.lowering.targets import HOST_CODE, Target
 
 ENTRY = "main"
 
@@ -162,7 +163,10 @@ def _schedule(mod: IRModule, target: tvm.target.Target, tuned: Choices | None) -
 
 
 def export(executable: Any, target: Target, path: Path) -> None:
-    """Link the library. Raises CompilerError with the linker's own words where that fails."""
+    """Link the library; for Metal, keep what its machine code was made from beside it, as gzipped LLVM IR.
+
+    Raises CompilerError with the linker's own words where linking fails.
+    """
 
     def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
         command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-s", "-o", output]
@@ -177,3 +181,6 @@ def export(executable: Any, target: Target, path: Path) -> None:
 
     link.output_format = path.suffix.removeprefix(".")  # type: ignore[attr-defined]
     executable.export_library(str(path), fcompile=link)
+    if target.kind == "metal":
+        (host,) = executable.mod.imports
+        path.with_name(HOST_CODE).write_bytes(gzip.compress(host.inspect_source("ll").encode(), mtime=0))

@@ -75,10 +75,11 @@ def compile_model(
 ) -> CompileReport:
     """Compile an ONNX file (standard operators, and nodes of domain `attnrewrite`) into `output_dir`.
 
-    Writes the library and manifest.json there, or nothing. precision: what the model computes in; inputs and outputs
-    keep their dtypes. threads: what the manifest says to run with; None: all cores. source_sha256: for the manifest,
-    of the model before rewriting. tune: seconds to search for faster register tiles on this machine's CPU; None: only
-    use what earlier runs found, 0: do not. on_tuning: told how far the search is.
+    Writes the library, what goes with it, and manifest.json there, or nothing. precision: what the model computes
+    in; inputs and outputs keep their dtypes. threads: what the manifest says to run with; None: all cores.
+    source_sha256: for the manifest, of the model before rewriting. tune: seconds to search for faster register
+    tiles on this machine's CPU; None: only use what earlier runs found, 0: do not. on_tuning: told how far the
+    search is.
 
     Raises CompilerError, with the compiler's last words as a note, and UserError for a precision that is not known
     or that the target does not have.
@@ -108,8 +109,8 @@ def compile_model(
         report = _report(json.loads((work / RESULT_NAME).read_text(encoding="utf-8")), target)
         if note is not None:
             report = replace(report, tuning=_with_note(report.tuning, note))
-        library = output_dir / report.library
-        shutil.move(work / report.library, library)
+        for file in target.files:
+            shutil.move(work / file, output_dir / file)
     manifest = Manifest(
         target=target.name,
         device=target.device,

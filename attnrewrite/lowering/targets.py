@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from attnrewrite.errors import UserError
 
+# LLVM IR of a Metal library's host functions, by which it can be run where there is no Mac.
+HOST_CODE = "host.ll.gz"
+
 Kind = Literal["cpu", "arm", "metal", "cuda"]
 
 
@@ -33,6 +36,11 @@ class Target:
     def device(self) -> str:
         """The device type the artifact's tensors live on: cpu, metal or cuda."""
         return "cpu" if self.kind == "arm" else self.kind
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What compiling writes, beside the manifest."""
+        return (self.library, HOST_CODE) if self.kind == "metal" else (self.library,)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "tvm": self.tvm, "link": self.link, "library": self.library}

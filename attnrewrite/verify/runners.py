@@ -110,6 +110,27 @@ class EmulatedRunner:
             raise RunnerError(_one_line(error)) from error
 
 
+class MetalRunner:
+    """A Metal artifact on this machine's CPU, every access to memory checked. A fault is an error, as on a GPU."""
+
+    def __init__(self, directory: Path) -> None:
+        from attnrewrite.emulator import EmulatedModel
+
+        try:
+            self._model = EmulatedModel(directory)
+        except Exception as error:
+            raise RunnerError(_one_line(error)) from error
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            outputs = self._model.run(inputs)
+        except Exception as error:
+            raise RunnerError(_one_line(error)) from error
+        if self._model.findings:
+            raise RunnerError(f"its kernels have faults: {'; '.join(self._model.findings)}")
+        return outputs
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
