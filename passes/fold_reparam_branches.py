@@ -28,7 +28,7 @@ from attnrewrite.graph import Node, Value
 from attnrewrite.localattention.site import Decline, Reparam
 from attnrewrite.pipeline import Declined, Pass
 from attnrewrite.reparam.border import moves
-from attnrewrite.reparam.emit import Weights, Writer, into, weights_of
+from attnrewrite.reparam.emit import Writer, into
 from attnrewrite.reparam.obstacles import obstacle
 from attnrewrite.reparam.plan import Plan, Planner
 from attnrewrite.reparam.read import summands
@@ -49,27 +49,20 @@ def match_branches(facts: Facts, node: Node) -> Plan | Decline | None:
 
 def rewrite_branches(facts: Facts, plan: Plan) -> None:
     """Put the one operator where the branches end."""
-    weights = _weights(plan)
-    if not all(w.are_finite for w in weights):
+    if not all(w.are_finite for w in plan.weights):
         dtype = plan.root.output.dtype
         raise Declined(Decline(f"the folded weights are beyond the range of {dtype}", plan.root.label))
     writer = Writer(facts.graph, plan, NAME)
-    result = writer.written(weights)
+    result = writer.written()
     facts.graph.insert_before(plan.root, writer.nodes)
     facts.graph.replace_uses(plan.root.output, result)
-
-
-def _weights(plan: Plan) -> list[Weights]:
-    dtype = plan.root.output.dtype
-    assert dtype is not None
-    return [weights_of(group.operator, dtype) for group in plan.groups]
 
 
 def record_branches(node: Node, found: Plan | Decline) -> Reparam:
     """The report's row."""
     if isinstance(found, Decline):
         return Reparam(max(len(summands(node)), 1), "Conv", "leave", found.node, found.reason)
-    weights = _weights(found)
+    weights = found.weights
     is_counted = is_static(found.root.output.known_shape[1:])
     return Reparam(
         found.branches,

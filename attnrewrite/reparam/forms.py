@@ -20,8 +20,9 @@ from attnrewrite.reparam.read import PRODUCTS, Reading, read_linear, read_offset
 # Forms kept of one value, and nodes walked back over: more than any branch has; a bound for linear networks.
 MOST_FORMS = 8
 DEEPEST = 48
-# A model computes its border from a BatchNorm's numbers in their own precision: four operations.
-BORDER_ULP = 8
+# A model computes its border from a BatchNorm's numbers in their own precision, with four operations; and ONNX has the
+# epsilon in float32, whatever they are in.
+BORDER_ULP, BORDER_LEAST = 8, 2.0**-38
 
 NOT_AN_OFFSET = Inexact("a summand is a constant that is not one per channel", border=False)
 
@@ -122,7 +123,7 @@ class Forms:
         for form in self.of(border.inner).values():
             if isinstance(form.operator, Operator) and form.operator.axes and dtype is not None:
                 shapes = (form.base.known_shape, border.inner.known_shape)
-                tolerance = BORDER_ULP * precision(dtype)
+                tolerance = max(BORDER_ULP * precision(dtype), BORDER_LEAST)
                 operator = with_border(form.operator, around, border.begin, border.end, *shapes, tolerance)
                 if not isinstance(operator, Inexact):
                     found.append(Form(form.base, operator, form.nodes | border.nodes, form.branches))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from attnrewrite.dims import Dim, Extent, Shape
 from attnrewrite.facts import Facts
@@ -19,6 +20,7 @@ from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.forms import Form, Forms, total
 from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling
 from attnrewrite.reparam.read import PRODUCTS, SUMS, Reading, read_offset, summands
+from attnrewrite.reparam.weights import Weights, weights_of
 
 # What a symbol counts for where costs are compared: maps and rows of tokens are about that long.
 NOMINAL_EXTENT = 64
@@ -55,6 +57,13 @@ class Plan:
     nodes: frozenset[Node]
     before: int
     after: int
+
+    @cached_property
+    def weights(self) -> tuple[Weights, ...]:
+        """Of every group, in the type of the result."""
+        dtype = self.root.output.dtype
+        assert dtype is not None
+        return tuple(weights_of(group.operator, dtype) for group in self.groups)
 
     @property
     def branches(self) -> int:
