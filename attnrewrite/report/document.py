@@ -122,13 +122,13 @@ def headline(report: Report) -> str:
     if groups := sum(r.branches > 1 for r in folded):
         found += f"; {_counted(groups, 'group')} of re-parameterised branches folded"
     elif folded:
-        found += f"; {chains_sentence(folded)}"
+        found += f"; {_chains_sentence(folded)}"
     if not report.changed:
         found += "; nothing to rewrite"
     return found[0].upper() + found[1:]
 
 
-def chains_sentence(chains: Sequence[Reparam]) -> str:
+def _chains_sentence(chains: Sequence[Reparam]) -> str:
     """One sentence for all chains of one operator that were folded."""
     kinds = Counter("convolution" if r.into == "Conv" else "matrix product" for r in chains)
     layers = " and ".join(_counted(count, kind) for kind, count in kinds.items())

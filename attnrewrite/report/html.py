@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from attnrewrite.localattention.site import Reparam
+from attnrewrite.report import branches
 from attnrewrite.report.document import Report, facts, headline, is_shifted, scientific
-from attnrewrite.report.terminal import SITE_COLUMNS, reparam_lines, site_cells
+from attnrewrite.report.terminal import SITE_COLUMNS, site_cells
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -24,11 +27,25 @@ def to_html(report: Report) -> str:
         rows=[(site, site_cells(site)) for site in report.sites],
         shifted=sum(map(is_shifted, report.rewritten)),
         folded=sum(group.verdict == "rewrite" and group.branches > 1 for group in report.reparam),
-        reparam=reparam_lines(report.reparam),
+        fold_columns=branches.COLUMNS,
+        folds=[(_places(groups), branches.cells(groups)) for groups in _listed(report.reparam)],
+        fold_rule=branches.RULE,
+        apart=branches.left(report.reparam),
         timings=_bars(report.gains),
         removed=report.nodes_before - report.nodes_after,
         error=_largest_error(report.verification),
     )
+
+
+def _listed(reparam: Sequence[Reparam]) -> list[list[Reparam]]:
+    """Every group of branches by itself, chains of operators together."""
+    folded = branches.folded(reparam)
+    chains = branches.alike(group for group in folded if group.branches == 1)
+    return [[group] for group in folded if group.branches > 1] + chains
+
+
+def _places(groups: Sequence[Reparam]) -> str:
+    return groups[0].node if len(groups) == 1 else f"{groups[0].node} and {len(groups) - 1} more"
 
 
 def _largest_error(verification: dict[str, Any] | None) -> float | str | None:

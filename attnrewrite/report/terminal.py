@@ -10,10 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from attnrewrite.localattention.site import Reparam, Site, Verdict
+from attnrewrite.localattention.site import Reparam, Site
+from attnrewrite.report import branches
 from attnrewrite.report.document import (
     Report,
-    chains_sentence,
     facts,
     headline,
     is_shifted,
@@ -34,7 +34,7 @@ def render(report: Report) -> Group:
     if report.sites:
         parts.append(_site_table(grouped(report.sites)))
     parts += _reasons(report.left)
-    parts += [Text(f"  {sentence}") for _, sentence in reparam_lines(report.reparam)]
+    parts += _branches(report.reparam)
     parts.append(_fact_table(facts(report)))
     return Group(*parts)
 
@@ -112,35 +112,6 @@ def site_cells(site: Site) -> tuple[str, ...]:
     return (site.kind, times(site.feature_size), reach, shift, heads, site.bias or "", site.mask or "")
 
 
-def reparam_lines(reparam: Sequence[Reparam]) -> list[tuple[Verdict, str]]:
-    """A sentence for every group of branches, and one for all chains of which the same is said."""
-    lines = [(group.verdict, reparam_sentence(group)) for group in reparam if group.branches > 1]
-    if folded := [r for r in reparam if r.branches == 1 and r.verdict == "rewrite"]:
-        lines.append(("rewrite", chains_sentence(folded)))
-    by_reason: dict[str, list[Reparam]] = {}
-    for chain in reparam:
-        if chain.branches == 1 and chain.verdict == "leave":
-            by_reason.setdefault(chain.reason, []).append(chain)
-    for reason, left in by_reason.items():
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        lines.append(("leave", f"operators in a row at {left[0].node}{more} left: {reason}"))
-    return lines
-
-
-def reparam_sentence(group: Reparam) -> str:
-    if group.verdict == "leave":
-        return f"{group.branches} branches at {group.node} left: {group.reason}"
-    sentence = f"{group.branches} branches folded into one {group.into} at {group.node}"
-    if group.parameters_before is not None and group.parameters_after is not None:
-        sentence += f", {group.parameters_before:,} parameters before, {group.parameters_after:,} after"
-    if group.multiplications_before is not None and group.multiplications_after is not None:
-        sentence += f", {group.multiplications_before:,} multiplications before, {group.multiplications_after:,} after"
-    if group.max_weight_error:
-        ulp = "" if group.max_weight_error_ulp is None else f" ({group.max_weight_error_ulp:.2f} ulp)"
-        sentence += f", weights rounded by at most {scientific(group.max_weight_error)}{ulp}"
-    return sentence
-
-
 def _site_table(groups: list[list[Site]]) -> RenderableType:
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("sites", justify="right")
@@ -152,6 +123,22 @@ def _site_table(groups: list[list[Site]]) -> RenderableType:
         verdict = Text("rewritten" if rewritten else "left", style="green" if rewritten else "yellow")
         table.add_row(str(len(sites)), *site_cells(sites[0]), verdict)
     return Padding(table, (0, 0, 0, 2))
+
+
+def _branches(reparam: Sequence[Reparam]) -> list[RenderableType]:
+    """What was folded, summed over groups alike, and what was left."""
+    parts: list[RenderableType] = []
+    if folded := branches.folded(reparam):
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        table.add_column("folds", justify="right")
+        for column in branches.COLUMNS:
+            table.add_column(column, no_wrap=True)
+        for groups in branches.alike(folded):
+            table.add_row(str(len(groups)), *branches.cells(groups))
+        parts += [Padding(table, (0, 0, 0, 2)), Padding(Text(branches.RULE, style="dim"), (0, 0, 0, 2))]
+    for where, reason in branches.left(reparam):
+        parts.append(Text(f"  {where} left: {reason}", style="yellow"))
+    return parts
 
 
 def _reasons(sites: Iterable[Site]) -> list[RenderableType]:

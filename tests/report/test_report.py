@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -37,12 +37,16 @@ def window(node: str, shift: int = 0) -> Site:
 
 
 GLOBAL = Site("last", "/last/Softmax", "global", "leave", "one window covers the map", reason_node="/last/MatMul")
-FOLDED = Reparam(3, "Conv", "rewrite", "/branches/Add", "linear and summed", 300, 100)
+FOLDED = Reparam(3, "Conv", "rewrite", "/branches/Add", "linear and summed", 300, 100, 1.5e-8, 90_000, 70_000, 0.25)
+CHAIN = Reparam(
+    1, "Conv", "rewrite", "/norm/BatchNormalization", "linear", 2_000, 1_500, 3e-8, 4_000_000, 3_000_000, 0.5
+)
+APART = Reparam(2, "Conv", "leave", "/other/Add", "a Relu stands between")
 
 REPORT = Report(
     model="models/<swin>.onnx",
     sites=(window("/a/Softmax"), window("/b/Softmax"), window("/c/Softmax", shift=3), GLOBAL),
-    reparam=(FOLDED,),
+    reparam=(FOLDED, replace(FOLDED, node="/second/Add", max_weight_error=4e-8), CHAIN, APART),
     nodes_before=590,
     nodes_after=214,
     target="cuda:sm_90",
@@ -113,7 +117,7 @@ def test_parts_that_did_not_run_are_left_out():
         (
             REPORT,
             "4 attention sites: 3 rewritten (1 of them shifted), 1 left (1 global); "
-            "1 group of re-parameterised branches folded",
+            "2 groups of re-parameterised branches folded",
         ),
         (NOTHING, "No attention in this model; nothing to rewrite"),
         (
@@ -131,7 +135,10 @@ def test_terminal_groups_sites_that_read_alike():
     assert re.search(r"2\s+window\s+56x57\s+7x7\s+3 x 32\s+constant\s+none\s+rewritten", text)
     assert re.search(r"1\s+window\s+56x57\s+7x7\s+3x3\s+3 x 32\s+constant\s+shift\s+rewritten", text)
     assert "left: one window covers the map (at /last/MatMul)" in text
-    assert "3 branches folded into one Conv at /branches/Add, 300 parameters before, 100 after" in text
+    assert re.search(r"2 +3 +Conv +600 → 200 +180 k → 140 k +4.0e-08 \(0.25 ulp\)", text)
+    assert re.search(r"1 +in a row +Conv +2 k → 1.5 k +4 M → 3 M +3.0e-08 \(0.50 ulp\)", text)
+    assert "2 branches at /other/Add left: a Relu stands between" in text
+    assert "no more multiplications" in text
     assert "590 nodes before, 214 after" in text
     assert "largest error 3.2e-07 of max |output|, within 1.0e-05" in text
     assert "compiled in attnrewrite: 80.00 ms, 1.25 x the original's speed" in text
@@ -190,11 +197,18 @@ def test_names_of_the_model_are_escaped():
     assert "models/&lt;swin&gt;.onnx" in html
 
 
+def test_page_lists_every_group_of_branches_and_chains_together():
+    html = to_html(REPORT)
+    for place in ("/branches/Add", "/second/Add", "/norm/BatchNormalization", "2 branches at /other/Add"):
+        assert f">{place}</td>" in html
+    assert "a Relu stands between" in html
+
+
 def test_page_shows_the_largest_error_of_all_compared():
     assert REPORT.verification is not None
     for compiled, shown in (({"max_error": 4.5e-6}, "4.5e-06"), ({"max_error": "inf"}, "inf"), (None, "3.2e-07")):
         verification = {**REPORT.verification}
         if compiled is not None:
             verification["compiled"] = {**compiled, "tolerance": 1e-4, "passed": True}
-        html = to_html(dataclasses.replace(REPORT, verification=verification))
+        html = to_html(replace(REPORT, verification=verification))
         assert f"<b>{shown}</b><span>largest error" in html
