@@ -23,7 +23,6 @@ from attnrewrite.atomic import GENERATOR
 from attnrewrite.errors import CompilerError, UserError
 from attnrewrite.frontend.pt2 import as_onnx
 from attnrewrite.report import Report
-from attnrewrite.runtime import Tensor, read_manifest
 
 if TYPE_CHECKING:
     from attnrewrite.graph import Graph
@@ -221,7 +220,7 @@ def _build(
     if options.compile and target is not None:
         with stages.stage("compile", f"compiling for {options.target}"):
             try:
-                compiled = _compile(lowered, target, directory, options, source_sha256, on_tuning)
+                compiled = _compile(lowered, target, directory, options, source_sha256, on_tuning, given.stem)
                 report = replace(report, compile=compiled)
             except CompilerError as error:
                 compiler_error = error
@@ -312,11 +311,13 @@ def verify_artifact(
 
     emulate_metal: run a library for Metal on the CPU. Raises UserError where there is none to run.
     """
+    from attnrewrite.verify.libraries import is_emulated_metal
+
     options = Options(input_shapes=input_shapes, threads=threads)
     if rewritten.is_dir():
         report, _ = read_report(rewritten)
-        if emulate_metal and not (has_library(report) and (report.target or "").startswith("metal")):
-            raise UserError(f"--emulate runs libraries for metal, and {rewritten} holds none")
+        if emulate_metal and not (has_library(report) and is_emulated_metal(report.target or "")):
+            raise UserError(f"--emulate runs dynamic libraries for metal, and {rewritten} holds none")
         emulate = ("arm", "metal") if emulate_metal else ("arm",)
         with as_onnx(original) as source:
             return verify(source, rewritten / MODEL_NAME, options, report, trials=trials, emulate=emulate)
@@ -356,9 +357,11 @@ def run_once(runner: Runner, inputs: Mapping[str, np.ndarray]) -> dict[str, np.n
 def write_reports(report: Report, directory: Path, source_sha256: str) -> None:
     """report.json, report.html and README.md. The first also names every file, by which a later run knows them."""
     from attnrewrite.report.html import to_html
+    from attnrewrite.report.readme import readme_of
 
     (directory / PAGE_NAME).write_text(to_html(report), encoding="utf-8")
-    (directory / README_NAME).write_text(_readme(report, directory), encoding="utf-8")
+    readme = readme_of(report, directory, directory / MODEL_NAME)
+    (directory / README_NAME).write_text(readme, encoding="utf-8")
     document = report.to_json() | {
         "source_sha256": source_sha256,
         "generator": GENERATOR,
@@ -366,23 +369,6 @@ def write_reports(report: Report, directory: Path, source_sha256: str) -> None:
         "files": sorted(path.name for path in directory.iterdir()),
     }
     (directory / REPORT_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _readme(report: Report, directory: Path) -> str:
-    """What stands in the directory is looked at: the manifest, or the interface of the rewritten model."""
-    from attnrewrite.report.readme import to_readme
-    from attnrewrite.verify.inputs import interface
-
-    if has_library(report):
-        manifest = read_manifest(directory)
-        tvm = manifest.versions["apache-tvm"]
-        return to_readme(report, manifest.inputs, manifest.outputs, library=manifest.library, tvm=tvm)
-    inputs: list[Tensor] = []
-    with contextlib.suppress(UserError):  # inputs of unknown rank, or none of numbers
-        specs = interface(directory / MODEL_NAME).inputs
-        inputs = [Tensor(spec.name, str(spec.dtype), spec.shape) for spec in specs]
-    program = not (directory / MODEL_NAME).exists()
-    return to_readme(report, inputs, (), library=None, tvm=None, program=program)
 
 
 def read_report(directory: Path) -> tuple[Report, dict[str, Any]]:
@@ -458,6 +444,7 @@ def _compile(
     options: Options,
     source_sha256: str,
     on_tuning: Callable[[Progress], object] | None,
+    name: str,
 ) -> dict[str, Any]:
     """Compile into the directory; what the report says of it. Raises CompilerError."""
     from attnrewrite.lowering.compile import compile_model
@@ -472,11 +459,13 @@ def _compile(
         source_sha256=source_sha256,
         tune=options.tune,
         on_tuning=on_tuning,
+        name=name,
     )
     document = {
         "target": compiled.target,
         "library": compiled.library,
         "bytes": compiled.library_bytes,
+        "weights_bytes": compiled.weights_bytes,
         "seconds": round(time.perf_counter() - start, 3),
         "stages": compiled.seconds,
         "kernels": compiled.kernels,

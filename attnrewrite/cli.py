@@ -293,6 +293,7 @@ def bench(
     from attnrewrite import api, artifact
     from attnrewrite import bench as timing
     from attnrewrite.frontend.pt2 import as_onnx
+    from attnrewrite.verify.libraries import why_not_here
 
     peers = [name.strip() for name in against.split(",") if name.strip()]
     original: Path | None = None
@@ -302,10 +303,13 @@ def bench(
         if not subject.is_dir():
             result = api.optimize(subject, target="cpu", threads=threads, verify=False, progress=say)
             directory, original = result.directory, stack.enter_context(as_onnx(subject))
+        report = artifact.read_report(directory)[0]
+        if artifact.has_library(report) and not artifact.runs_here(report):
+            typer.echo(why_not_here(report.target or ""), err=True)
         entries = timing.contestants(directory, peers, original, threads)
         say("timing " + ", ".join(f"{entry.name} in {entry.engine}" for entry in entries))
         timings = timing.measure(entries, timing.example_inputs(directory / artifact.MODEL_NAME))
-        report = artifact.read_report(directory)[0].with_gains(timing.gains(timings, threads))
+        report = report.with_gains(timing.gains(timings, threads))
     if as_json:
         _print_json({"model": report.model, "target": report.target, **(report.gains or {})})
     else:

@@ -7,6 +7,7 @@ model.run({"x": array}, threads=1)["logits"]
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ FORMAT = 1
 _POOL_VARIABLE = "TVM_NUM_THREADS"
 
 # Bytes: what compiled code expects of an address.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 # Elements from which an output is handed over uncopied.
 _LARGE = 1 << 18
 
@@ -41,11 +42,21 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A constant of the model in its weights file, at `offset` bytes, a multiple of ALIGNMENT."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What manifest.json says of a compiled library.
 
     device: cpu, metal or cuda, where its tensors live. threads: how many to use where the caller does not say.
-    constant_outputs: names of those that every run returns in the same memory.
+    constant_outputs: names of those that every run returns in the same memory. weights: what the entry takes after the
+    inputs, from `weights_file`; empty where the library holds its weights itself. precision: what it computes in.
     """
 
     target: str
@@ -58,6 +69,9 @@ class Manifest:
     source_sha256: str = ""
     threads: int | None = None
     constant_outputs: tuple[str, ...] = ()
+    precision: str = "fp32"
+    weights_file: str | None = None
+    weights: tuple[Weight, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -66,9 +80,20 @@ class Manifest:
     def from_json(cls, document: Mapping[str, Any]) -> Manifest:
         fields = {key: value for key, value in document.items() if key != "format"}
         for key in ("inputs", "outputs"):
-            fields[key] = tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in fields[key])
+            fields[key] = tensors_of(fields[key])
         fields["constant_outputs"] = tuple(document.get("constant_outputs", ()))
+        fields["weights"] = weights_of(document.get("weights", ()))
         return cls(**fields)
+
+
+def tensors_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
+    """From their JSON form."""
+    return tuple(Tensor(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+
+
+def weights_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Weight, ...]:
+    """From their JSON form."""
+    return tuple(Weight(row["dtype"], tuple(row["shape"]), row["offset"]) for row in rows)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -100,12 +125,15 @@ class LoadedModel:
 
     def __init__(self, directory: Path) -> None:
         self.manifest = read_manifest(directory)
+        if is_linked_in(self.manifest.library):
+            raise UserError(linked_in_sentence(str(directory / self.manifest.library), self.manifest.target))
         self._devices = _devices(self.manifest)
         library = directory / self.manifest.library
         if not library.exists():
             raise UserError(f"{directory} holds no {library.name}, which its manifest names")
         # Looked up once, because a lookup costs as much as a small kernel.
         self._function = self._open(library)[self.manifest.entry]
+        self._weights = _weights(directory, self.manifest, self._devices[0])
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -126,7 +154,7 @@ class LoadedModel:
         threads = threads if threads is not None else self.manifest.threads
         if threads is not None:
             set_threads(threads)
-        results = self._function(*(_to_device(array, self._devices[0]) for array in arrays))
+        results = self._function(*(_to_device(array, self._devices[0]) for array in arrays), *self._weights)
         values = [results] if hasattr(results, "numpy") else list(results)
         on_cpu = self.manifest.device == "cpu"
         found: dict[str, np.ndarray] = {}
@@ -163,11 +191,21 @@ def load(directory: str | Path) -> LoadedModel:
     return LoadedModel(Path(directory))
 
 
+def is_linked_in(library: str) -> bool:
+    """Whether a library of this file name is a static one, which nothing loads at run time."""
+    return library.endswith(".a")
+
+
+def linked_in_sentence(library: str, target: str) -> str:
+    """Why such a library is not run."""
+    return f"{library} is compiled for {target}: it is linked into an app for that device and does not run here"
+
+
 def empty_aligned(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     """An uninitialised array at an address from which `LoadedModel.run` reads without copying."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
@@ -237,10 +275,32 @@ def _devices(manifest: Manifest) -> list[Any]:
     return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
 
 
+def _weights(directory: Path, manifest: Manifest, device: Any) -> tuple[Any, ...]:
+    """The weights beside the library as tensors: the mapped file itself on the CPU, copies of it on other devices."""
+    if manifest.weights_file is None:
+        return ()
+    import tvm
+
+    path = directory / manifest.weights_file
+    sizes = [math.prod(w.shape) * tvm.DataType(w.dtype).itemsize for w in manifest.weights]
+    try:
+        file = np.memmap(path, np.uint8, "c")  # writable, as DLPack wants it, in this process alone
+    except (OSError, ValueError):
+        raise UserError(f"{directory} holds no {path.name}, which its manifest names") from None
+    if len(file) < manifest.weights[-1].offset + sizes[-1]:
+        raise UserError(f"{path} is truncated: {len(file)} bytes, {manifest.weights[-1].offset + sizes[-1]} expected")
+    tensors = []
+    for weight, size in zip(manifest.weights, sizes, strict=True):
+        content = tvm.runtime.from_dlpack(file[weight.offset : weight.offset + size])
+        tensor = content._create_view(weight.shape, weight.dtype)
+        tensors.append(tensor if manifest.device == "cpu" else tensor.copyto(device))
+    return tuple(tensors)
+
+
 def _to_device(array: np.ndarray, device: Any) -> Any:
     import tvm
 
-    if device == tvm.cpu() and array.ctypes.data % _ALIGNMENT == 0 and array.flags.writeable and array.size:
+    if device == tvm.cpu() and array.ctypes.data % ALIGNMENT == 0 and array.flags.writeable and array.size:
         return tvm.runtime.from_dlpack(array)  # which read-only arrays do not speak
     return tvm.runtime.tensor(array, device)
 

@@ -23,6 +23,7 @@ from attnrewrite.lowering.layout import channels_last
 from attnrewrite.lowering.packing import pack_weights
 from attnrewrite.lowering.schedules import stack
 from attnrewrite.lowering.targets import HOST_CODE, Target
+from attnrewrite.lowering.weights import lift_weights
 
 ENTRY = "main"
 
@@ -30,13 +31,15 @@ ENTRY = "main"
 @dataclass(frozen=True)
 class Built:
     """kernels: functions in the library; attention_kernels: those of the two ops among them. constant_outputs:
-    positions of the outputs that are constants, which every run returns in the same memory.
+    positions of the outputs that are constants, which every run returns in the same memory. weights: what the entry
+    takes after the model's inputs; empty where the executable holds its weights itself.
     """
 
     executable: Any
     kernels: int
     attention_kernels: int
     constant_outputs: tuple[int, ...]
+    weights: Sequence[tvm.runtime.Tensor]
 
 
 def tvm_target(target: Target) -> tvm.target.Target:
@@ -96,17 +99,29 @@ def fuse(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None,
         )
 
 
-def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None, precision: str = "fp32") -> Built:
+def build(
+    mod: IRModule,
+    target: tvm.target.Target,
+    tuned: Choices | None = None,
+    precision: str = "fp32",
+    *,
+    separate_weights: int | None = None,
+    system_prefix: str | None = None,
+) -> Built:
     """The module compiled for the target: operators made loops, fused, scheduled, turned into machine code.
 
     tuned: tiles to use in place of the cost model's, on CPUs. precision: of products by constant weights, on CPUs
-    (lowering/narrow.py).
+    (lowering/narrow.py). separate_weights: bytes of weights from which they stay outside (lowering/weights.py); None:
+    never. system_prefix: for a library that is linked into a program, what its functions' names begin with.
     """
     on_cpu = target.kind.name == "llvm"
     mod = fuse(mod, target, tuned, precision)
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _schedule(mod, target, tuned)
         constants = _constant_outputs(mod)
+        weights: Sequence[tvm.runtime.Tensor] = ()
+        if separate_weights is not None:
+            mod, weights = lift_weights(mod, ENTRY, separate_weights)
         kernels = [name.name_hint for name, func in mod.functions.items() if isinstance(func, tirx.PrimFunc)]
         mod = _apply(
             mod,
@@ -123,10 +138,23 @@ def build(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None
             transform.VMShapeLower(),
             transform.AttachGlobalSymbol(),
         )
+        if system_prefix is not None:
+            mod = _linked_in(mod, system_prefix)
         pipeline = stack.PIPELINE if on_cpu else limits.PIPELINE
         executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=pipeline)
     attention = [name for name in kernels if name.startswith(("flash_window_attention", "slide_attention"))]
-    return Built(executable, len(kernels), len(attention), constants)
+    return Built(executable, len(kernels), len(attention), constants, weights)
+
+
+def _linked_in(mod: IRModule, prefix: str) -> IRModule:
+    """The module as a system library, its kernels' symbols prefixed: those of two models meet in one program.
+
+    AttachGlobalSymbol would prefix them too, but by renaming inside functions, which it cannot with GPU kernels.
+    """
+    for name, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc):
+            mod[name] = func.with_attr("global_symbol", prefix + func.attrs["global_symbol"])
+    return mod.with_attr("system_lib_prefix", prefix)
 
 
 def _constant_outputs(mod: IRModule) -> tuple[int, ...]:
@@ -162,10 +190,11 @@ def _schedule(mod: IRModule, target: tvm.target.Target, tuned: Choices | None) -
     return mod
 
 
-def export(executable: Any, target: Target, path: Path) -> None:
+def export(executable: Any, target: Target, path: Path) -> tuple[str, ...]:
     """Link the library; for Metal, keep what its machine code was made from beside it, as gzipped LLVM IR.
 
-    Raises CompilerError with the linker's own words where linking fails.
+    Returns the names of the files beside the library. Raises CompilerError with the linker's own words where linking
+    fails.
     """
 
     def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
@@ -181,6 +210,8 @@ def export(executable: Any, target: Target, path: Path) -> None:
 
     link.output_format = path.suffix.removeprefix(".")  # type: ignore[attr-defined]
     executable.export_library(str(path), fcompile=link)
-    if target.kind == "metal":
-        (host,) = executable.mod.imports
-        path.with_name(HOST_CODE).write_bytes(gzip.compress(host.inspect_source("ll").encode(), mtime=0))
+    if target.kind != "metal":
+        return ()
+    (host,) = executable.mod.imports
+    path.with_name(HOST_CODE).write_bytes(gzip.compress(host.inspect_source("ll").encode(), mtime=0))
+    return (HOST_CODE,)

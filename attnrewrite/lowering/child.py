@@ -22,6 +22,7 @@ from typing import Any
 from attnrewrite.errors import AttnRewriteError, UserError, last_line
 from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME, versions
 from attnrewrite.lowering.targets import Target
+from attnrewrite.runtime import tensors_of
 
 
 def main() -> int:
@@ -62,9 +63,10 @@ def compile_request(
 
         return compile_kernels(request["kernels"], Target.from_json(request["target"]), work, timed)
     with timed("loading TVM"):
-        from attnrewrite.lowering import build, importer, narrow
+        from attnrewrite.lowering import build, importer, narrow, static_library
         from attnrewrite.lowering.precision import to_half
         from attnrewrite.lowering.split_linear import split_linear
+        from attnrewrite.lowering.weights import WEIGHTS_NAME, write_weights
     target = Target.from_json(request["target"])
     tvm_target = build.tvm_target(target)
     if request["precision"] == "bf16":
@@ -89,10 +91,33 @@ def compile_request(
             )
     with build.device_compiler(target, tvm_target) as finish:
         with timed("compiling"):
-            built = build.build(mod, tvm_target, None if tiles is None else tiles.choices, request["precision"])
+            built = build.build(
+                mod,
+                tvm_target,
+                None if tiles is None else tiles.choices,
+                request["precision"],
+                separate_weights=request["separate_weights"],
+                system_prefix=static_library.system_prefix(request["name"]) if target.is_linked_in else None,
+            )
         with timed("linking"):
-            build.export(built.executable, target, library)
-            finish(library)
+            weights = write_weights(built.weights, work / WEIGHTS_NAME) if built.weights else ()
+            weights_file = WEIGHTS_NAME if weights else None
+            beside = [] if weights_file is None else [weights_file]
+            if target.is_linked_in:
+                beside += static_library.export_static(
+                    built.executable,
+                    target,
+                    work,
+                    name=request["name"],
+                    entry=build.ENTRY,
+                    inputs=tensors_of(inputs),
+                    outputs=tensors_of(outputs),
+                    weights=weights,
+                    weights_file=weights_file,
+                )
+            else:
+                beside += build.export(built.executable, target, library)
+                finish(library)
     return {
         "entry": build.ENTRY,
         "inputs": inputs,
@@ -102,6 +127,10 @@ def compile_request(
         "constant_outputs": [outputs[i]["name"] for i in built.constant_outputs],
         "tuning": None if tiles is None else tiles.to_json(),
         "library_bytes": library.stat().st_size,
+        "weights": [asdict(weight) for weight in weights],
+        "weights_file": weights_file,
+        "weights_bytes": 0 if weights_file is None else (work / weights_file).stat().st_size,
+        "beside": beside,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

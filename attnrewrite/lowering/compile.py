@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import attnrewrite
 from attnrewrite.errors import CompilerError, UserError
 from attnrewrite.lowering.search import Progress
 from attnrewrite.lowering.targets import Target
-from attnrewrite.runtime import Manifest, Tensor, default_threads, write_manifest
+from attnrewrite.runtime import Manifest, Tensor, Weight, default_threads, tensors_of, weights_of, write_manifest
 
 # TVM's Python interface changes with every release.
 TVM_VERSION = "0.27.0.post1"
@@ -32,6 +33,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 REQUEST_NAME = "request.json"
 RESULT_NAME = "result.json"
+
+# Bytes of a model's weights from which they stand beside the library. Below, one file is handier, and what loading
+# takes for a moment (1 GB at most) any machine has; a phone's app may not, so a library for one never holds them.
+SEPARATE_WEIGHTS = 1 << 28
 
 # Of the child's standard error, what is kept as a detail of the error raised.
 DETAIL_LINES = 20
@@ -42,7 +47,8 @@ class CompileReport:
     """What one compilation made.
 
     kernels: functions in the library, attention_kernels: those of the two ops among them. seconds: by stage.
-    constant_outputs: names of the outputs that are the same in every run.
+    constant_outputs: names of the outputs that are the same in every run. weights: those in `weights_file`, empty where
+    the library holds them itself. beside: names of the files that were made with the library.
     peak_memory_bytes: of the compiling process. tuning: the register tiles that were measured, where any were used;
     `Tiles.to_json` of lowering/tuning.py.
     """
@@ -59,6 +65,10 @@ class CompileReport:
     peak_memory_bytes: int
     versions: dict[str, str]
     constant_outputs: tuple[str, ...] = ()
+    weights_file: str | None = None
+    weights: tuple[Weight, ...] = ()
+    weights_bytes: int = 0
+    beside: tuple[str, ...] = ()
     tuning: dict[str, Any] | None = None
 
 
@@ -72,28 +82,33 @@ def compile_model(
     source_sha256: str = "",
     tune: float | None = None,
     on_tuning: Callable[[Progress], object] | None = None,
+    separate_weights: int | None = None,
+    name: str = "model",
 ) -> CompileReport:
     """Compile an ONNX file (standard operators, and nodes of domain `attnrewrite`) into `output_dir`.
 
-    Writes the library, what goes with it, and manifest.json there, or nothing. precision: what the model computes
-    in; inputs and outputs keep their dtypes. threads: what the manifest says to run with; None: all cores.
-    source_sha256: for the manifest, of the model before rewriting. tune: seconds to search for faster register
-    tiles on this machine's CPU; None: only use what earlier runs found, 0: do not. on_tuning: told how far the
-    search is.
+    Writes the library, what goes beside it and manifest.json there, or nothing. precision: what the model computes in;
+    inputs and outputs keep their dtypes. threads: what the manifest says to run with; None: all cores. source_sha256:
+    for the manifest, of the model before rewriting. tune: seconds to search for faster register tiles on this machine's
+    CPU; None: only use what earlier runs found, 0: do not. on_tuning: told how far the search is. separate_weights:
+    bytes of weights from which they go into a file of their own; None: SEPARATE_WEIGHTS, and always for an app. name:
+    of the model, by which a library that is linked into an app calls its functions.
 
     Raises CompilerError, with the compiler's last words as a note, and UserError for a precision that is not known
     or that the target does not have.
     """
     check_precision(precision, target)
     check_tvm_version()
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".compile-") as name:
-        work = Path(name)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".compile-") as folder:
+        work = Path(folder)
         request = {
             "model": str(model_path.resolve()),
             "target": target.to_json(),
             "precision": precision,
             "tune": tune,
             "threads": threads or default_threads(),
+            "separate_weights": _separate_weights(target) if separate_weights is None else separate_weights,
+            "name": c_name(name),
         }
         (work / REQUEST_NAME).write_text(json.dumps(request), encoding="utf-8")
         note = None
@@ -109,7 +124,7 @@ def compile_model(
         report = _report(json.loads((work / RESULT_NAME).read_text(encoding="utf-8")), target)
         if note is not None:
             report = replace(report, tuning=_with_note(report.tuning, note))
-        for file in target.files:
+        for file in (report.library, *report.beside):
             shutil.move(work / file, output_dir / file)
     manifest = Manifest(
         target=target.name,
@@ -122,9 +137,22 @@ def compile_model(
         source_sha256=source_sha256,
         threads=threads,
         constant_outputs=tuple(report.constant_outputs),
+        precision=precision,
+        weights_file=report.weights_file,
+        weights=report.weights,
     )
     write_manifest(output_dir, manifest)
     return report
+
+
+def _separate_weights(target: Target) -> int:
+    return 0 if target.is_linked_in else SEPARATE_WEIGHTS
+
+
+def c_name(name: str) -> str:
+    """What the C functions of a model begin with: "Swin-B.v2" -> "swin_b_v2"."""
+    plain = re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
+    return plain if plain[:1].isalpha() else f"model_{plain}".rstrip("_")
 
 
 def check_precision(precision: str, target: Target | None) -> None:
@@ -220,12 +248,12 @@ def _signal_name(number: int) -> str:
 
 
 def _report(result: dict[str, Any], target: Target) -> CompileReport:
-    inputs, outputs = (
-        tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in result.pop(key))
-        for key in ("inputs", "outputs")
-    )
+    inputs, outputs = (tensors_of(result.pop(key)) for key in ("inputs", "outputs"))
+    weights = weights_of(result.pop("weights"))
     return CompileReport(
         target=target.name,
+        weights=weights,
+        beside=tuple(result.pop("beside")),
         library=target.library,
         inputs=inputs,
         outputs=outputs,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attnrewrite.errors import UserError
+from attnrewrite.runtime import is_linked_in
 
 # LLVM IR of a Metal library's host functions, by which it can be run where there is no Mac.
 HOST_CODE = "host.ll.gz"
@@ -38,9 +39,9 @@ class Target:
         return "cpu" if self.kind == "arm" else self.kind
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """What compiling writes, beside the manifest."""
-        return (self.library, HOST_CODE) if self.kind == "metal" else (self.library,)
+    def is_linked_in(self) -> bool:
+        """Whether the library is a static one, for an app."""
+        return is_linked_in(self.library)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "tvm": self.tvm, "link": self.link, "library": self.library}
@@ -74,6 +75,9 @@ _CUDA_CHIPS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "s
 _DEFAULT_CUDA = "sm_80"
 
 _METAL_CHIPS = ("m1", "m2", "m3", "m4")
+# Apps for iPhones and iPads whose GPU has what an M1's has.
+_IOS = "ios"
+_IOS_ARM = {"kind": "llvm", "mtriple": "arm64-apple-ios16.0", "mcpu": "apple-a14"}
 
 _DESCRIPTIONS: dict[Kind, str] = {
     "cpu": "shared library for this machine's CPU",
@@ -81,6 +85,8 @@ _DESCRIPTIONS: dict[Kind, str] = {
     "metal": "arm64 dylib for macOS with the Metal kernels inside",
     "cuda": "shared library with the CUDA kernels inside, for the GPU architecture named",
 }
+
+_IOS_DESCRIPTION = "arm64 static library for apps on iOS 16, with header and Swift example; weights in a file beside it"
 
 
 def _cpu(chip: str | None) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _metal(chip: str | None) -> dict[str, Any]:
         "max_threads_per_block": 1024,
         "max_shared_memory_per_block": 32768,
         "thread_warp_size": 32,
-        "host": {**_MACOS_ARM, "mcpu": f"apple-{chip or 'm1'}", "mattr": ["+neon"]},
+        "host": {**(_IOS_ARM if chip == _IOS else {**_MACOS_ARM, "mcpu": f"apple-{chip or 'm1'}"}), "mattr": ["+neon"]},
     }
 
 
@@ -119,7 +125,7 @@ def _cuda(chip: str | None) -> dict[str, Any]:
 _KINDS: dict[Kind, tuple[Any, tuple[str, ...]]] = {
     "cpu": (_cpu, ()),
     "arm": (_arm, tuple(_ARM_CHIPS)),
-    "metal": (_metal, _METAL_CHIPS),
+    "metal": (_metal, (*_METAL_CHIPS, _IOS)),
     "cuda": (_cuda, _CUDA_CHIPS),
 }
 
@@ -151,16 +157,27 @@ def parse_target(text: str, tvm_target_json: str | None = None) -> Target:
     tvm = build(chip)
     if tvm_target_json is not None:
         tvm = {**tvm, **_parse_json(tvm_target_json)}
-    apple = kind == "metal" or (chip or "").startswith("apple-")
+    link, library = _product(kind, chip)
     return Target(
         name=f"{kind}:{chip}" if chip else kind,
         kind=kind,
         chip=chip,
         tvm=tvm,
-        link="aarch64-macos" if apple else "aarch64-linux-gnu" if kind == "arm" else None,
-        library="model.dylib" if apple or (kind == "cpu" and platform.system() == "Darwin") else "model.so",
-        description=_DESCRIPTIONS[kind],
+        link=link,
+        library=library,
+        description=_IOS_DESCRIPTION if chip == _IOS else _DESCRIPTIONS[kind],
     )
+
+
+def _product(kind: Kind, chip: str | None) -> tuple[str | None, str]:
+    """The zig target triple and the name of the library."""
+    if chip == _IOS:
+        return "aarch64-ios.16.0", "model.a"
+    if kind == "metal" or (chip or "").startswith("apple-"):
+        return "aarch64-macos", "model.dylib"
+    if kind == "arm":
+        return "aarch64-linux-gnu", "model.so"
+    return None, "model.dylib" if kind == "cpu" and platform.system() == "Darwin" else "model.so"
 
 
 def _parse_json(text: str) -> dict[str, Any]:

@@ -182,6 +182,8 @@ def _compile_sentence(compiled: dict[str, Any]) -> str:
     sentence = f"{compiled['library']} for {compiled['target']}"
     if "bytes" in compiled:
         sentence += f", {compiled['bytes'] / 1e6:.1f} MB"
+    if compiled.get("weights_bytes"):
+        sentence += f" and {compiled['weights_bytes'] / 1e6:.1f} MB of weights beside it"
     if "seconds" in compiled:
         sentence += f", in {compiled['seconds']:.1f} s"
     return sentence

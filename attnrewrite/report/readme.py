@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attnrewrite
+from attnrewrite.errors import UserError
 from attnrewrite.report.document import Report, facts, headline
-from attnrewrite.runtime import Tensor
+from attnrewrite.runtime import Tensor, is_linked_in, read_manifest
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,6 +31,27 @@ _QUARANTINE = "macOS quarantines what a browser fetched: `xattr -d com.apple.qua
 _FIRST_RUN = "The first run takes longer: macOS compiles the kernels for the GPU at hand."
 
 
+def readme_of(report: Report, directory: Path, model: Path) -> str:
+    """The README of a directory by what stands in it: its manifest, or the rewritten model's interface."""
+    from attnrewrite.verify.inputs import interface
+
+    if report.compile is not None and "error" not in report.compile:
+        manifest = read_manifest(directory)
+        tvm = manifest.versions["apache-tvm"]
+        return to_readme(
+            report,
+            manifest.inputs,
+            manifest.outputs,
+            library=manifest.library,
+            tvm=tvm,
+            weights_file=manifest.weights_file,
+        )
+    inputs: list[Tensor] = []
+    with contextlib.suppress(UserError):  # inputs of unknown rank, or none of numbers
+        inputs = [Tensor(spec.name, str(spec.dtype), spec.shape) for spec in interface(model).inputs]
+    return to_readme(report, inputs, (), library=None, tvm=None, program=not model.exists())
+
+
 def to_readme(
     report: Report,
     inputs: Sequence[Tensor],
@@ -36,6 +59,7 @@ def to_readme(
     *,
     library: str | None,
     tvm: str | None,
+    weights_file: str | None = None,
     program: bool = False,
 ) -> str:
     """Markdown. inputs and outputs may be empty, where they are not known.
@@ -55,6 +79,9 @@ def to_readme(
         outputs=outputs,
         code=_code,
         program=program,
+        app=library is not None and is_linked_in(library),
+        library=library,
+        weights_file=weights_file,
         needs=_ANYWHERE if library is None else _needs(report.target or ""),
         arguments=" ".join(f"--input {shlex.quote(f'{t.name}={_file_name(t.name)}')}" for t in inputs),
         tvm=tvm,

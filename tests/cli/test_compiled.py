@@ -111,3 +111,27 @@ def test_the_commands_of_the_readme_run(command, built, tmp_path, monkeypatch):
     for line in lines:
         assert command(*shlex.split(line)[1:]).code == 0
     assert np.load(tmp_path / "outputs" / "y.npy").shape == (1, 16, 8)
+
+
+def test_an_artifact_for_apps_says_that_it_does_not_run_here(command, tmp_path, monkeypatch):
+    import attnrewrite.bench as timing
+
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.0)
+    model = tiny.save(tmp_path / "vit.onnx", tiny.global_attention())
+    assert command("optimize", model, "--target", "metal:ios", "--precision", "fp16", "--quiet").code == 0
+    directory = tmp_path / "vit-metal-ios"
+    report = json.loads((directory / "report.json").read_text())
+    assert {"model.a", "model.h", "module.modulemap", "Example.swift", "README.md"} < set(report["files"])
+    assert json.loads((directory / "manifest.json").read_text())["precision"] == "fp16"
+    assert "int vit_run(void);" in (directory / "model.h").read_text()
+    readme = (directory / "README.md").read_text()
+    assert readme.startswith("# vit.onnx for metal:ios (fp16)\n")
+    assert "## Put it into an app" in readme
+    assert "attnrewrite run" not in readme
+    sentence = "model.a is compiled for metal:ios: it is linked into an app for that device and does not run here"
+    assert sentence in command("verify", model, directory).stdout.replace("\n", " ")
+    assert sentence in command("bench", directory).stderr
+    np.save(tmp_path / "x.npy", np.zeros((1, 16, 8), np.float32))
+    done = command("run", directory, "--input", f"x={tmp_path / 'x.npy'}", "--output", tmp_path / "out")
+    assert done.code == 2
+    assert sentence in done.stderr.replace("\n", " ")

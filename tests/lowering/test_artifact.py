@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -176,6 +177,65 @@ def test_half_precision_keeps_the_interface(tmp_path):
     assert 1e-6 < error <= 2e-2  # logits of about 10 with 11 bits: 5e-3 each, twice in the exponent
 
 
+def with_large_weights() -> onnx.ModelProto:
+    """Of the small network's interface; one weight is used twice, and one is an output."""
+    nodes = [
+        node("MatMul", "x w", "a"),
+        node("Relu", "a", "b"),
+        node("Mul", "b k", "m"),
+        node("Add", "m k", "y"),
+        node("Identity", "k", "c"),
+    ]
+    graph = model(nodes[:-1], {"x": ["batch", 3, 13, 10]}, {"w": normal(10, 300), "k": normal(13, 300)})
+    graph.graph.node.append(nodes[-1])
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.FLOAT, [13, 300]))
+    return graph
+
+
+@pytest.fixture(scope="module")
+def weights_beside(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("beside")
+    return directory, artifact(with_large_weights(), directory, "cpu", separate_weights=0)
+
+
+def test_weights_beside_the_library(weights_beside):
+    directory, report = weights_beside
+    assert report.weights_file == "weights.bin"
+    assert [weight.offset % runtime.ALIGNMENT for weight in report.weights] == [0] * len(report.weights)
+    assert report.weights_bytes == (directory / "weights.bin").stat().st_size >= 4 * (10 + 13) * 300
+    assert runtime.read_manifest(directory).weights == report.weights
+    assert report.library_bytes < 60_000
+    loaded = runtime.load(directory)
+    for batch in (1, 2):
+        x = normal(batch, 3, 13, 10)
+        results = loaded.run({"x": x})
+        assert relative_error(results["y"], reference(with_large_weights(), x)) <= 1e-5
+        np.testing.assert_array_equal(results["c"], normal(13, 300))
+        results["c"][...] = 0  # the caller's own: neither the next run nor the file may notice
+    assert normal(13, 300).tobytes() in (directory / "weights.bin").read_bytes()
+
+
+def test_fewer_weights_than_asked_for_stay_inside(tmp_path):
+    report = artifact(with_large_weights(), tmp_path, "cpu", separate_weights=4 * (10 + 13) * 320 + 1)
+    assert (report.weights, report.weights_file, report.beside) == ((), None, ())
+    x = normal(1, 3, 13, 10)
+    found = runtime.load(tmp_path).run({"x": x})["y"]
+    assert relative_error(found, reference(with_large_weights(), x)) <= 1e-5
+
+
+def test_weights_that_are_not_all_there(weights_beside, tmp_path):
+    directory = Path(shutil.copytree(weights_beside[0], tmp_path / "copy"))
+    content = (directory / "weights.bin").read_bytes()
+    (directory / "weights.bin").write_bytes(content[:-1])
+    with pytest.raises(
+        UserError, match=rf"weights\.bin is truncated: {len(content) - 1} bytes, {len(content)} expected"
+    ):
+        runtime.load(directory)
+    (directory / "weights.bin").unlink()
+    with pytest.raises(UserError, match=r"copy holds no weights\.bin, which its manifest names"):
+        runtime.load(directory)
+
+
 @pytest.mark.parametrize("target", ["arm", "arm:cortex-a76"])
 def test_arm_library_is_aarch64_elf(tmp_path, target):
     artifact(small_network(), tmp_path, target)
@@ -187,12 +247,14 @@ def test_arm_library_is_aarch64_elf(tmp_path, target):
 
 
 @pytest.mark.slow
-def test_arm_library_runs_under_qemu(tmp_path):
+@pytest.mark.parametrize("separate_weights", [0, None], ids=["weights beside", "weights inside"])
+def test_arm_library_runs_under_qemu(tmp_path, separate_weights):
     emulator = find_emulator()
     if isinstance(emulator, Missing):
         pytest.skip(emulator.reason)
-    proto = small_network("batch")
-    artifact(proto, tmp_path, "arm")
+    proto = with_large_weights() if separate_weights == 0 else small_network("batch")
+    report = artifact(proto, tmp_path, "arm", separate_weights=separate_weights)
+    assert bool(report.weights) == (separate_weights == 0)
     x = normal(2, 3, 13, 10)
     assert relative_error(emulator.run(tmp_path, {"x": x})["y"], reference(proto, x)) <= 1e-5
 

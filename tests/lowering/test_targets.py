@@ -18,6 +18,7 @@ TARGETS = [
     ("arm:apple-m1", "aarch64-macos", "model.dylib"),
     ("metal", "aarch64-macos", "model.dylib"),
     ("metal:m2", "aarch64-macos", "model.dylib"),
+    ("metal:ios", "aarch64-ios.16.0", "model.a"),
     ("cuda", None, "model.so"),
     ("cuda:sm_90", None, "model.so"),
 ]

@@ -103,4 +103,4 @@ def test_emulate_wants_a_library_for_metal(original: Path, tmp_path: Path) -> No
     attnrewrite.optimize(original, verify=False).save(tmp_path / "rewritten")
     done = verify(original, tmp_path / "rewritten")
     assert done.exit_code == 2
-    assert "--emulate runs libraries for metal" in done.stderr
+    assert "--emulate runs dynamic libraries for metal" in done.stderr
