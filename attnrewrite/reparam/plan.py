@@ -18,7 +18,7 @@ from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value
 from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.forms import Form, Forms, total
-from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling
+from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling, shifted
 from attnrewrite.reparam.read import PRODUCTS, SUMS, Reading, read_offset, summands
 from attnrewrite.reparam.weights import Weights, weights_of
 
@@ -300,14 +300,22 @@ class Planner:
     def _group(
         self, node: Node, base: Value, terms: Sequence[tuple[int, Value]], offsets: Sequence[tuple[int, Value]]
     ) -> Group | None:
-        shape = node.output.known_shape
+        """The summands as one operator, with those constants beside them that lie along its channels."""
         forms = [(sign, self.forms.of(v)[base]) for sign, v in terms]
-        operator = total(forms, [(sign, read_offset(v, shape)) for sign, v in offsets])
+        operator = total(forms)
         nodes = frozenset[Node]().union(*(f.nodes for _, f in forms))
         if not isinstance(operator, Operator) or not is_written(operator) or not has_product(nodes):
             return None
-        group = Group(base, operator, nodes, sum(f.branches for _, f in forms), (*terms, *offsets))
-        return None if self._is_plain(group) and (not operator.axes or not offsets) else group
+        taken = list(terms)
+        for term in offsets:
+            offset = read_offset(term[1], node.output.known_shape)
+            moved = None if offset is None else shifted(operator, offset, term[0])
+            if isinstance(moved, Operator):
+                operator = moved
+                taken.append(term)
+        group = Group(base, operator, nodes, sum(f.branches for _, f in forms), tuple(taken))
+        is_biased = operator.axes and len(taken) > len(terms)
+        return None if self._is_plain(group) and not is_biased else group
 
     def _saving(self, node: Node, group: Group) -> int:
         shape = node.output.known_shape

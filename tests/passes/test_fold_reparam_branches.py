@@ -240,6 +240,83 @@ def test_shared_weights_stay_for_whoever_shares_them() -> None:
 
 
 NearMiss = Callable[[Builder, str], str]
+BOTH = [K3, K1]
+
+# Summands beside two branches, in ONNX and in NumPy: the branches are one convolution, the summand is added as before.
+BESIDE: dict[str, tuple[NearMiss, Callable[[np.ndarray], np.ndarray]]] = {
+    "activation": (lambda g, x: g.op("Relu", x), lambda x: np.maximum(x, 0)),
+    "constant-per-pixel": (lambda g, x: g.constant(PIXELS), lambda x: PIXELS),
+    # [11] lines up with the last axis; six channels would not
+    "constant-along-the-width": (lambda g, x: g.constant(PIXELS[0]), lambda x: PIXELS[0]),
+    "one-channel-of-its-own": (
+        lambda g, x: g.op("ReduceMax", x, axes=[1], keepdims=1),
+        lambda x: x.max(axis=1, keepdims=True),
+    ),
+}
+PIXELS = np.random.default_rng(3).normal(size=SIZE)
+
+
+@pytest.mark.parametrize("subtracted", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+def test_other_summands_stay(name: str, subtracted: bool) -> None:
+    write, evaluate = BESIDE[name]
+    g = Builder()
+    data = g.input("x", [2, CHANNELS, *SIZE])
+    branches = [b.write(g, data, seed) for seed, b in enumerate(BOTH)]
+    beside = write(g, data)
+    total = g.op("Sub", branches[0], beside) if subtracted else g.op("Add", beside, branches[0])
+    outcome = fold(g.model({"y": g.op("Add", total, branches[1])}))
+    (record,) = outcome.reparam
+    assert (record.branches, record.verdict) == (2, "rewrite")
+    assert convolutions(outcome.graph) == 1
+    x = np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)
+    expected = sum(convolve(x.astype(np.float64), b, *b.weights(seed)) for seed, b in enumerate(BOTH))
+    expected = expected - evaluate(x) if subtracted else expected + evaluate(x)
+    assert error(run(written(outcome), {"x": x})["y"], expected) <= 2e-6
+
+
+def test_a_difference_of_branches() -> None:
+    g = Builder()
+    x = g.input("x", [2, CHANNELS, *SIZE])
+    outcome = fold(g.model({"y": g.op("Sub", K1.write(g, x, 0), K3.write(g, x, 1))}))
+    assert convolutions(outcome.graph) == 1
+    numbers = np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)
+    wide = numbers.astype(np.float64)
+    expected = convolve(wide, K1, *K1.weights(0)) - convolve(wide, K3, *K3.weights(1))
+    assert error(run(written(outcome), {"x": numbers})["y"], expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pads": [2, 1, 0, 1]}, {"auto_pad": "SAME_LOWER", "pads": None}], ids=["off-centre", "padded-by-name"]
+)
+def test_padding_of_any_kind(changes: dict[str, object]) -> None:
+    g = Builder()
+    x = g.input("x", [2, CHANNELS, *SIZE])
+    model = g.model({"y": g.op("Add", K3.write(g, x, 0), K3.write(g, x, 1, **changes))})
+    numbers = {"x": np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)}
+    outcome = fold(model)
+    assert convolutions(outcome.graph) == 1
+    assert error(run(written(outcome), numbers)["y"], run(model, numbers)["y"]) <= 4e-6
+
+
+def test_weights_beyond_the_range_of_their_type_are_not_folded() -> None:
+    """Two kernels of 40000 in float16, of which the sum is infinite; their results are not, for small inputs."""
+    g = Builder(element_type=TensorProto.FLOAT16)
+    x = g.input("x", [2, CHANNELS, *SIZE])
+    large = g.constant(np.full((CHANNELS, CHANNELS, 1, 1), 4e4))
+    outcome = fold(g.model({"y": g.op("Add", g.op("Conv", x, large), g.op("Conv", x, large))}))
+    (record,) = outcome.reparam
+    assert (record.verdict, record.reason) == ("leave", "the folded weights are beyond the range of float16")
+    assert not outcome.modified
+
+
+def test_the_report_counts_multiplications_and_units_in_the_last_place() -> None:
+    (record,) = fold(CASES["half"].model()).reparam
+    pixels = CHANNELS * SIZE[0] * SIZE[1]
+    assert record.multiplications_before == pixels * (6 * 9 + 6 + 1)
+    assert record.multiplications_after == pixels * 6 * 9
+    assert record.max_weight_error_ulp is not None
+    assert 0.4 < record.max_weight_error_ulp <= 0.5
 
 
 def computed_weight(g: Builder, x: str) -> str:
