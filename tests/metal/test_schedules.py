@@ -48,6 +48,21 @@ CASES: dict[str, tuple[list[tuple[Any, ...]], Builder]] = {
         [(2, 9, 33), (33, 40), (40,), (2, 9, 40)],
         lambda x, w, b, r: op.add(op.add(op.matmul(x, w), b), r),
     ),
+    # Four neighbours at a time: along the reduction of one side and along the columns of the other, or of both sides.
+    "matmul-in-vectors": (
+        [(2, 36, 48), (48, 72), (72,), (2, 36, 72), (36, 1)],
+        lambda x, w, b, r, c: op.add(op.sigmoid(op.add(op.multiply(op.matmul(x, w), c), b)), r),
+    ),
+    "matmul-transposed-in-vectors": (
+        [(3, 20, 32), (3, 44, 32)],
+        lambda a, b: op.matmul(a, op.permute_dims(b, [0, 2, 1])),
+    ),
+    "matmul-of-heads": (
+        [(2, 12, 3, 16), (2, 12, 3, 16)],
+        lambda a, b: op.permute_dims(
+            op.matmul(op.permute_dims(a, [0, 2, 1, 3]), op.permute_dims(b, [0, 2, 3, 1])), [0, 2, 1, 3]
+        ),
+    ),
     "conv-3x3": ([(2, 5, 9, 11), (7, 5, 3, 3)], lambda x, w: op.nn.conv2d(x, w, padding=1)),
     "conv-patch-embed": (
         [(1, 3, 16, 24), (20, 3, 4, 4), (1, 20, 1, 1)],
@@ -129,6 +144,7 @@ HALF = [
     "matmul",
     "matmul-one-row",
     "matmul-bias-residual",
+    "matmul-in-vectors",
     "conv-3x3",
     "conv-depthwise",
     "softmax",
