@@ -139,6 +139,8 @@ class ModuleResult:
             modules.save(self.program or self._given.exported(self.module), stage / "model.pt2")
             if self.compiled is None:
                 artifact.write_reports(self.report, stage, "")
+            else:
+                artifact.name_files(stage)
         return destination
 
     def run(self, inputs: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:

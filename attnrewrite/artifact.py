@@ -362,12 +362,17 @@ def write_reports(report: Report, directory: Path, source_sha256: str) -> None:
     (directory / PAGE_NAME).write_text(to_html(report), encoding="utf-8")
     readme = readme_of(report, directory, directory / MODEL_NAME)
     (directory / README_NAME).write_text(readme, encoding="utf-8")
-    document = report.to_json() | {
-        "source_sha256": source_sha256,
-        "generator": GENERATOR,
-        "version": attnrewrite.__version__,
-        "files": sorted(path.name for path in directory.iterdir()),
-    }
+    origin = {"source_sha256": source_sha256, "generator": GENERATOR, "version": attnrewrite.__version__}
+    _write_document(report.to_json() | origin, directory)
+
+
+def name_files(directory: Path) -> None:
+    """Let report.json name what stands in the directory now. Raises UserError where there is no report."""
+    _write_document(read_report(directory)[1], directory)
+
+
+def _write_document(document: dict[str, Any], directory: Path) -> None:
+    document["files"] = sorted(path.name for path in directory.iterdir() if path.name != REPORT_NAME)
     (directory / REPORT_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

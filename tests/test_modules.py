@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_parameters_in_what_is_no_gather_keep_the_original():
     assert "still being trained" in live.report.reparam[0].reason
     with torch.no_grad():
         assert [r.verdict for r in attnrewrite.optimize(model, (x,)).report.reparam] == ["rewrite"]
+
+
+@pytest.mark.parametrize("target", [None, "cpu"])
+def test_a_saved_directory_is_replaced(tmp_path, target):
+    result = attnrewrite.optimize(nn.Linear(4, 3).eval(), (torch.randn(1, 4),), target=target, compile=False)
+    for _ in range(2):
+        directory = result.save(tmp_path / "out")
+    report = json.loads((directory / "report.json").read_text())
+    assert {*report["files"], "report.json"} == {path.name for path in directory.iterdir()}
 
 
 def test_dynamic_batch_and_saving(tmp_path):

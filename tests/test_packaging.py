@@ -20,6 +20,20 @@ def test_every_package_is_listed():
     assert listed == sorted(listed)
 
 
+def test_every_data_file_is_packaged():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {
+        path
+        for package, globs in patterns.items()
+        for glob in globs
+        for path in ROOT.joinpath(*package.split(".")).glob(glob)
+    }
+    found = {
+        path for path in (ROOT / "attnrewrite").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert found == {path for path in packaged if path.is_file()}
+
+
 def test_import_loads_nothing_heavy():
     heavy = {"tvm", "onnx", "onnxruntime", "numpy", "torch", "typer"}
     code = f"import attnrewrite, sys; dir(attnrewrite); print(sorted({heavy!r} & set(sys.modules)))"

@@ -100,8 +100,9 @@ def compile_request(
                 system_prefix=static_library.system_prefix(request["name"]) if target.is_linked_in else None,
             )
         with timed("linking"):
-            weights = write_weights(built.weights, work / WEIGHTS_NAME) if built.weights else ()
-            weights_file = WEIGHTS_NAME if weights else None
+            named = f"{request['name']}_{WEIGHTS_NAME}" if target.is_linked_in else WEIGHTS_NAME
+            weights_file = named if built.weights else None
+            weights = () if weights_file is None else write_weights(built.weights, work / weights_file)
             beside = [] if weights_file is None else [weights_file]
             if target.is_linked_in:
                 beside += static_library.export_static(

@@ -17,7 +17,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from attnrewrite.runtime import ALIGNMENT, Weight
 
-WEIGHTS_NAME = "weights.bin"
+WEIGHTS_NAME = "weights.bin"  # for an app, whose bundle may hold those of several models: NAME_weights.bin
 
 # Bytes from which one constant is worth an argument, which is checked in every run.
 _LEAST = 1 << 12

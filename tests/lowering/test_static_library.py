@@ -179,6 +179,7 @@ def missing_in_the_runtime(names: set[str]) -> set[str]:
 def test_half_precision_halves_the_weights_file(for_ios, tmp_path):
     report = artifact(small(), tmp_path, "metal:ios", precision="fp16")
     assert {weight.dtype for weight in report.weights} == {"float16"}
+    assert report.weights_file == "model_weights.bin"
     assert report.weights_bytes * 2 == for_ios[1].weights_bytes
     assert runtime.read_manifest(tmp_path).precision == "fp16"
 

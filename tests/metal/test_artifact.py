@@ -13,10 +13,12 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("tvm")
 
 import attnrewrite
+import attnrewrite.lowering.compile as lowering
 from attnrewrite.cli import app
 from attnrewrite.emulator import EmulatedModel
 from attnrewrite.errors import UserError
 from tests import tiny
+from tests.lowering.compiling import model, node, normal
 from tests.models.onnx_spellings import SPELLINGS
 from tests.running import error, run
 
@@ -79,6 +81,18 @@ def test_model_in_python(original: Path, artifact: Path) -> None:
     (found,), (expected,) = (outputs.values() for outputs in (model.run({"x": x}), run(original, {"x": x})))
     assert error(found, expected) < 1e-5
     assert model.findings == ()
+
+
+def test_weights_beside_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "SEPARATE_WEIGHTS", 0)
+    linear = model([node("MatMul", "x w", "y")], {"x": [2, 40]}, {"w": normal(40, 300)})
+    original = tiny.save(tmp_path / "linear.onnx", linear)
+    directory = attnrewrite.optimize(original, target="metal", verify=False).save(tmp_path / "beside")
+    assert json.loads((directory / "manifest.json").read_text())["weights_file"] == "weights.bin"
+    assert "weights.bin" in json.loads((directory / "report.json").read_text())["files"]
+    assert verify(original, directory).exit_code == 0
+    (directory / "weights.bin").write_bytes(bytes((directory / "weights.bin").stat().st_size))
+    assert verify(original, directory).exit_code == 1
 
 
 def test_a_library_without_its_host_code(artifact: Path, tmp_path: Path) -> None:
