@@ -170,6 +170,54 @@ def test_one_convolution_is_left(some: list[Branch], stride: int, signs: list[bo
     assert error(evaluate(written(outcome), numbers), evaluate(model, numbers)) <= 1e-10
 
 
+def padded(n: Network, x: str) -> str:
+    """Zeros around, then a convolution that takes them off again."""
+    weight = n.g.constant(n.rng.normal(size=(CHANNELS, CHANNELS, 2, 3)))
+    return n.g.op("Conv", n.g.pad(x, [0, 0, 1, 0], [0, 0, 0, 2]), weight)
+
+
+UNARY: list[Branch] = [
+    *AFTERWARDS,
+    padded,
+    lambda n, x: n.conv(x, 3),
+    lambda n, x: n.conv(x, 3, groups=3, bias=False),
+    lambda n, x: n.conv(x, 1, bias=False),
+    lambda n, x: n.conv(x, 5, groups=CHANNELS, dilation=2),
+    lambda n, x: n.pool(x, 3),
+    lambda n, x: n.g.op("Relu", x),
+    lambda n, x: n.g.op("Identity", x),
+    lambda n, x: n.g.add(x, n.rng.normal(size=SIZE)),
+]
+# The operator, and which of the values so far it reads, counted from the latest.
+STEPS = st.tuples(st.integers(0, len(UNARY) + 5), st.integers(0, 4), st.integers(0, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(STEPS, min_size=2, max_size=14),
+    outputs=st.sets(st.integers(0, 14), max_size=2),
+    seed=st.integers(0, 2**16),
+)
+def test_any_graph_computes_the_same(steps: list[tuple[int, int, int]], outputs: set[int], seed: int) -> None:
+    """Values used by several nodes, sums of sums, borders that would change: whatever is folded is equal."""
+    n = Network(Builder(element_type=TensorProto.DOUBLE), np.random.default_rng(seed), stride=1)
+    values = [n.g.input("x", [2, CHANNELS, *SIZE])]
+    for kind, first, second in steps:
+        one, other = (values[-1 - min(k, len(values) - 1)] for k in (first, second))
+        binary = n.g.op("Sub" if kind % 2 else "Add", one, other) if kind >= len(UNARY) else None
+        values.append(binary or UNARY[kind](n, one))
+    seen = {len(values) - 1, *(k for k in outputs if 0 < k < len(values))}
+    model = n.g.model({f"y{k}": values[k] for k in sorted(seen)})
+    outcome = optimize(model, ["fold-reparam-branches"])
+    assert outcome.nodes_after <= outcome.nodes_before
+    x = {"x": np.random.default_rng(1).normal(size=(2, CHANNELS, *SIZE))}
+    results = zip(
+        ReferenceEvaluator(written(outcome)).run(None, x), ReferenceEvaluator(model).run(None, x), strict=True
+    )
+    for found, expected in results:
+        assert error(np.asarray(found), np.asarray(expected)) <= 1e-10
+
+
 NearMiss = Callable[[Network, str, str], str]
 
 
