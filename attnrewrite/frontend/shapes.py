@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx
 
-from attnrewrite.dims import Dim, Extent, NonAffine, Shape, product
+from attnrewrite.dims import Dim, Extent, NonAffine, Shape, is_static, product
 from attnrewrite.frontend.evaluate import python_slice, to_attribute
 from attnrewrite.functions.spec import DOMAIN, SPECS, FlashWindowAttention, SlideAttention
 from attnrewrite.graph import STANDARD_DOMAIN, Node, UnknownShape, Value
@@ -191,6 +191,25 @@ def resize(node: Node, contents: Contents) -> Shape:
     return tuple(result)
 
 
+def convolution(node: Node, contents: Contents) -> Shape:
+    """Of symbolic extents, which ONNX's own inference forgets: (extent + padding - reach - 1) // stride + 1."""
+    (batch, _, *sizes), (filters, _, *taps) = _shape(node.required(0)), _shape(node.required(1))
+    rank = len(sizes)
+    if is_static(tuple(sizes)):
+        raise UnknownShape("left to ONNX's own inference")
+    strides, dilations = (node.attributes.get(name) or [1] * rank for name in ("strides", "dilations"))
+    automatic = node.attributes.get("auto_pad", "NOTSET")
+    pads = [0] * 2 * rank if automatic == "VALID" else node.attributes.get("pads") or [0] * 2 * rank
+    result: list[Extent] = [batch, filters]
+    for k, (extent, tap) in enumerate(zip(sizes, taps, strict=True)):
+        if automatic in ("SAME_UPPER", "SAME_LOWER"):
+            result.append((extent + strides[k] - 1) // strides[k])
+        else:
+            beyond = pads[k] + pads[rank + k] - (tap - 1) * dilations[k] - 1
+            result.append((extent + beyond) // strides[k] + 1)
+    return tuple(result)
+
+
 SHAPE_RULES: dict[str, Callable[[Node, Contents], Shape]] = {
     "Reshape": reshape,
     "Expand": expand,
@@ -205,6 +224,7 @@ SHAPE_RULES: dict[str, Callable[[Node, Contents], Shape]] = {
     "ConstantOfShape": constant_of_shape,
     "Flatten": flatten,
     "Resize": resize,
+    "Conv": convolution,
     **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Mod"], pointwise),
 }
 COMPARISONS = frozenset({"Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or"})

@@ -98,7 +98,9 @@ def _first(planner: Planner, root: Node, base: Value, paths: Sequence[Path], sum
                 return Decline("the result of a branch is used elsewhere as well", node.label)
     for path in paths:
         if path.summand.shape != root.output.shape:
-            return Decline("a branch does not have the shape of the sum", (path.nodes or (root,))[-1].label)
+            known = is_static(path.summand.shape) and is_static(root.output.shape)
+            reason = "a branch does not have" if known else "a branch is not known to have"
+            return Decline(f"{reason} the shape of the sum", (path.nodes or (root,))[-1].label)
     operator = total(forms)
     if isinstance(operator, Inexact):
         return Decline(operator.reason, root.label)

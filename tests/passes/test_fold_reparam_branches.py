@@ -299,6 +299,18 @@ def test_padding_of_any_kind(changes: dict[str, object]) -> None:
     assert error(run(written(outcome), numbers)["y"], run(model, numbers)["y"]) <= 4e-6
 
 
+def test_height_and_width_may_be_symbolic() -> None:
+    """The figures of the report are those of numbers, so there are none."""
+    g = Builder()
+    x = g.input("x", ["batch", CHANNELS, "height", "width"])
+    model = g.model({"y": nested(g, [K5.write(g, x, 0), K1.write(g, x, 1), x])})
+    outcome = fold(model)
+    (record,) = outcome.reparam
+    assert (record.branches, record.verdict, record.multiplications_before) == (3, "rewrite", None)
+    numbers = {"x": np.random.default_rng(9).normal(size=(2, CHANNELS, *SIZE)).astype(np.float32)}
+    assert error(run(written(outcome), numbers)["y"], run(model, numbers)["y"]) <= 4e-6
+
+
 def test_weights_beyond_the_range_of_their_type_are_not_folded() -> None:
     """Two kernels of 40000 in float16, of which the sum is infinite; their results are not, for small inputs."""
     g = Builder(element_type=TensorProto.FLOAT16)
