@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import struct
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ import tvm
 import tvm_ffi
 
 from attnrewrite import runtime
+from attnrewrite.emulator.device import metal_device, metal_target
 from attnrewrite.errors import UserError
 from attnrewrite.lowering import build, importer
 from attnrewrite.lowering.compile import c_name
 from attnrewrite.lowering.split_linear import split_linear
 from attnrewrite.lowering.static_library import export_static, system_prefix
-from attnrewrite.lowering.targets import parse_target
+from attnrewrite.lowering.targets import Target, parse_target
 from attnrewrite.lowering.weights import WEIGHTS_NAME, write_weights
 from attnrewrite.runtime import tensors_of
 from tests.lowering.compiling import artifact, model, node, normal, reference, relative_error
@@ -64,20 +67,20 @@ SENTENCES = [
 ]
 
 
-def test_a_program_with_the_library_linked_in_computes_what_the_model_does(tmp_path):
-    target = replace(parse_target("cpu"), library="model.a")
-    description = build.tvm_target(target)
+def export_small(directory: Path, target: Target, description: Any) -> None:
+    """The model `small` for this machine, as `--target metal:ios` makes it for another."""
+    target = replace(target, link=None, library="model.a")
     proto = small()
     split_linear(proto)
     mod = importer.import_onnx(proto, target, description)
     inputs, outputs = map(tensors_of, importer.interface(mod, *importer.interface_names(proto)))
     built = build.build(mod, description, separate_weights=0, system_prefix=system_prefix("small"))
-    weights = write_weights(built.weights, tmp_path / WEIGHTS_NAME)
+    weights = write_weights(built.weights, directory / WEIGHTS_NAME)
     assert weights
     export_static(
         built.executable,
         target,
-        tmp_path,
+        directory,
         name="small",
         entry=build.ENTRY,
         inputs=inputs,
@@ -85,20 +88,13 @@ def test_a_program_with_the_library_linked_in_computes_what_the_model_does(tmp_p
         weights=weights,
         weights_file=WEIGHTS_NAME,
     )
-    zig(
-        "cc",
-        "-std=c11",
-        "-Wall",
-        "-Werror",
-        "-I",
-        tmp_path,
-        MAIN,
-        tmp_path / "model.a",
-        *RUNTIME,
-        "-lm",
-        "-o",
-        tmp_path / "main",
-    )
+
+
+def test_a_program_with_the_library_linked_in_computes_what_the_model_does(tmp_path):
+    target = parse_target("cpu")
+    export_small(tmp_path, target, build.tvm_target(target))
+    strict = ("-std=c11", "-Wall", "-Werror", "-I", tmp_path)
+    zig("cc", *strict, MAIN, tmp_path / "model.a", *RUNTIME, "-lm", "-o", tmp_path / "main")
     images = normal(3, 3, 13, 10)
     images.tofile(tmp_path / "images")
     run = subprocess.run(
@@ -111,6 +107,29 @@ def test_a_program_with_the_library_linked_in_computes_what_the_model_does(tmp_p
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.fullmatch("\n".join(SENTENCES), run.stdout.strip()), run.stdout
     found = np.fromfile(tmp_path / "outputs", np.float32).reshape(3, 96, 7, 500)
+    assert relative_error(found, reference(small(), images)) <= 1e-5
+
+
+def test_with_a_metal_device_weights_and_inputs_are_copied_there(tmp_path):
+    """The device is this CPU; every access to its memory is checked, so a tensor left on the host would be found."""
+    export_small(tmp_path, parse_target("metal"), metal_target())
+    zig("cc", "-shared", "-Wl,-u,small_load", tmp_path / "model.a", *RUNTIME, "-lm", "-o", tmp_path / "small.so")
+    weights = np.fromfile(tmp_path / WEIGHTS_NAME, np.uint8)
+    images = normal(2, 3, 13, 10)
+    found = np.empty((2, 96, 7, 500), np.float32)
+    with metal_device(recording=True) as device:
+        library = ctypes.CDLL(str(tmp_path / "small.so"))
+        library.small_error.restype = ctypes.c_char_p
+        codes = [
+            library.small_load(weights.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(weights.nbytes)),
+            library.small_set_input(0, images.ctypes.data_as(ctypes.c_void_p), (ctypes.c_int64 * 4)(*images.shape)),
+            library.small_run(),
+            library.small_get_output(0, found.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(found.nbytes)),
+        ]
+        assert codes == [0, 0, 0, 0], library.small_error()
+        assert device.launches
+        assert device.findings == ()
+        library.small_unload()
     assert relative_error(found, reference(small(), images)) <= 1e-5
 
 
@@ -147,7 +166,7 @@ def members_of(archive: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def for_ios(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ios")
-    return directory, artifact(small(), directory, "metal:ios", name="Swin-S.v2")
+    return directory, artifact(small(), directory, "metal:ios", name="Swin-S.v2", precision="fp16")
 
 
 def test_ios_objects(for_ios):
@@ -176,12 +195,14 @@ def missing_in_the_runtime(names: set[str]) -> set[str]:
     return {name for name in names if not any(hasattr(library, name) for library in libraries)}
 
 
-def test_half_precision_halves_the_weights_file(for_ios, tmp_path):
-    report = artifact(small(), tmp_path, "metal:ios", precision="fp16")
+def test_half_precision_halves_the_weights_file(for_ios):
+    directory, report = for_ios
+    assert report.weights_file == "swin_s_v2_weights.bin"
     assert {weight.dtype for weight in report.weights} == {"float16"}
-    assert report.weights_file == "model_weights.bin"
-    assert report.weights_bytes * 2 == for_ios[1].weights_bytes
-    assert runtime.read_manifest(tmp_path).precision == "fp16"
+    elements = [math.prod(weight.shape) for weight in report.weights]
+    assert sorted(elements) == [5 * 500, 96 * 3 * 3 * 3]
+    assert (directory / report.weights_file).stat().st_size <= 2 * sum(elements) + runtime.ALIGNMENT
+    assert runtime.read_manifest(directory).precision == "fp16"
 
 
 def test_a_library_for_an_app_is_not_loaded(for_ios):
