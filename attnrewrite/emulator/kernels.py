@@ -153,9 +153,16 @@ def compile_source(text: str, flags: Sequence[str] = ()) -> Path:
 def _translate(kernel: MetalKernel) -> str:
     """The kernel as C++, and the function by which TVM's host code calls it."""
     buffers = [(element, name.removesuffix("_ptr")) for element, name in _PARAMETER.findall(kernel.source)]
+    cells = [_smallest(space, kernel.source) for space in ("device", "threadgroup")]
     source, shared_bytes = _place_arrays(kernel.source)
     source = _POINTER.sub(lambda match: f"{_POINTER_CLASS[match[1]]}<{match[2]}>", source)
-    return source + _entry(kernel, buffers, shared_bytes)
+    return source + _entry(kernel, buffers, shared_bytes, cells)
+
+
+def _smallest(space: str, source: str) -> int:
+    """Bytes of the smallest element that a kernel accesses in an address space."""
+    found = re.findall(rf"\b{space} (?:const )?(\w+)", source)
+    return min((_BYTES.get(_scalar(element), 4) for element in found), default=4)
 
 
 def _place_arrays(source: str) -> tuple[str, int]:
@@ -175,14 +182,18 @@ def _place_arrays(source: str) -> tuple[str, int]:
     return _ARRAY.sub(place, source), offset
 
 
+def _scalar(element: str) -> str:
+    return element.removeprefix("packed_").rstrip("234")
+
+
 def _size_of(element: str) -> int:
-    scalar = element.rstrip("234")
+    scalar = _scalar(element)
     lanes = {"": 1, "2": 2, "3": 4, "4": 4}[element[len(scalar) :]]
     return _BYTES[scalar] * lanes
 
 
-def _entry(kernel: MetalKernel, buffers: Sequence[tuple[str, str]], shared_bytes: int) -> str:
-    """Unpacks arguments and launch extents and runs the grid."""
+def _entry(kernel: MetalKernel, buffers: Sequence[tuple[str, str]], shared_bytes: int, cells: Sequence[int]) -> str:
+    """Unpacks arguments and launch extents and runs the grid. cells: bytes, of device and of threadgroup memory."""
     name, count = kernel.name, len(kernel.arguments)
     scalars = [f"args[{i}].integer" for i in range(len(buffers), count)]
     extents = {tag: f"args[{count + i}].integer" for i, tag in enumerate(kernel.launch_tags)}
@@ -194,7 +205,7 @@ def _entry(kernel: MetalKernel, buffers: Sequence[tuple[str, str]], shared_bytes
     operands += [f"*({name}_args_t*)scalars"] if scalars else []
     call = ", ".join([*operands, "Position{block}", "Position{thread_index}"])
     names = ", ".join(f'"{buffer}"' for _, buffer in buffers)
-    elements = ", ".join(str(_BYTES[element.rstrip("234")]) for element, _ in buffers)
+    elements = ", ".join(str(_BYTES[_scalar(element)]) for element, _ in buffers)
     return f"""
 static void run(void* arguments, emulator::Index3 block, emulator::Index3 thread_index) {{
   const emulator::Any* args = (const emulator::Any*)arguments;
@@ -204,7 +215,8 @@ static void run(void* arguments, emulator::Index3 block, emulator::Index3 thread
 extern "C" int __tvm_ffi_{name}(void*, const emulator::Any* args, int32_t, emulator::Any* result) {{
   static const char* const names[] = {{{names}}};
   static const int32_t elements[] = {{{elements}}};
-  static const emulator::Kernel described = {{"{name}", run, {len(buffers)}, names, elements, {shared_bytes}}};
+  static const emulator::Kernel described = {{
+      "{name}", run, {len(buffers)}, names, elements, {shared_bytes}, {cells[0]}, {cells[1]}}};
   return emulator::launch(described, args, {index3("blockIdx")}, {index3("threadIdx")}, result);
 }}
 """

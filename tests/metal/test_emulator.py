@@ -148,6 +148,10 @@ NO_FAULTS = {
     "simdgroup-barrier-orders-a-simdgroup": (
         "tile[i] = source_ptr[i]; simdgroup_barrier(mem_flags::mem_threadgroup); target_ptr[i] = tile[i ^ 5];"
     ),
+    "neighbouring-halves-of-a-float": (
+        f"((threadgroup half*)tile)[i] = half(source_ptr[i]); {BARRIER} "
+        "target_ptr[i] = float(((threadgroup half*)tile)[i ^ 1]);"
+    ),
     "unchosen-side-of-a-condition": "target_ptr[i] = (i < 0) ? source_ptr[100] : 0.0f;",
 }
 

@@ -21,6 +21,7 @@ struct Kernel {
   const char* const* names;
   const int32_t* element_bytes;
   int64_t shared_bytes;
+  int32_t device_cell, shared_cell;  // see Memory::cell
 };
 
 #ifndef EMULATOR_INSTRUMENTED
@@ -62,10 +63,10 @@ inline Launch& append_launch() {
   return launch;
 }
 
-inline Memory bind(Buffer& buffer, Parameter& traffic, const char* name, int32_t element) {
+inline Memory bind(Buffer& buffer, Parameter& traffic, const char* name, int32_t element, int32_t cell) {
   snprintf(traffic.name, sizeof(traffic.name), "%s", name);
   traffic.extent = buffer.extent;
-  const size_t cells = buffer.bytes / element + 1;
+  const size_t cells = buffer.bytes / cell + 1;
   if (buffer.num_cells < cells) {
     free(buffer.cells);
     buffer.cells = static_cast<Cell*>(calloc(cells, sizeof(Cell)));
@@ -75,13 +76,14 @@ inline Memory bind(Buffer& buffer, Parameter& traffic, const char* name, int32_t
     buffer.written = static_cast<uint8_t*>(malloc(buffer.bytes + 1));
     memset(buffer.written, 1, buffer.bytes + 1);
   }
-  return {name, buffer.data, buffer.written, buffer.cells, (int64_t)buffer.extent, element, 0, &traffic};
+  return {name, buffer.data, buffer.written, buffer.cells, (int64_t)buffer.extent, element, cell, 0, &traffic};
 }
 
 inline void begin_launch(const Kernel& kernel, const Any* arguments, Index3 blocks, Index3 threads) {
   Running& r = running();
   Launch& launch = append_launch();
   r.launch = &launch;
+  r.shared_cell = kernel.shared_cell;
   snprintf(launch.kernel, sizeof(launch.kernel), "%s", kernel.name);
   launch.groups = (int64_t)blocks.x * blocks.y * blocks.z;
   launch.threads = threads.x * threads.y * threads.z;
@@ -89,7 +91,7 @@ inline void begin_launch(const Kernel& kernel, const Any* arguments, Index3 bloc
   launch.num_parameters = kernel.num_buffers;
   for (int i = 0; i < kernel.num_buffers; ++i) {
     Buffer& buffer = *static_cast<Buffer*>(arguments[i].pointer);
-    r.device[i] = bind(buffer, launch.parameters[i], kernel.names[i], kernel.element_bytes[i]);
+    r.device[i] = bind(buffer, launch.parameters[i], kernel.names[i], kernel.element_bytes[i], kernel.device_cell);
   }
   memset(r.arrays, 0, sizeof(r.arrays));
 }

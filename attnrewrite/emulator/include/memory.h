@@ -40,13 +40,15 @@ struct Memory {
   uint8_t* written;
   Cell* cells;
   int64_t extent;   // bytes
-  int32_t element;  // bytes
+  int32_t element;  // bytes, as declared
+  int32_t cell;     // bytes of one cell: of the smallest element that the kernel accesses in this address space
   uint32_t faults;
   Parameter* traffic;
 };
 
 struct Running {
   Launch* launch;
+  int32_t shared_cell;
   Memory device[kMaxParameters];
   Memory arrays[kMaxArrays];
 };
@@ -113,7 +115,7 @@ inline bool foreign(const Memory& memory, uint32_t epoch) {
 inline void note_read(Memory& memory, int64_t offset) {
   const Session& session = attnrewrite_emulator_session;
   Group& g = group();
-  Cell& cell = memory.cells[offset / memory.element];
+  Cell& cell = memory.cells[offset / memory.cell];
   const uint16_t simd_epoch = g.simd_epochs[g.current / kSimdWidth];
   if (unordered(cell.write_epoch, cell.writer, cell.write_simd_epoch))
     report_race(memory, kReadRace, offset, "reads", cell.writer, "wrote");
@@ -123,9 +125,9 @@ inline void note_read(Memory& memory, int64_t offset) {
     report(memory, kUnwritten, offset, "reads", "which nothing has written");
   if (memory.traffic) {
     Traffic& reads = memory.traffic->reads;
-    reads.requested += memory.element;
-    reads.per_group += cell.read_epoch < session.group_epoch ? memory.element : 0;
-    reads.distinct += cell.first_read_epoch < session.launch_epoch ? memory.element : 0;
+    reads.requested += memory.cell;
+    reads.per_group += cell.read_epoch < session.group_epoch ? memory.cell : 0;
+    reads.distinct += cell.first_read_epoch < session.launch_epoch ? memory.cell : 0;
   }
   const bool with_others = cell.read_epoch == session.epoch && cell.reader != g.current;
   cell.reader = with_others && unordered(cell.read_epoch, cell.reader, cell.read_simd_epoch) ? kSeveral : g.current;
@@ -138,14 +140,14 @@ inline void note_read(Memory& memory, int64_t offset) {
 inline void note_write(Memory& memory, int64_t offset, bool changes) {
   const Session& session = attnrewrite_emulator_session;
   Group& g = group();
-  Cell& cell = memory.cells[offset / memory.element];
+  Cell& cell = memory.cells[offset / memory.cell];
   const bool first = cell.write_epoch < (memory.traffic ? session.launch_epoch : session.group_epoch);
   if (memory.traffic) {
     Traffic& writes = memory.traffic->writes;
-    writes.requested += memory.element;
-    writes.per_group += cell.write_epoch < session.group_epoch ? memory.element : 0;
-    writes.distinct += first ? memory.element : 0;
-    memset(memory.written + offset, 1, memory.element);
+    writes.requested += memory.cell;
+    writes.per_group += cell.write_epoch < session.group_epoch ? memory.cell : 0;
+    writes.distinct += first ? memory.cell : 0;
+    memset(memory.written + offset, 1, memory.cell);
   }
   if (!changes && !first) return;
   if (changes) {
@@ -177,7 +179,7 @@ inline bool valid(Memory& memory, int64_t offset, int64_t bytes, int64_t alignme
 template <typename T>
 inline T read(Memory& memory, int64_t offset) {
   if (!valid(memory, offset, sizeof(T), alignment_of<T>(), false)) return T(0);
-  for (int64_t i = 0; i < (int64_t)sizeof(T); i += memory.element) note_read(memory, offset + i);
+  for (int64_t i = 0; i < (int64_t)sizeof(T); i += memory.cell) note_read(memory, offset + i);
   if (!memory.traffic) running().launch->shared_reads += sizeof(T);
   T value;
   memcpy(&value, memory.data + offset, sizeof(T));
@@ -188,8 +190,8 @@ template <typename T>
 inline void write(Memory& memory, int64_t offset, const T& value) {
   if (!valid(memory, offset, sizeof(T), alignment_of<T>(), true)) return;
   const char* bytes = reinterpret_cast<const char*>(&value);
-  for (int64_t i = 0; i < (int64_t)sizeof(T); i += memory.element)
-    note_write(memory, offset + i, memcmp(memory.data + offset + i, bytes + i, memory.element) != 0);
+  for (int64_t i = 0; i < (int64_t)sizeof(T); i += memory.cell)
+    note_write(memory, offset + i, memcmp(memory.data + offset + i, bytes + i, memory.cell) != 0);
   if (!memory.traffic) running().launch->shared_writes += sizeof(T);
   memcpy(memory.data + offset, bytes, sizeof(T));
 }
@@ -238,7 +240,7 @@ inline Pointer<T> threadgroup_array(int index, int64_t offset, int64_t count, co
   if (memory.name == nullptr) {
     Group& g = group();
     memory = {name, g.shared + offset, nullptr, g.shared_cells + offset, count * (int64_t)sizeof(T),
-              (int32_t)sizeof(ElementOf<T>), 0, nullptr};
+              (int32_t)sizeof(ElementOf<T>), running().shared_cell, 0, nullptr};
   }
   return {&memory, 0};
 }
