@@ -17,7 +17,7 @@ PIPELINE = "attnrewrite.gpu"
 THREADS = 1024
 # Bytes of threadgroup memory, and arguments that are buffers; CUDA's are larger and have no such count.
 _SHARED_BYTES = {"metal": 32768, "cuda": 49152}
-_BUFFERS = {"metal": 31}
+BUFFERS = {"metal": 31}
 
 
 def check_limits(kernels: IRModule) -> IRModule:
@@ -31,7 +31,7 @@ def check_limits(kernels: IRModule) -> IRModule:
             raise CompilerError(
                 f"kernel {name.name_hint} takes {shared} bytes of threadgroup memory; {kind} has {limit}"
             )
-        buffers, most = _buffers(kernel), _BUFFERS.get(kind)
+        buffers, most = _buffers(kernel), BUFFERS.get(kind)
         if most is not None and buffers > most:
             raise CompilerError(f"kernel {name.name_hint} takes {buffers} buffers; {kind} has {most}")
     return kernels

@@ -12,6 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from attnrewrite.lowering.schedules.contraction import can_follow
 from attnrewrite.lowering.schedules.gpu_contraction import emit_contraction, worth_tiling
 from attnrewrite.lowering.schedules.gpu_emit import Device, rebuild
+from attnrewrite.lowering.schedules.gpu_parts import operands as read_by
 from attnrewrite.lowering.schedules.gpu_rows import emit_rows, emit_stage, rows_fit
 from attnrewrite.lowering.schedules.products import Contraction, match_contraction
 from attnrewrite.lowering.schedules.stages import Stage, inline, parse, reads
@@ -42,8 +43,10 @@ def schedule_function(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
         scheduled = func if fallback is None else fallback.mod["main"]
         return scheduled.with_attrs({**func.attrs, "tirx.is_scheduled": True})
     operands = [param for param in func.params if isinstance(param, tirx.Buffer) or tirx.is_buffer_var(param)]
-    stages = inline(parsed, operands)
     device = Device.of(target)
+    stages = inline(parsed, operands)
+    if any(len(read_by(stage.value)) >= device.buffers for stage in stages):
+        stages = parsed  # one kernel for each, of fewer tensors
     return rebuild(func, lambda: _emit(stages, operands, device))
 
 
@@ -51,10 +54,10 @@ def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> N
     """Kernels for all stages of one function, in order."""
     matched = {stage.buffer: match_contraction(stage) for stage in stages}
     contractions = {buffer: c for buffer, c in matched.items() if c is not None and worth_tiling(c)}
-    if not contractions and (shared := rows_fit(stages, operands, device.limits)):
+    if not contractions and (shared := rows_fit(stages, operands, device)):
         emit_rows(stages, operands, shared, device)
         return
-    epilogues = _fusible_epilogues(stages, operands, contractions)
+    epilogues = _fusible_epilogues(stages, operands, contractions, device)
     fused = [epilogue.buffer for epilogue in epilogues.values()]
     for stage in stages:
         if stage.buffer not in epilogues and not _is_one_of(stage.buffer, operands):
@@ -67,14 +70,15 @@ def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> N
 
 
 def _fusible_epilogues(
-    stages: list[Stage], operands: list[tirx.Buffer], contractions: Mapping[tirx.Buffer, Contraction]
+    stages: list[Stage], operands: list[tirx.Buffer], contractions: Mapping[tirx.Buffer, Contraction], device: Device
 ) -> dict[tirx.Buffer, Stage]:
     """For each contraction whose result only the next stage reads, element by element: that stage."""
     found: dict[tirx.Buffer, Stage] = {}
     for position, stage in enumerate(stages[:-1]):
         following, readers = stages[position + 1], [s for s in stages if reads(s.value, stage.buffer)]
         needed_elsewhere = stage.buffer not in contractions or _is_one_of(stage.buffer, operands)
-        if not needed_elsewhere and readers == [following] and can_follow(following, stage):
+        too_many = len(read_by(stage.value) | read_by(following.value)) >= device.buffers
+        if not needed_elsewhere and not too_many and readers == [following] and can_follow(following, stage):
             found[stage.buffer] = following
     return found
 

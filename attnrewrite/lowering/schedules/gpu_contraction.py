@@ -46,6 +46,7 @@ from attnrewrite.lowering.schedules.gpu_emit import (
     launch,
     put,
 )
+from attnrewrite.lowering.schedules.gpu_parts import IF_THEN_ELSE
 from attnrewrite.lowering.schedules.gpu_vectors import LANES, address, runs_in_lanes
 from attnrewrite.lowering.schedules.loops import const
 from attnrewrite.lowering.schedules.products import Contraction
@@ -319,7 +320,7 @@ class _Product:
         """
         if epilogue is None:
             return None, []
-        conditional = "tirx.if_then_else" in calls(epilogue.value)
+        conditional = IF_THEN_ELSE in calls(epilogue.value)
         if conditional or any(loads_of(index) for read in loads_of(epilogue.value) for index in read.indices):
             return epilogue, []
         reads: list[_Read] = []

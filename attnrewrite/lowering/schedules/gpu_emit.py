@@ -14,8 +14,11 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
 from attnrewrite.lowering.kernels.gpu_builder import Limits
+from attnrewrite.lowering.limits import BUFFERS
 from attnrewrite.lowering.schedules.loops import const, share, unravel
 from attnrewrite.lowering.schedules.stages import Axis, Expr, product, simplify
+
+UNLIMITED = 1 << 16
 
 # Intrinsics of float16 arguments are evaluated in float32: some have no half-precision form, and none is exact enough.
 _TRANSCENDENTAL = frozenset(
@@ -27,17 +30,22 @@ _TRANSCENDENTAL = frozenset(
 class Device:
     """What the schedules need to know of a GPU.
 
-    concurrent: how many threadgroups of 256 threads it works on at a time, roughly; has_erf: its language has erf.
+    has_erf: its language has erf. buffers: that one kernel may take, besides the one that holds all scalars.
     """
 
     limits: Limits
-    concurrent: int
     has_erf: bool
+    buffers: int
+
+    @property
+    def concurrent(self) -> int:
+        """How many threadgroups of 256 threads it works on at a time, roughly."""
+        return self.limits.in_flight
 
     @classmethod
     def of(cls, target: Target) -> Device:
-        is_cuda = target.kind.name == "cuda"
-        return cls(Limits.of(target), 264 if is_cuda else 32, is_cuda)
+        kind = target.kind.name
+        return cls(Limits.of(target), kind == "cuda", BUFFERS.get(kind, UNLIMITED) - 1)
 
 
 def rebuild(func: tirx.PrimFunc, emit: Callable[[], None]) -> tirx.PrimFunc:

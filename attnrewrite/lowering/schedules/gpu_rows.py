@@ -15,7 +15,7 @@ import tvm_ffi
 from tvm import DataType, ir, tirx
 from tvm.tirx.script.builder import ir as T
 
-from attnrewrite.lowering.kernels.gpu_builder import Limits, barrier, load, registers, store, when
+from attnrewrite.lowering.kernels.gpu_builder import barrier, load, registers, store, when
 from attnrewrite.lowering.schedules.gpu_emit import (
     Bound,
     Device,
@@ -30,9 +30,10 @@ from attnrewrite.lowering.schedules.gpu_emit import (
     launch,
     put,
 )
+from attnrewrite.lowering.schedules.gpu_parts import parts_of_choice
 from attnrewrite.lowering.schedules.loops import const
-from attnrewrite.lowering.schedules.rows import _lane_axis, _shared_axes, combine
-from attnrewrite.lowering.schedules.stages import Expr, Stage, substitute
+from attnrewrite.lowering.schedules.rows import agreed_axes, combine, lanes_along_output
+from attnrewrite.lowering.schedules.stages import Axis, Expr, Stage, loads_of, substitute
 
 THREADS = 256
 SIMD = 32
@@ -45,22 +46,24 @@ MANY_OUTPUTS = 1 << 15
 
 
 def emit_stage(stage: Stage, device: Device) -> None:
-    """One kernel launch for one stage."""
+    """One kernel launch for one stage; several where a choice among tensors has more of them than a kernel may take."""
     if stage.reduction:
         _emit_reduction(stage, device)
         return
     outputs = count(stage.axes)
-    with launch(ceil_div(outputs, THREADS), (THREADS, 1)) as thread:
-        flat = keep(thread.block * const(THREADS) + thread.x)
-        with when(below(flat, outputs, THREADS)):
-            at = bind_axes(stage.axes, flat)
-            put(device, stage.buffer, [at[axis.var] for axis in stage.axes], substitute(stage.value, at))
+    for part, condition in parts_of_choice(stage, device.buffers):
+        with launch(ceil_div(outputs, THREADS), (THREADS, 1)) as thread:
+            flat = keep(thread.block * const(THREADS) + thread.x)
+            with when(below(flat, outputs, THREADS)):
+                at = bind_axes(stage.axes, flat)
+                with when(True if condition is None else substitute(condition, at)):
+                    put(device, stage.buffer, [at[axis.var] for axis in stage.axes], substitute(part.value, at))
 
 
 def _emit_reduction(stage: Stage, device: Device) -> None:
     """Threads of a group: `outputs x parts`, where the parts of one output are combined in shared memory at the end."""
     steps, outputs = count(stage.reduction), count(stage.axes)
-    along_output = bool(stage.axes) and _lane_axis(stage) is stage.axes[-1]
+    along_output = lanes_along_output(stage)
     many_outputs = not isinstance(outputs, int) or outputs >= MANY_OUTPUTS
     if (isinstance(steps, int) and steps < MANY_STEPS) or (along_output and many_outputs):
         parts = 1
@@ -116,10 +119,12 @@ def _combine_parts(stage: Stage, slot: Expr, part: Expr, parts: int, stride: int
     store(total, [0], load(exchange, [slot - part * stride]))
 
 
-def rows_fit(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], limits: Limits) -> int:
-    """How many leading axes the stages share; 0 where they share none or a row does not fit into shared memory."""
+def rows_fit(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], device: Device) -> int:
+    """How many leading axes the stages share; 0 where they share none, or where a row does not fit into shared memory
+    or one kernel cannot take all their tensors.
+    """
     shared = _shared_axes(stages)
-    if len(stages) < 2 or shared == 0:
+    if len(stages) < 2 or shared == 0 or len(kept) > device.buffers:
         return 0
     row_bytes = 0
     for stage in stages:
@@ -128,11 +133,23 @@ def rows_fit(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], limits: Limit
             return 0
         if not any(stage.buffer.same_as(k) for k in kept):
             row_bytes += size * DataType(str(stage.buffer.dtype)).itemsize
-    return shared if row_bytes <= limits.shared_bytes // 2 else 0
+    return shared if row_bytes <= device.limits.shared_bytes // 2 else 0
+
+
+def _shared_axes(stages: Sequence[Stage]) -> int:
+    """The leading axes of rows: all but the last of the largest tensors, all of those with one number for each row."""
+    rank = max(len(stage.axes) for stage in stages)
+
+    def rows_of(stage: Stage) -> int:
+        own = len(stage.axes)
+        return own - (lanes_along_output(stage) if stage.reduction else own == rank)
+
+    return agreed_axes(stages, max(0, min(map(rows_of, stages))))
 
 
 def emit_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int, device: Device) -> None:
     """One kernel launch for stages that share their first `shared` axes: threads (x, y) = (within a row, rows)."""
+    stages = _read_once(stages, kept, shared, device.limits.shared_bytes // 2)
     longest = max(count((*stage.axes[shared:], *stage.reduction)) for stage in stages)
     lanes = SIMD
     while lanes < THREADS and longest >= 8 * lanes:
@@ -155,6 +172,47 @@ def emit_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int,
             moved = _with_row_memory(stage, row_memory, shared)
             bound = dict(zip((axis.var for axis in stage.axes[:shared]), places, strict=True))
             _emit_row(moved, bound, shared, row_memory.get(stage.buffer), thread, device)
+
+
+def _read_once(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int, most_bytes: int) -> Sequence[Stage]:
+    """The stages, preceded by copies of the rows that they read several times from device memory, where these fit.
+
+    most_bytes: for all that the stages of a row keep in shared memory.
+    """
+    made = {stage.buffer for stage in stages}
+    own = [buffer for buffer in made if not any(buffer.same_as(k) for k in kept)]
+    room = most_bytes - sum(_row_bytes(buffer, shared) or most_bytes for buffer in own)
+    reads: dict[tirx.Buffer, list[bool]] = {}  # of each tensor: whether they are of the stage's own row
+    for stage in stages:
+        for read in loads_of(stage.value):
+            of_row = [*read.indices[:shared]] == stage.indices[:shared] and len(read.indices) > shared
+            if read.source not in made:
+                reads.setdefault(read.source, []).append(of_row)
+    copies: dict[tirx.Buffer, Stage] = {}
+    for source, at_row in reads.items():
+        size = _row_bytes(source, shared)
+        if len(at_row) > 1 and all(at_row) and size is not None and size <= room:
+            room -= size
+            axes = tuple(Axis(tirx.Var(f"r{i}", "int64"), extent) for i, extent in enumerate(source.shape))
+            copy = tirx.decl_buffer(source.shape, str(source.dtype), f"{source.name}_row")
+            copies[source] = Stage(copy, axes, load(source, [axis.var for axis in axes]))
+
+    def moved(read: ir.TensorLoad) -> ir.TensorLoad:
+        return load(copies[read.source].buffer, read.indices) if read.source in copies else read
+
+    rest = [
+        replace(stage, value=tvm_ffi.structural_map(stage.value, (ir.TensorLoad, moved), order="post"))
+        for stage in stages
+    ]
+    return [*copies.values(), *rest]
+
+
+def _row_bytes(buffer: tirx.Buffer, shared: int) -> int | None:
+    """Bytes of a row, None where its extents are not known."""
+    extents = list(buffer.shape[shared:])
+    if not all(isinstance(extent, tirx.IntImm) for extent in extents):
+        return None
+    return prod(map(int, extents)) * DataType(str(buffer.dtype)).itemsize
 
 
 RowMemory = tuple[tirx.Buffer, Expr]

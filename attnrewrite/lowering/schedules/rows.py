@@ -93,7 +93,16 @@ def lower_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], lanes: int)
 def _shared_axes(stages: Sequence[Stage]) -> int:
     """How many leading axes all stages have in common, each reading the others only at its own position along them."""
     # The axis that lanes run along is no row.
-    shared = min(len(stage.axes) - (bool(stage.axes) and _lane_axis(stage) is stage.axes[-1]) for stage in stages)
+    return agreed_axes(stages, min(len(stage.axes) - lanes_along_output(stage) for stage in stages))
+
+
+def lanes_along_output(stage: Stage) -> bool:
+    """Whether lanes run along the last axis of what the stage computes."""
+    return bool(stage.axes) and _lane_axis(stage) is stage.axes[-1]
+
+
+def agreed_axes(stages: Sequence[Stage], shared: int) -> int:
+    """How many of the first `shared` axes all stages have in common, reading one another at the same place there."""
     shared = next(
         (n for n in range(shared) if not all(same(stages[0].axes[n].extent, s.axes[n].extent) for s in stages)), shared
     )
