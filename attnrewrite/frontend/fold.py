@@ -76,6 +76,12 @@ def _fold_node(node: Node, content: Contents, contents: dict[Value, np.ndarray],
         return _store(node, [_shape_content(node, shape)], contents)
     if node.op == "Constant":
         return False  # the frontend reads these as constants
+    if (
+        node.op == "CastLike"
+        and (data := node.required(0)).is_constant
+        and (dtype := node.required(1).dtype) is not None
+    ):
+        return _store(node, [data.constant.astype(dtype)], contents)
     if not all(v is None or v.is_constant or v in contents for v in node.inputs):
         return False
     if not any(v is not None for v in node.inputs):
@@ -149,7 +155,7 @@ def does_nothing(node: Node, content: Contents) -> Value | None:
                 if unused_mask and (node.input(2) is None or (training is not None and not training.any()))
                 else None
             )
-        case "Cast":
+        case "Cast" | "CastLike":
             return data if data.dtype is not None and data.dtype == out.dtype else None
         case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Expand":
             return data if same_shape else None

@@ -123,13 +123,8 @@ def _pad(node: Node, inputs: Arrays) -> np.ndarray | None:
     return np.pad(data, around, constant_values=0.0 if fill is None else float(fill.reshape(-1)[0]))
 
 
-def _first(node: Node, inputs: Arrays) -> np.ndarray | None:
-    return inputs[0]
-
-
 _MOVES: dict[str, Callable[[Node, Arrays], np.ndarray | None]] = {
     **{op: NUMPY_OPS[op] for op in ("Slice", "Concat", "Transpose", "Identity")},
     "ScatterND": _scatter,
     "Pad": _pad,
-    "CastLike": _first,
 }

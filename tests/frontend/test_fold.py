@@ -234,6 +234,19 @@ def test_a_quantised_weight_stays_quantised() -> None:
     assert ops(read(built(build))) == ["DequantizeLinear", "MatMul", "Identity"]
 
 
+def test_a_constant_cast_to_a_tensors_type_is_one() -> None:
+    """dynamo's decomposed convolutions have a bias Expand(CastLike(0, x))."""
+    g = Builder()
+    x = g.input("x", [2, 3])
+    bias = g.op("Expand", g.op("CastLike", g.constant(np.array(2.6, np.float64)), x), g.constant([3]))
+    whole = g.op("CastLike", g.op("CastLike", x, g.constant(np.zeros(1, np.int32))), x)
+    graph = read(g.model({"y": g.op("Add", g.op("CastLike", g.op("Add", x, whole), bias), bias)}))
+    assert ops(graph) == ["CastLike", "CastLike", "Add", "Add", "Identity"]
+    bias_value = graph.nodes[-2].constant(1)
+    assert bias_value is not None
+    np.testing.assert_array_equal(bias_value, np.full(3, 2.6, np.float32))
+
+
 def test_a_mask_that_would_fill_the_file_is_not_folded() -> None:
     """Expanding one number to 64 MB is left to whoever runs the model."""
     graph = read(
