@@ -27,3 +27,9 @@ def last_line(error: BaseException) -> str:
     """What went wrong in one line: TVM's messages start with a stack trace and say it last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def first_error(log: str) -> str:
+    """The line of a compiler's output that says what went wrong: the first with the word, or the first."""
+    lines = [line.strip().rstrip("\0") for line in log.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")

@@ -24,6 +24,7 @@ import tvm
 import tvm_ffi
 
 from attnrewrite.emulator.kernels import HERE, MetalKernel, compile_kernels, compile_source, from_bytes, from_tvm
+from attnrewrite.lowering.registered import registered
 from attnrewrite.lowering.targets import parse_target
 
 _PARAMETERS = 31
@@ -190,7 +191,7 @@ def metal_device(*, recording: bool = False, order: int = 0) -> Iterator[MetalDe
     def load(data: Any) -> Any:
         return _module(from_bytes(bytes(data)), recording)
 
-    with _registered("ffi.Module.create.metal", create), _registered("ffi.Module.load_from_bytes.metal", load):
+    with registered("ffi.Module.create.metal", create), registered("ffi.Module.load_from_bytes.metal", load):
         session.exists, session.recording, session.order = 1, int(recording), order
         try:
             yield device
@@ -210,19 +211,6 @@ def _device() -> tuple[_Session, ctypes.CDLL]:
     module = tvm.runtime.load_module(str(path))
     tvm_ffi.register_global_func("device_api.metal", module["device"])
     return _Session.in_dll(library, "attnrewrite_emulator_session"), library
-
-
-@contextlib.contextmanager
-def _registered(name: str, function: Any) -> Iterator[None]:
-    before = tvm_ffi.get_global_func(name, allow_missing=True)
-    tvm_ffi.register_global_func(name, function, override=True)
-    try:
-        yield
-    finally:
-        if before is None:
-            tvm_ffi.registry.remove_global_func(name)
-        else:
-            tvm_ffi.register_global_func(name, before, override=True)
 
 
 def _on_device(value: Any) -> bool:

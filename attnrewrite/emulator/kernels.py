@@ -11,8 +11,6 @@ import hashlib
 import os
 import re
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 
 from attnrewrite.errors import CompilerError
 from attnrewrite.lowering.cache import cache_directory
+from attnrewrite.lowering.zig import run_zig
 
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
@@ -141,11 +140,8 @@ def compile_source(text: str, flags: Sequence[str] = ()) -> Path:
         source, output = Path(name, "kernels.cpp"), Path(name, "kernels.so")
         source.write_text(text, encoding="utf-8")
         include = [f"-I{INCLUDE}", f"-I{tvm_ffi.libinfo.find_dlpack_include_path()}"]
-        command = [sys.executable, "-m", "ziglang", "cc", *_FLAGS, *flags, *include, str(source), "-o", str(output)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            errors = [line.partition("error: ")[2] for line in run.stderr.splitlines() if "error: " in line] or ["?"]
-            raise CompilerError(f"the emulator cannot compile the Metal source: {errors[0]}")
+        command = ["cc", *_FLAGS, *flags, *include, str(source), "-o", str(output)]
+        run_zig(command, "the emulator cannot compile the Metal source")
         os.replace(output, library)
     return library
 

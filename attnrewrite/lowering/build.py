@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from attnrewrite.lowering.packing import pack_weights
 from attnrewrite.lowering.schedules import stack
 from attnrewrite.lowering.targets import HOST_CODE, Target
 from attnrewrite.lowering.weights import lift_weights
+from attnrewrite.lowering.zig import run_zig
 
 ENTRY = "main"
 
@@ -198,15 +197,12 @@ def export(executable: Any, target: Target, path: Path) -> tuple[str, ...]:
     """
 
     def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
-        command = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-s", "-o", output]
+        command = ["cc", "-shared", "-fPIC", "-s", "-o", output]
         if target.link is not None:
             command += ["-target", target.link]
         if path.suffix == ".dylib":
             command += ["-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{path.name}"]
-        run = subprocess.run([*command, *objects, *(options or ())], capture_output=True, text=True, check=False)
-        if run.returncode:
-            lines = run.stderr.strip().splitlines() or ["no message"]
-            raise CompilerError(f"linking {path.name} failed: {lines[0]}")
+        run_zig([*command, *objects, *(options or ())], f"linking {path.name} failed")
 
     link.output_format = path.suffix.removeprefix(".")  # type: ignore[attr-defined]
     executable.export_library(str(path), fcompile=link)

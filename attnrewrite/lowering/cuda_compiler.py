@@ -18,14 +18,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import tvm_ffi
-
-from attnrewrite.errors import CompilerError
+from attnrewrite.errors import CompilerError, first_error
+from attnrewrite.lowering.registered import registered
 
 _POSTPROCESS = "tvm_callback_cuda_postproc"
 _FORCE_PACKING = "TVM_COMPILE_FORCE_FALLBACK"  # TVM packs what it is given instead of loading it into a driver
@@ -74,7 +73,7 @@ class Nvcc:
             command = [str(self.path), "-cubin", f"-arch={arch}", "-O3", "-w", str(text), "-o", str(cubin)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
-                raise CompilerError(f"nvcc failed for {arch}: {_first_error(run.stderr)}")
+                raise CompilerError(f"nvcc failed for {arch}: {first_error(run.stderr)}")
             return cubin.read_bytes()
 
 
@@ -109,7 +108,7 @@ class Nvrtc:
             arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
                 log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
-                raise CompilerError(f"NVRTC failed for {arch}: {_first_error(log)}")
+                raise CompilerError(f"NVRTC failed for {arch}: {first_error(log)}")
             return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
         finally:
             nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -122,11 +121,6 @@ def _fetch(size_of: Any, copy: Any, program: ctypes.c_void_p) -> bytes:
     buffer = ctypes.create_string_buffer(size.value)
     copy(program, buffer)
     return buffer.raw
-
-
-def _first_error(log: str) -> str:
-    lines = [line.strip().rstrip("\0") for line in log.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
 
 
 @dataclass
@@ -186,7 +180,7 @@ def embedded_cubins(arch: str, compiler: CudaCompiler | None = None) -> Iterator
         embedded.cubins.append(cubin)
         return cubin
 
-    with _registered(_POSTPROCESS, postprocess), _environment(_FORCE_PACKING, "1"):
+    with registered(_POSTPROCESS, postprocess), _environment(_FORCE_PACKING, "1"):
         try:
             yield embedded
         except Exception:
@@ -194,19 +188,6 @@ def embedded_cubins(arch: str, compiler: CudaCompiler | None = None) -> Iterator
             if embedded.error is not None:
                 raise embedded.error from None
             raise
-
-
-@contextlib.contextmanager
-def _registered(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    before = tvm_ffi.get_global_func(name, allow_missing=True)
-    tvm_ffi.register_global_func(name, function, override=True)
-    try:
-        yield
-    finally:
-        if before is None:
-            tvm_ffi.registry.remove_global_func(name)
-        else:
-            tvm_ffi.register_global_func(name, before, override=True)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -21,8 +19,8 @@ import tvm_ffi
 from jinja2 import Environment, StrictUndefined
 from tvm_ffi import libinfo
 
-from attnrewrite.errors import CompilerError
 from attnrewrite.lowering.targets import Target
+from attnrewrite.lowering.zig import run_zig
 from attnrewrite.runtime import Tensor, Weight
 
 HEADER_NAME = "model.h"
@@ -73,9 +71,10 @@ def export_static(
         ]
         triple = [] if target.link is None else ["-target", target.link]
         flags = ["-c", "-O2", "-fPIC", "-ffreestanding", "-std=c11", "-Wall", "-Werror"]
-        _zig(["cc", *triple, *flags, *includes, "-o", str(compiled), str(source)], "compiling the C interface")
+        command = ["cc", *triple, *flags, *includes, "-o", str(compiled), str(source)]
+        run_zig(command, "compiling the C interface failed")
         Path(output).unlink(missing_ok=True)
-        _zig(["ar", "rcsD", output, str(compiled), *objects], f"archiving {Path(output).name}")
+        run_zig(["ar", "rcsD", output, str(compiled), *objects], f"archiving {Path(output).name} failed")
 
     executable.export_library(str(directory / target.library), fcompile=archive)
     return _BESIDE
@@ -84,13 +83,6 @@ def export_static(
 def system_prefix(name: str) -> str:
     """What the functions of a model of this name begin with, so that an app may hold several models."""
     return f"{name}_"
-
-
-def _zig(arguments: Sequence[str], what: str) -> None:
-    run = subprocess.run([sys.executable, "-m", "ziglang", *arguments], capture_output=True, text=True, check=False)
-    if run.returncode:
-        lines = run.stderr.strip().splitlines() or ["no message"]
-        raise CompilerError(f"{what} failed: {lines[0]}")
 
 
 def _rendered(file: str, values: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from attnrewrite.graph import Node, UnknownShape, Value
 from attnrewrite.reparam.border import Border, read_border
 from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling, add, compose, scaled, shifted, with_border
 from attnrewrite.reparam.precision import precision
-from attnrewrite.reparam.read import PRODUCTS, Reading, read_linear, read_offset, summands
+from attnrewrite.reparam.read import Reading, read_linear, read_offset, summands
 
 # Forms kept of one value, and nodes walked back over: more than any branch has; a bound for linear networks.
 MOST_FORMS = 8
@@ -24,7 +24,7 @@ DEEPEST = 48
 # epsilon in float32, whatever they are in.
 BORDER_ULP, BORDER_LEAST = 8, 2.0**-38
 
-NOT_AN_OFFSET = Inexact("a summand is a constant that is not one per channel", border=False)
+NOT_AN_OFFSET = Inexact("a summand is a constant that is not one per channel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +35,6 @@ class Form:
     operator: Linear
     nodes: frozenset[Node] = frozenset()
     branches: int = 1
-
-    @property
-    def has_product(self) -> bool:
-        return any(n.op in PRODUCTS for n in self.nodes)
 
 
 class Forms:

@@ -47,11 +47,11 @@ def obstacle(planner: Planner, root: Node) -> Decline | None:
     for sign, value in computed if len(computed) > 1 else []:
         for path in _paths(planner, sign, value):
             by_base.setdefault(path.base, []).append(path)
-    for base, paths in by_base.items():
+    for paths in by_base.values():
         activated = any(p.activation is not None for p in paths)
         apart = [p for p in paths if p.is_branch] if activated else paths
         if len(apart) > 1 and any(p.is_branch for p in paths):
-            return _first(planner, root, base, paths, sums)
+            return _first(planner, root, paths, sums)
     return None
 
 
@@ -80,7 +80,7 @@ def _is_activation(node: Node) -> bool:
     return node.domain == STANDARD_DOMAIN and node.op in UNARY | QUANTISATIONS and all(v.is_constant for v in others)
 
 
-def _first(planner: Planner, root: Node, base: Value, paths: Sequence[Path], sums: frozenset[Node]) -> Decline | None:
+def _first(planner: Planner, root: Node, paths: Sequence[Path], sums: frozenset[Node]) -> Decline | None:
     for path in paths:
         if path.activation is not None:
             return Decline(f"{path.activation.op} is no linear operator", path.activation.label)

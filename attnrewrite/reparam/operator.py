@@ -114,10 +114,9 @@ Linear = Operator | Scaling
 
 @dataclass(frozen=True)
 class Inexact:
-    """Why two operators have no common one. border: it is what lies beyond the border that differs."""
+    """Why two operators have no common one."""
 
     reason: str
-    border: bool = True
 
 
 def depthwise(factors: np.ndarray, offsets: np.ndarray | None, channel_axis: int, rank: int) -> Operator:
@@ -152,7 +151,7 @@ def compose(outer: Linear, inner: Linear, source: Extents, middle: Extents, resu
             return outer
         inner = inner.like(outer, outer.channels_in)
     if outer.channel_axis != inner.channel_axis or outer.channels_in != inner.channels_out:
-        return Inexact("the channels lie along different axes", border=False)
+        return Inexact("the channels lie along different axes")
     sides = [
         (k, before)
         for k, (own, read) in enumerate(zip(outer.axes, inner.axes, strict=True))
@@ -306,7 +305,7 @@ def shifted(operator: Linear, offset: Linear, sign: int) -> Linear | Inexact:
     if isinstance(operator, Scaling):
         operator = operator.like(offset, offset.channels_in)
     if operator.channel_axis != offset.channel_axis:
-        return Inexact("the channels lie along different axes", border=False)
+        return Inexact("the channels lie along different axes")
     own, other = operator, offset
     return replace(operator, bias=cache(lambda: own.bias_or_zero() + sign * other.bias_or_zero()))
 
@@ -319,11 +318,11 @@ def add(terms: Sequence[Linear]) -> Linear | Inexact:
         return Scaling(sum(t.factor for t in scalings), sum(t.offset for t in scalings))
     parts = [t if isinstance(t, Operator) else t.like(like, like.channels_in) for t in terms]
     if any(p.channel_axis != like.channel_axis for p in parts):
-        return Inexact("the channels lie along different axes", border=False)
+        return Inexact("the channels lie along different axes")
     if any((p.channels_in, p.channels_out) != (like.channels_in, like.channels_out) for p in parts):
-        return Inexact("the branches have different channels", border=False)
+        return Inexact("the branches have different channels")
     if any([a.stride for a in p.axes] != [a.stride for a in like.axes] for p in parts):
-        return Inexact("the branches have different strides", border=False)
+        return Inexact("the branches have different strides")
     groups = math.gcd(*(p.groups for p in parts))
     axes = tuple(_union(column) for column in zip(*(p.axes for p in parts), strict=True))
     return Operator(

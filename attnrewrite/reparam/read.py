@@ -21,7 +21,7 @@ from attnrewrite.reparam.precision import is_weight_type
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 SUMS = frozenset({"Add", "Sub", "Sum"})
 
-COMPUTED = Inexact("a branch computes its weights", border=False)
+COMPUTED = Inexact("a branch computes its weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def _is_whole(axes: tuple[Axis, ...], shape: Shape, result: Shape) -> bool:
 def _batch_normalization(node: Node) -> Reading | Inexact | None:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias, by the statistics that were collected."""
     if node.attributes.get("training_mode", 0):
-        return Inexact("a BatchNormalization in training mode", border=False)
+        return Inexact("a BatchNormalization in training mode")
     data, operands = node.required(0), [node.required(k) for k in range(1, 5)]
     if not all(v.is_constant for v in operands):
         return COMPUTED

@@ -86,7 +86,7 @@ def to_readme(
         arguments=" ".join(f"--input {shlex.quote(f'{t.name}={_file_name(t.name)}')}" for t in inputs),
         tvm=tvm,
         original=shlex.quote(f"../{name}") if is_file else "MODEL",
-        given=f"{_code(name)}, which must stand beside this directory" if is_file else "the model this was made from",
+        given=f"the original, which must be at {_code(f'../{name}')}" if is_file else "the model this was made from",
         hints=[hint.format(library=library) for hint in _hints(library, report.target or "")],
     )
 

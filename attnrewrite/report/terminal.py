@@ -12,15 +12,7 @@ from rich.text import Text
 
 from attnrewrite.localattention.site import Reparam, Site
 from attnrewrite.report import branches
-from attnrewrite.report.document import (
-    Report,
-    facts,
-    headline,
-    is_shifted,
-    scientific,
-    shifts_of,
-    times,
-)
+from attnrewrite.report.document import Report, facts, headline, is_shifted, scientific, shifts_of, times
 from attnrewrite.report.drawing import draw
 from attnrewrite.report.drawing import sentence as drawn_sentence
 
