@@ -17,6 +17,11 @@ from attnrewrite.lowering.schedules.gpu_rows import emit_rows, emit_stage, rows_
 from attnrewrite.lowering.schedules.products import Contraction, match_contraction
 from attnrewrite.lowering.schedules.stages import Stage, inline, parse, reads
 
+MADE_BY = "attnrewrite.schedule"
+"""Attribute of a scheduled function: what wrote its kernels. Absent from the kernels of the two ops."""
+
+PRODUCT, ROWS, STAGES, GENERIC = "product", "rows", "stages", "generic"
+
 
 def schedule(mod: IRModule, target: Target) -> IRModule:
     """The module with every PrimFunc that is not scheduled yet scheduled for a `cuda` or `metal` target."""
@@ -32,7 +37,9 @@ def schedule(mod: IRModule, target: Target) -> IRModule:
 def schedule_function(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
     """One function as a sequence of kernels, its intermediate tensors in device memory.
 
-    What cannot be read as stages (scans, sorting, scatter) gets TVM's own generic schedule: right, not fast.
+    Products and convolutions are tiled (PRODUCT), what runs row by row is one kernel (ROWS), every other stage is one
+    of its own (STAGES); the attribute MADE_BY says which, the first that applies. What cannot be read as stages
+    (sorting, scatter) gets TVM's own generic schedule (GENERIC): right, not fast.
     """
     if func.attrs.get("tirx.is_scheduled", False):
         return func
@@ -41,22 +48,24 @@ def schedule_function(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
         with target:
             fallback = dlight.gpu.Fallback().apply(func, target, False)
         scheduled = func if fallback is None else fallback.mod["main"]
-        return scheduled.with_attrs({**func.attrs, "tirx.is_scheduled": True})
+        return scheduled.with_attrs({**func.attrs, "tirx.is_scheduled": True, MADE_BY: GENERIC})
     operands = [param for param in func.params if isinstance(param, tirx.Buffer) or tirx.is_buffer_var(param)]
     device = Device.of(target)
     stages = inline(parsed, operands)
     if any(len(read_by(stage.value)) >= device.buffers for stage in stages):
         stages = parsed  # one kernel for each, of fewer tensors
-    return rebuild(func, lambda: _emit(stages, operands, device))
+    made_by: list[str] = []
+    scheduled = rebuild(func, lambda: made_by.append(_emit(stages, operands, device)))
+    return scheduled.with_attr(MADE_BY, made_by[0])
 
 
-def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> None:
-    """Kernels for all stages of one function, in order."""
+def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> str:
+    """Kernels for all stages of one function, in order; returns what they are."""
     matched = {stage.buffer: match_contraction(stage) for stage in stages}
     contractions = {buffer: c for buffer, c in matched.items() if c is not None and worth_tiling(c)}
     if not contractions and (shared := rows_fit(stages, operands, device)):
         emit_rows(stages, operands, shared, device)
-        return
+        return ROWS
     epilogues = _fusible_epilogues(stages, operands, contractions, device)
     fused = [epilogue.buffer for epilogue in epilogues.values()]
     for stage in stages:
@@ -67,6 +76,7 @@ def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> N
             emit_contraction(contractions[stage.buffer], epilogues.get(stage.buffer), device)
         elif stage.buffer not in fused:
             emit_stage(stage, device)
+    return PRODUCT if contractions else STAGES
 
 
 def _fusible_epilogues(
