@@ -185,8 +185,9 @@ def _read_once(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int
     reads: dict[tirx.Buffer, list[bool]] = {}  # of each tensor: whether they are of the stage's own row
     for stage in stages:
         for read in loads_of(stage.value):
-            of_row = [*read.indices[:shared]] == stage.indices[:shared] and len(read.indices) > shared
             if read.source not in made:
+                along = zip(read.indices[:shared], stage.indices[:shared], strict=False)
+                of_row = len(read.indices) > shared and all(index.same_as(own) for index, own in along)
                 reads.setdefault(read.source, []).append(of_row)
     copies: dict[tirx.Buffer, Stage] = {}
     for source, at_row in reads.items():
