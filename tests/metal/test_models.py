@@ -22,7 +22,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 FIXED = ["small_swin_padded", "small_swinv2_timm", "resnet"]
 DYNAMIC = ["small_swin", "small_slide", "unfold_net", "vit_timm"]
 HALF = ["small_swin", "small_slide"]
-WHOLE = ["swin_tiny_timm", "slide_swin_tiny"]
+WHOLE = ["swin_tiny_timm"]
 CASES = [
     *((name, False, "fp32") for name in (*FIXED, *WHOLE)),
     *((name, True, "fp32") for name in DYNAMIC),
