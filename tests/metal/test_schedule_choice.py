@@ -42,12 +42,11 @@ def fused(path: Path, directory: Path, half: bool) -> tvm.IRModule:
     return build.fuse(importer.import_onnx(model, metal, metal_target()), metal_target())
 
 
-SMALL = ["small_swin", "small_slide", "unfold_net", "resnet"]
-LARGE = ["swin_tiny_timm", "slide_swin_tiny", "unfold_k7"]
+SMALL = [("small_swin", False), ("small_swin", True), ("small_slide", False), ("unfold_net", False), ("resnet", False)]
+LARGE = [(name, half) for name in ("swin_tiny_timm", "slide_swin_tiny", "unfold_k7") for half in (False, True)]
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+@pytest.mark.parametrize(("name", "half"), [*SMALL, *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE)])
 def test_every_kernel_of_a_model_has_a_schedule_of_ours(name: str, half: bool, tmp_path: Path) -> None:
     found = schedules(fused(exported(name, "dynamo"), tmp_path, half))
     assert [function for function, made_by in found.items() if made_by == gpu.GENERIC] == []

@@ -71,8 +71,8 @@ CASES: dict[str, tuple[list[tuple[Any, ...]], Builder]] = {
     "conv-grouped": ([(1, 8, 9, 10), (12, 4, 3, 3)], lambda x, w: op.nn.conv2d(x, w, strides=2, padding=1, groups=2)),
     "conv-depthwise": ([(BATCH, 6, 13, 11), (6, 1, 5, 5)], lambda x, w: op.nn.conv2d(x, w, padding=2, groups=6)),
     "conv-depthwise-strided": (
-        [(BATCH, 6, 13, 11), (6, 1, 3, 3)],
-        lambda x, w: gelu(op.nn.conv2d(x, w, strides=2, groups=6)),
+        [(BATCH, 6, 13, 11), (6, 1, 3, 3), (1, 6, 1, 1)],
+        lambda x, w, b: gelu(op.add(op.nn.conv2d(x, w, strides=2, groups=6), b)),
     ),
     "conv-dilated": (
         [(1, 4, 15, 13), (6, 4, 3, 3)],
