@@ -277,18 +277,18 @@ def _devices(manifest: Manifest) -> list[Any]:
 
 def _weights(directory: Path, manifest: Manifest, device: Any) -> tuple[Any, ...]:
     """The weights beside the library as tensors: the mapped file itself on the CPU, copies of it on other devices."""
-    if manifest.weights_file is None:
+    if manifest.weights_file is None or not manifest.weights:
         return ()
     import tvm
 
     path = directory / manifest.weights_file
     sizes = [math.prod(w.shape) * tvm.DataType(w.dtype).itemsize for w in manifest.weights]
-    try:
-        file = np.memmap(path, np.uint8, "c")  # writable, as DLPack wants it, in this process alone
-    except (OSError, ValueError):
-        raise UserError(f"{directory} holds no {path.name}, which its manifest names") from None
-    if len(file) < manifest.weights[-1].offset + sizes[-1]:
-        raise UserError(f"{path} is truncated: {len(file)} bytes, {manifest.weights[-1].offset + sizes[-1]} expected")
+    if not path.is_file():
+        raise UserError(f"{directory} holds no {path.name}, which its manifest names")
+    found, expected = path.stat().st_size, manifest.weights[-1].offset + sizes[-1]
+    if found < expected:
+        raise UserError(f"{path} is truncated: {found} bytes, {expected} expected")
+    file = np.memmap(path, np.uint8, "c")  # writable, as DLPack wants it, in this process alone
     tensors = []
     for weight, size in zip(manifest.weights, sizes, strict=True):
         content = tvm.runtime.from_dlpack(file[weight.offset : weight.offset + size])

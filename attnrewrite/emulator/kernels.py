@@ -80,15 +80,15 @@ def from_bytes(data: bytes) -> list[MetalKernel]:
             reader.skip(4 * reader.count())  # one word of TVM's own for each argument
             functions[name] = (arguments, tags)
         sources = {reader.text(): reader.text() for _ in range(reader.count())}
-    except (struct.error, UnicodeDecodeError):
+        return [MetalKernel(name, sources[name], *functions[name]) for name in functions]
+    except (struct.error, UnicodeDecodeError, LookupError):
         raise CompilerError("the library's Metal kernels are not laid out as TVM 0.27 writes them") from None
-    return [MetalKernel(name, sources[name], *functions[name]) for name in functions]
 
 
 class Reader:
     """Reads what TVM serialises: numbers of 64 bits, and before every string and list its length.
 
-    Raises struct.error past the end.
+    Raises struct.error past the end, and IndexError for a dtype of a kind that no kernel takes.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -125,7 +125,10 @@ def compile_kernels(kernels: Sequence[MetalKernel], *, instrumented: bool) -> Pa
 
 
 def compile_source(text: str, flags: Sequence[str] = ()) -> Path:
-    """A shared library of C++ source that may include ours and TVM's headers. Raises CompilerError."""
+    """A shared library of C++ source that may include ours and TVM's headers.
+
+    Raises CompilerError where it does not compile, or cannot be kept in the cache.
+    """
     import tvm_ffi.libinfo
 
     headers = sorted(path for path in INCLUDE.iterdir() if path.is_file())
@@ -135,14 +138,19 @@ def compile_source(text: str, flags: Sequence[str] = ()) -> Path:
     library = cache_directory() / "metal-emulator" / f"{key.hexdigest()[:32]}.so"
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".compile-") as name:
-        source, output = Path(name, "kernels.cpp"), Path(name, "kernels.so")
-        source.write_text(text, encoding="utf-8")
-        include = [f"-I{INCLUDE}", f"-I{tvm_ffi.libinfo.find_dlpack_include_path()}"]
-        command = ["cc", *_FLAGS, *flags, *include, str(source), "-o", str(output)]
-        run_zig(command, "the emulator cannot compile the Metal source")
-        os.replace(output, library)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".compile-") as name:
+            source, output = Path(name, "kernels.cpp"), Path(name, "kernels.so")
+            source.write_text(text, encoding="utf-8")
+            include = [f"-I{INCLUDE}", f"-I{tvm_ffi.libinfo.find_dlpack_include_path()}"]
+            command = ["cc", *_FLAGS, *flags, *include, str(source), "-o", str(output)]
+            run_zig(command, "the emulator cannot compile the Metal source")
+            os.replace(output, library)
+    except OSError as error:
+        raise CompilerError(
+            f"the emulator cannot keep compiled kernels: {error}; ATTNREWRITE_CACHE names another directory for them"
+        ) from error
     return library
 
 

@@ -11,6 +11,7 @@ import gzip
 import re
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,21 @@ def load_library(library: Path) -> Any:
     host = library.with_name(HOST_CODE)
     try:
         data, code = library.read_bytes(), gzip.decompress(host.read_bytes()).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except FileNotFoundError as error:
         raise UserError(f"{library} cannot be emulated without {host.name} beside it: {error}") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{library} or {host.name} beside it is damaged: {error}") from None
     try:
         reader = Reader(_block(data))
         first_child = [reader.count() for _ in range(reader.count())]
         children = [reader.count() for _ in range(reader.count())]
         modules = [_module(reader, code) for _ in first_child[1:]]
-    except (struct.error, UnicodeDecodeError):
+        for module, start, end in zip(modules, first_child, first_child[1:], strict=False):
+            for child in children[start:end]:
+                module.import_module(modules[child])
+        return modules[0]
+    except (struct.error, UnicodeDecodeError, IndexError):
         raise UserError(f"{library} is no library of attnrewrite's for Metal, or is damaged") from None
-    for module, start, end in zip(modules, first_child, first_child[1:], strict=False):
-        for child in children[start:end]:
-            module.import_module(modules[child])
-    return modules[0]
 
 
 def _module(reader: Reader, host_code: str) -> Any:

@@ -8,6 +8,10 @@ from typing import Any
 
 import tvm_ffi
 
+from attnrewrite.errors import CompilerError
+
+tvm_ffi.register_error("CompilerError", CompilerError)  # which comes out of TVM as itself, then, not as RuntimeError
+
 
 @contextlib.contextmanager
 def registered(name: str, function: Callable[..., Any]) -> Iterator[None]:

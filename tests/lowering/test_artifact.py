@@ -226,11 +226,10 @@ def test_fewer_weights_than_asked_for_stay_inside(tmp_path):
 def test_weights_that_are_not_all_there(weights_beside, tmp_path):
     directory = Path(shutil.copytree(weights_beside[0], tmp_path / "copy"))
     content = (directory / "weights.bin").read_bytes()
-    (directory / "weights.bin").write_bytes(content[:-1])
-    with pytest.raises(
-        UserError, match=rf"weights\.bin is truncated: {len(content) - 1} bytes, {len(content)} expected"
-    ):
-        runtime.load(directory)
+    for left in (len(content) - 1, 0):
+        (directory / "weights.bin").write_bytes(content[:left])
+        with pytest.raises(UserError, match=rf"weights\.bin is truncated: {left} bytes, {len(content)} expected"):
+            runtime.load(directory)
     (directory / "weights.bin").unlink()
     with pytest.raises(UserError, match=r"copy holds no weights\.bin, which its manifest names"):
         runtime.load(directory)

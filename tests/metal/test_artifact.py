@@ -16,7 +16,7 @@ import attnrewrite
 import attnrewrite.lowering.compile as lowering
 from attnrewrite.cli import app
 from attnrewrite.emulator import EmulatedModel
-from attnrewrite.errors import UserError
+from attnrewrite.errors import CompilerError, UserError
 from tests import tiny
 from tests.lowering.compiling import model, node, normal
 from tests.models.onnx_spellings import SPELLINGS
@@ -100,6 +100,26 @@ def test_a_library_without_its_host_code(artifact: Path, tmp_path: Path) -> None
     (tmp_path / "copy" / "host.ll.gz").unlink()
     with pytest.raises(UserError, match=r"model\.dylib cannot be emulated without host\.ll\.gz beside it"):
         EmulatedModel(tmp_path / "copy")
+
+
+def test_a_library_with_damaged_host_code(artifact: Path, tmp_path: Path) -> None:
+    host = Path(shutil.copytree(artifact, tmp_path / "copy")) / "host.ll.gz"
+    code = host.read_bytes()
+    for damaged in (
+        code[: len(code) // 2],
+        b"no gzip",
+        code[:500] + bytes(b ^ 0xFF for b in code[500:600]) + code[600:],
+    ):
+        host.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model\.dylib or host\.ll\.gz beside it is damaged"):
+            EmulatedModel(tmp_path / "copy")
+
+
+def test_a_cache_that_cannot_be_written(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CompilerError, match="ATTNREWRITE_CACHE names another directory"):
+        EmulatedModel(artifact)
 
 
 def test_a_damaged_library(artifact: Path, tmp_path: Path) -> None:
