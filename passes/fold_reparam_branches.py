@@ -29,9 +29,9 @@ from attnrewrite.localattention.site import Decline, Reparam
 from attnrewrite.pipeline import Declined, Pass
 from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.emit import Writer, into
-from attnrewrite.reparam.obstacles import obstacle
+from attnrewrite.reparam.obstacles import obstacle, obstacle_before
 from attnrewrite.reparam.plan import Plan, Planner
-from attnrewrite.reparam.read import summands
+from attnrewrite.reparam.read import PRODUCTS, summands
 
 NAME = "fold-reparam-branches"
 
@@ -42,9 +42,11 @@ def match_branches(facts: Facts, node: Node) -> Plan | Decline | None:
     if planner.outermost(node) is not node:
         return None
     plan = planner.plan(node)
-    if plan is None:
-        return obstacle(planner, node) if summands(node) else None
-    return None if planner.is_absorbed(node) else plan
+    if plan is None and summands(node):
+        return obstacle(planner, node)
+    if planner.is_absorbed(node):
+        return None
+    return obstacle_before(planner, node) if plan is None else plan
 
 
 def rewrite_branches(facts: Facts, plan: Plan) -> None:
@@ -61,7 +63,8 @@ def rewrite_branches(facts: Facts, plan: Plan) -> None:
 def record_branches(node: Node, found: Plan | Decline) -> Reparam:
     """The report's row."""
     if isinstance(found, Decline):
-        return Reparam(max(len(summands(node)), 1), "Conv", "leave", found.node, found.reason)
+        single = node.op if node.op in PRODUCTS else "Conv"
+        return Reparam(max(len(summands(node)), 1), single, "leave", found.node, found.reason)
     weights = found.weights
     is_counted = is_static(found.root.output.known_shape[1:])
     return Reparam(

@@ -1,7 +1,8 @@
 """Why branches that look as if they folded do not: the first thing that stands in the way.
 
-Only sums are spoken of that somebody would expect to fold: two summands that come from one value, one of them through a
-convolution or a matrix product. A residual connection around an activation is none, nor is a sum over different inputs.
+Only what somebody would expect to fold is spoken of: sums of two summands that come from one value, one of them through
+a convolution or a matrix product, and such products right behind one another or behind a BatchNorm. A residual
+connection around an activation is none, nor is a sum over different inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.localattention.site import Decline
 from attnrewrite.ops import UNARY
 from attnrewrite.reparam.forms import Form, combine, total
-from attnrewrite.reparam.operator import Inexact, Operator, Scaling
+from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling
 from attnrewrite.reparam.plan import NOMINAL_EXTENT, Planner, emitted_cost, is_written
 from attnrewrite.reparam.read import PRODUCTS, Reading
 
@@ -53,6 +54,26 @@ def obstacle(planner: Planner, root: Node) -> Decline | None:
         if len(apart) > 1 and any(p.is_branch for p in paths):
             return _first(planner, root, paths, sums)
     return None
+
+
+def obstacle_before(planner: Planner, node: Node) -> Decline | None:
+    """What keeps a convolution or a matrix product apart from the one, or from the BatchNorm, that it alone reads."""
+    source = node.input(0)
+    before = None if source is None else source.producer
+    if node.op not in PRODUCTS or before is None or source is None or planner.facts.only_user(source) is not node:
+        return None
+    own, inner = planner.forms.reading(node), planner.forms.reading(before)
+    if before.op not in PRODUCTS | {"BatchNormalization"} or not isinstance(own, Reading) or inner is None:
+        return None
+    operator: Linear | Inexact
+    if isinstance(inner, Inexact):
+        operator = inner
+    else:
+        operator = combine(own.operator, Form(inner.source, inner.operator), source, node.output)
+    if isinstance(operator, Inexact):
+        return Decline(operator.reason, before.label)
+    assert isinstance(operator, Operator)
+    return _too_costly(planner, node, operator, frozenset((before, node)), 0)
 
 
 def _paths(planner: Planner, sign: int, summand: Value) -> Iterator[Path]:
@@ -132,6 +153,6 @@ def _too_costly(planner: Planner, root: Node, operator: Operator, nodes: frozens
         return None
     counted = "" if is_static(shape[1:]) else f" (symbolic extents counted as {NOMINAL_EXTENT})"
     return Decline(
-        f"one operator would take {after:,} multiplications for a sample, the branches take {before:,}{counted}",
+        f"one operator would take {after:,} multiplications for a sample, now it is {before:,}{counted}",
         root.label,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -42,8 +43,9 @@ def cells(groups: Sequence[Reparam]) -> tuple[str, ...]:
 
 
 def left(reparam: Iterable[Reparam]) -> list[tuple[str, str]]:
-    """(where, reason) of what stays apart, one line for each reason."""
-    by_reason = _by((g for g in reparam if g.verdict == "leave"), lambda group: (group.branches, group.reason))
+    """(where, reason) of what stays apart, one line for each reason, whatever its figures."""
+    apart = (group for group in reparam if group.verdict == "leave")
+    by_reason = _by(apart, lambda group: (group.branches, re.sub(r"\d[\d,]*", "#", group.reason)))
     lines = []
     for groups in by_reason:
         what = "operators in a row" if groups[0].branches == 1 else f"{groups[0].branches} branches"

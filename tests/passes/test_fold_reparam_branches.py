@@ -342,6 +342,11 @@ def read_elsewhere(g: Builder, x: str) -> str:
     return g.op("Mul", g.op("Add", branch, K1.write(g, x, 1)), branch)
 
 
+def batch_norm(g: Builder, x: str) -> str:
+    statistics = np.random.default_rng(5).uniform(0.5, 1.5, (4, CHANNELS))
+    return g.op("BatchNormalization", x, *map(g.constant, statistics))
+
+
 def of_two(**changes: object) -> NearMiss:
     return lambda g, x: g.op("Add", K3.write(g, x, 0), K3.write(g, x, 1, **changes))
 
@@ -353,13 +358,25 @@ NEAR_MISSES: dict[str, tuple[NearMiss, str]] = {
     ),
     "other-dilation": (
         of_two(dilations=[2, 2], pads=[2, 2, 2, 2]),
-        f"one operator would take {462 * 6 * 25:,} multiplications for a sample, the branches take {462 * 109:,}",
+        f"one operator would take {462 * 6 * 25:,} multiplications for a sample, now it is {462 * 109:,}",
     ),
     "computed-weight": (computed_weight, "a branch computes its weights"),
     "read-elsewhere": (read_elsewhere, "the result of a branch is used elsewhere as well"),
     "input-of-another-shape": (  # one filter for six channels, broadcast by the sum
         lambda g, x: g.op("Add", Branch((3, 3), filters=1).write(g, x, 0), x),
         "a branch does not have the shape of the sum",
+    ),
+    "norm-before-padding": (
+        lambda g, x: K3.write(g, batch_norm(g, x), 0),
+        "zero padding after a bias",
+    ),
+    "depthwise-then-dense": (
+        lambda g, x: K1.write(g, Branch((3, 3), groups=CHANNELS).write(g, x, 0), 1),
+        f"one operator would take {462 * 6 * 9:,} multiplications for a sample, now it is {462 * (9 + 6):,}",
+    ),
+    "both-padded": (
+        lambda g, x: K3.write(g, Branch((3, 3), bias=False).write(g, x, 0), 1),
+        "zero padding after a kernel that reaches beyond it",
     ),
     "relu-between": (
         lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", K1.write(g, x, 1))),
@@ -385,6 +402,7 @@ def test_near_miss_is_left_alone(name: str) -> None:
 
 SILENT: dict[str, NearMiss] = {
     "other-input": lambda g, x: g.op("Add", K3.write(g, x, 0), K1.write(g, g.op("Relu", x), 1)),
+    "norm-behind-an-activation": lambda g, x: g.op("Relu", batch_norm(g, g.op("Relu", x))),
     "one-branch": lambda g, x: g.op("Add", K3.write(g, x, 0), g.op("Relu", x)),
 }
 

@@ -177,7 +177,7 @@ BLOCKS: dict[str, Block] = {
     ),
     "depthwise-beside-pointwise": Block(
         lambda: Branches(nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 6, 1)),
-        [(2, "one operator would take 24,948 multiplications for a sample, the branches take 7,392")],
+        [(2, "one operator would take 24,948 multiplications for a sample, now it is 7,392")],
         ["Conv", "Conv", "Add"],
     ),
     "diverse-with-another-border": Block(lambda: diverse(of_zeros=False), [(1, "Conv")] * 3 + [(2, "Conv")]),
