@@ -24,7 +24,7 @@ from attnrewrite import artifact
 from attnrewrite.artifact import InputShapes, Options, Passes
 from attnrewrite.atomic import staged_directory
 from attnrewrite.errors import UserError
-from attnrewrite.frontend.pt2 import as_onnx
+from attnrewrite.frontend.pt2 import SINGLE_FILE_BYTES, as_onnx
 from attnrewrite.localattention.site import Site
 from attnrewrite.report import Report
 
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from attnrewrite.verify.numeric import Verification
 
     ModelLike = str | os.PathLike[str] | onnx.ModelProto
-
-# Above this a model in memory is written with its weights in a second file: one protobuf message ends at 2 GiB.
-SINGLE_FILE_BYTES = 1_800_000_000
 
 
 class Result:

@@ -71,16 +71,18 @@ class Built:
 
 
 class Stages:
-    """Wall time of the stages, by name, and a word to the user as each begins."""
+    """Wall time of the stages, by name, and a word to the user as each begins; parts of one stage say it once."""
 
     def __init__(self, progress: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = progress
+        self._said: str | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str, sentence: str) -> Iterator[None]:
-        if self._progress is not None:
+        if self._progress is not None and sentence != self._said:
             self._progress(sentence)
+            self._said = sentence
         start = time.perf_counter()
         try:
             yield

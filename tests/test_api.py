@@ -87,6 +87,7 @@ def test_progress_is_told():
     said: list[str] = []
     attnrewrite.optimize(tiny.linear(), threads=1, progress=said.append)
     assert said[0] == "reading model.onnx"
+    assert len(set(said)) == len(said)
     assert said[-1] == "verifying"
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".pt2"
 OPSET = 18
-# Above this the weights of an exported file go into a second one: a protobuf message ends at 2 GiB.
+# Above this the weights of a written ONNX file go into a second one: a protobuf message ends at 2 GiB.
 SINGLE_FILE_BYTES = 1_800_000_000
 
 
