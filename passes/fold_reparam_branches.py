@@ -22,12 +22,11 @@ Source
 
 from __future__ import annotations
 
-from attnrewrite.dims import elements, is_static
+from attnrewrite.dims import is_static
 from attnrewrite.facts import Facts
-from attnrewrite.graph import Node, Value
+from attnrewrite.graph import Node
 from attnrewrite.localattention.site import Decline, Reparam
 from attnrewrite.pipeline import Declined, Pass
-from attnrewrite.reparam.border import moves
 from attnrewrite.reparam.emit import Writer, into
 from attnrewrite.reparam.obstacles import obstacle, obstacle_before
 from attnrewrite.reparam.plan import Plan, Planner
@@ -73,20 +72,13 @@ def record_branches(node: Node, found: Plan | Decline) -> Reparam:
         "rewrite",
         node.label,
         "linear in one input and treating every position alike: their kernels add and combine",
-        sum(elements(v.known_shape) for v in _constants(found)),
-        sum(w.size for w in weights),
+        found.parameters_before,
+        found.parameters_after,
         max(w.error for w in weights),
         found.before if is_counted else None,
         found.after if is_counted else None,
         max(w.error_in_ulp for w in weights),
     )
-
-
-def _constants(plan: Plan) -> list[Value]:
-    """The weights of the nodes that go, each once."""
-    read = [v for n in plan.nodes if not moves(n) for v in n.inputs if v is not None and v.is_constant]
-    kept = {v for _, v in plan.rest}
-    return [v for v in dict.fromkeys(read) if v not in kept]
 
 
 fold_reparam_branches = Pass(NAME, match_branches, rewrite_branches, record_branches)

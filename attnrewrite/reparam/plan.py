@@ -3,7 +3,8 @@
 The cost of a graph is the number of multiplications for one sample: a convolution or a matrix product takes one for
 every product it sums (those of the taps between the taps of a dilated kernel too, once it is written as one), a mean
 one for every element of its window; a normalisation, a scale, an added bias and each sum take one for every element
-they give. Branches are folded where that number does not grow and fewer nodes remain, a chain where it shrinks.
+they give. Branches are folded where that number does not grow and fewer nodes remain, a chain where it shrinks and its
+weights do not grow.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from attnrewrite.dims import Dim, Extent, Shape
+from attnrewrite.dims import Dim, Extent, Shape, elements
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Node, Value
 from attnrewrite.reparam.border import moves
@@ -73,8 +74,26 @@ class Plan:
     def saving(self) -> int:
         return self.before - self.after
 
+    @property
+    def parameters_before(self) -> int:
+        """Numbers in the weights of the nodes that go, each counted once."""
+        kept = {v for _, v in self.rest}
+        read = [v for n in self.nodes if not moves(n) for v in n.reads() if v.is_constant]
+        return sum(elements(v.known_shape) for v in dict.fromkeys(read) if v not in kept)
 
-def elements(shape: Shape) -> int:
+    @property
+    def parameters_after(self) -> int:
+        return sum(emitted_parameters(g.operator) for g in self.groups)
+
+    @property
+    def pays(self) -> bool:
+        """Branches need not save multiplications, their sum is saved; a chain must, and not by larger weights."""
+        if any(g.branches > 1 for g in self.groups):
+            return self.saving >= 0
+        return self.saving > 0 and self.parameters_after <= self.parameters_before
+
+
+def elements_of_sample(shape: Shape) -> int:
     """Elements of one sample, the first axis aside."""
     return math.prod(_nominal(e) for e in shape[1:])
 
@@ -93,7 +112,13 @@ def emitted_nodes(operator: Operator, result: Shape) -> int:
 def emitted_cost(operator: Operator, result: Shape) -> int:
     groups = operator.groups if operator.axes else 1
     own = operator.channels_in // groups * operator.taps
-    return elements(result) * (own + emitted_nodes(operator, result) - 1)
+    return elements_of_sample(result) * (own + emitted_nodes(operator, result) - 1)
+
+
+def emitted_parameters(operator: Operator) -> int:
+    groups = operator.groups if operator.axes else 1
+    own = operator.channels_in // groups * operator.taps
+    return operator.channels_out * (own + (operator.bias is not None))
 
 
 class Planner:
@@ -144,7 +169,7 @@ class Planner:
 
     def cost(self, node: Node) -> int:
         """Multiplications of a node as it is; nodes that only move data have none."""
-        count = elements(node.output.shape or ())
+        count = elements_of_sample(node.output.shape or ())
         if node.op in ELEMENTWISE:
             return count
         if node.op == "Sum":
@@ -156,7 +181,7 @@ class Planner:
 
     def cost_of(self, nodes: Iterable[Node], sums: int = 0, shape: Shape = ()) -> int:
         """Multiplications of nodes, and of so many sums of values of a shape."""
-        return sum(self.cost(n) for n in nodes) + (sums * elements(shape) if sums else 0)
+        return sum(self.cost(n) for n in nodes) + (sums * elements_of_sample(shape) if sums else 0)
 
     def leaves(self, node: Node) -> tuple[Terms, frozenset[Node]]:
         """The summands of nested sums, and the sums; a sum used elsewhere is a summand of its own."""
@@ -214,11 +239,10 @@ class Planner:
             return None
         sums = len(groups) + len(rest) - 1
         before = self.cost_of(nodes)
-        after = sum(emitted_cost(g.operator, shape) for g in groups) + sums * elements(shape)
+        after = sum(emitted_cost(g.operator, shape) for g in groups) + sums * elements_of_sample(shape)
         remaining = sum(emitted_nodes(g.operator, shape) for g in groups) + sums
         plan = Plan(root, tuple(groups), rest, nodes, before, after)
-        pays = plan.saving > 0 or (plan.saving == 0 and any(g.branches > 1 for g in groups))
-        return plan if pays and remaining < len(nodes) else None
+        return plan if plan.pays and remaining < len(nodes) else None
 
     def _is_plain(self, group: Group) -> bool:
         """Whether all there is to fold is a layer's own bias, or one number that scales it: an attention's or an

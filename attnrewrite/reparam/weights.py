@@ -22,10 +22,6 @@ class Weights:
         return all(np.isfinite(r.astype(np.float64)).all() for r in self.rounded)
 
     @property
-    def size(self) -> int:
-        return sum(r.size for r in self.rounded)
-
-    @property
     def error(self) -> float:
         """The largest |rounded - exact|."""
         return max(float(np.abs(r.astype(np.float64) - e).max(initial=0.0)) for e, r in self._pairs())

@@ -11,8 +11,9 @@ from attnrewrite.report.document import scientific
 
 COLUMNS = ("branches", "into", "parameters", "multiplications", "weights rounded by")
 RULE = (
-    "Branches, or operators in a row, become one operator where that is exact and takes no more multiplications for "
-    "one sample; a BatchNorm, scale, bias or sum counts one per element, pooling one per element of its window."
+    "Branches become one operator where that is exact and takes no more multiplications for one sample, operators in "
+    "a row where it takes fewer and no larger weights. A BatchNorm, scale, bias or sum counts one per element, "
+    "pooling one per element of its window."
 )
 
 Key = TypeVar("Key")
