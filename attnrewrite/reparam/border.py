@@ -16,6 +16,7 @@ import numpy as np
 from attnrewrite.dims import elements, is_static, static
 from attnrewrite.frontend.evaluate import NUMPY_OPS, Arrays
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value, ancestors
+from attnrewrite.reparam.precision import is_weight_type
 
 # Nodes that write a border are few, and the maps that are looked at are of this many elements at most.
 MOST_NODES = 64
@@ -70,8 +71,16 @@ def _source(value: Value) -> tuple[Value, frozenset[Node]] | None:
     before = ancestors([value], stop=lambda v: v.is_constant or not moves(v.producer))
     nodes = frozenset(v.producer for v in before if v.producer is not None)
     read = {v for n in nodes for v in n.reads() if not v.is_constant and v not in before}
-    writes = any(n.op in ("ScatterND", "Concat", "Pad") for n in nodes)
-    return (read.pop(), nodes) if len(read) == 1 and writes and len(nodes) <= MOST_NODES else None
+    found = len(read) == 1 and len(nodes) <= MOST_NODES and any(map(_holds_numbers, nodes))
+    return (read.pop(), nodes) if found else None
+
+
+def _holds_numbers(node: Node) -> bool:
+    """Whether a node brings in numbers of the model's own, which a border is made of; a circular one has none."""
+    if node.op == "Pad":
+        return node.attributes.get("mode", "constant") in ("constant", b"constant")
+    constants = (v for v in node.inputs if v is not None and v.is_constant)
+    return any(v.dtype is not None and is_weight_type(v.dtype) for v in constants)
 
 
 def moves(node: Node | None) -> bool:
