@@ -330,7 +330,8 @@ def test_crash_while_tuning_still_gives_a_library(tmp_path, monkeypatch):
             raise lowering.CompilerCrash("the compiler crashed (SIGILL)")
         (work / "model.so").write_bytes(b"")
         counts = dict.fromkeys(("kernels", "attention_kernels", "library_bytes", "peak_memory_bytes"), 1)
-        made = {"entry": "main", "inputs": [], "outputs": [], "seconds": {}, "tuning": None, **counts}
+        weights = {"weights": [], "weights_file": None, "weights_bytes": 0, "beside": []}
+        made = {"entry": "main", "inputs": [], "outputs": [], "seconds": {}, "tuning": None, **weights, **counts}
         (work / lowering.RESULT_NAME).write_text(json.dumps(made))
 
     monkeypatch.setattr(lowering, "run_child", child)
