@@ -248,13 +248,15 @@ class _Layout(PyExprMutator):  # type: ignore[misc]
             return None
         axes = next((d.axes for d in found if d.is_channels_last), found[0].axes)
         operands = [self._operand(argument, axes) for argument in call.args]
-        if None in operands:
+        if any(operand is None for operand in operands):
             return None
         return ir.Call(call.op, operands, call.attrs, call.ty_args), axes
 
     def _operand(self, value: Any, axes: Sequence[int]) -> Any:
         """An operand of an element-wise operator in the order of the base; None where its axes are not all there."""
         value = self._constants.get(value, value)
+        if isinstance(value.ty, ir.PrimType):
+            return value  # a number, such as the bounds of a clip
         if isinstance(value, ir.GenericConst):
             array = value.value.numpy()
             if array.size == 1:
