@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnrewrite import floats
 from attnrewrite.facts import Facts
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.indexing.map import Coordinate, Index, IndexingError
 from attnrewrite.indexing.provenance import provenances
 from attnrewrite.indexing.rules import Read, broadcast_index, sources
-from attnrewrite.localattention import floats
 from attnrewrite.localattention.choice import run_time_choice
 from attnrewrite.localattention.contraction import (
     Operand,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnrewrite.localattention import floats
+from attnrewrite import floats
 
 # In place of the pixel of a key that is excluded: behind all pixels.
 NO_KEY = np.iinfo(np.int64).max

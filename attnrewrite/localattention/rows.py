@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnrewrite import floats
 from attnrewrite.indexing.map import IndexingError
-from attnrewrite.localattention import floats
 from attnrewrite.localattention.geometry import PADDING
 from attnrewrite.localattention.grid import count, flat_pixels
 from attnrewrite.localattention.maps import SiteMaps

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnrewrite import floats
 from attnrewrite.dims import Dim, Extent
 from attnrewrite.facts import Facts
 from attnrewrite.graph import Value, ancestors
 from attnrewrite.indexing.map import Index, IndexingError, reduced
-from attnrewrite.localattention import floats
 from attnrewrite.localattention.attention import Attention
 from attnrewrite.localattention.geometry import Sizes
 from attnrewrite.localattention.grid import count, grouped

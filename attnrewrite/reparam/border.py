@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from attnrewrite.dims import elements, is_static, static
+from attnrewrite.floats import is_float
 from attnrewrite.frontend.evaluate import NUMPY_OPS, Arrays
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value, ancestors
-from attnrewrite.reparam.precision import is_weight_type
 
 # Nodes that write a border are few, and the maps that are looked at are of this many elements at most.
 MOST_NODES = 64
@@ -80,7 +80,7 @@ def _holds_numbers(node: Node) -> bool:
     if node.op == "Pad":
         return node.attributes.get("mode", "constant") in ("constant", b"constant")
     constants = (v for v in node.inputs if v is not None and v.is_constant)
-    return any(v.dtype is not None and is_weight_type(v.dtype) for v in constants)
+    return any(v.dtype is not None and is_float(v.dtype) for v in constants)
 
 
 def moves(node: Node | None) -> bool:

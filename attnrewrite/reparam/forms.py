@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from attnrewrite.dims import NonAffine, SymbolicExtent
 from attnrewrite.facts import Facts
+from attnrewrite.floats import step
 from attnrewrite.graph import Node, UnknownShape, Value
 from attnrewrite.reparam.border import Border, read_border
 from attnrewrite.reparam.operator import Inexact, Linear, Operator, Scaling, add, compose, scaled, shifted, with_border
-from attnrewrite.reparam.precision import precision
 from attnrewrite.reparam.read import Reading, read_linear, read_offset, summands
 
 # Forms kept of one value, and nodes walked back over: more than any branch has; a bound for linear networks.
@@ -119,7 +119,7 @@ class Forms:
         for form in self.of(border.inner).values():
             if isinstance(form.operator, Operator) and form.operator.axes and dtype is not None:
                 shapes = (form.base.known_shape, border.inner.known_shape)
-                tolerance = max(BORDER_ULP * precision(dtype), BORDER_LEAST)
+                tolerance = max(BORDER_ULP * step(dtype), BORDER_LEAST)
                 operator = with_border(form.operator, around, border.begin, border.end, *shapes, tolerance)
                 if not isinstance(operator, Inexact):
                     found.append(Form(form.base, operator, form.nodes | border.nodes, form.branches))

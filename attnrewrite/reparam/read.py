@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnrewrite.dims import Extent, Shape, static
+from attnrewrite.floats import is_float
 from attnrewrite.frontend.evaluate import python_slice
 from attnrewrite.graph import STANDARD_DOMAIN, Node, Value
 from attnrewrite.reparam.operator import Axis, Inexact, Linear, Operator, Scaling, depthwise
-from attnrewrite.reparam.precision import is_weight_type
 
 # They multiply and sum over many elements: a fold replaces at least one of them.
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -49,7 +49,7 @@ def summands(node: Node) -> list[tuple[int, Value]]:
 
 
 def _is_float(value: Value | None) -> bool:
-    return value is not None and value.shape is not None and value.dtype is not None and is_weight_type(value.dtype)
+    return value is not None and value.shape is not None and value.dtype is not None and is_float(value.dtype)
 
 
 def _wide(value: Value) -> np.ndarray:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnrewrite.floats import ulp
 from attnrewrite.reparam.operator import Operator, regrouped
-from attnrewrite.reparam.precision import ulp
 
 
 @dataclass(frozen=True, eq=False)
