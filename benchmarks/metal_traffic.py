@@ -77,7 +77,7 @@ def window(size: int, dtype: str, *, keys: int = 0) -> Row:
     spec = FlashWindowAttention(geometry, HEADS, HEAD_DIM**-0.5, None if keys else -100.0)
     operands = _maps((1, extent, extent, CHANNELS), dtype)
     operands["bias"] = _random((1, HEADS, size * size, key_tokens), dtype)
-    return _op(f"window-{size}" + (f"-keys-{keys}" if keys else ""), spec, operands)
+    return op_row(f"window-{size}" + (f"-keys-{keys}" if keys else ""), spec, operands)
 
 
 def slide(size: int, dtype: str) -> Row:
@@ -85,7 +85,7 @@ def slide(size: int, dtype: str) -> Row:
     spec = SlideAttention(NeighborhoodGeometry((56, 56), (size, size), (1, 1)), HEADS, HEAD_DIM**-0.5)
     operands = _maps((1, CHANNELS, 56, 56), dtype)
     operands["bias"] = _random((HEADS, size * size), dtype)
-    return _op(f"slide-{size}", spec, operands)
+    return op_row(f"slide-{size}", spec, operands)
 
 
 def gemm(tokens: int, inner: int, outer: int, dtype: str) -> Row:
@@ -162,7 +162,8 @@ def main() -> None:
     print("\n".join(details))
 
 
-def _op(name: str, spec: Spec, operands: Operands) -> Row:
+def op_row(name: str, spec: Spec, operands: Operands) -> Row:
+    """One of the two ops as a model."""
     from attnrewrite.frontend.onnx import read, to_model
 
     names = [operand if operand in operands else "" for operand in spec.operands]

@@ -65,7 +65,7 @@ def _with_host_cpu(description: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def device_compiler(target: Target, description: tvm.target.Target) -> Iterator[Callable[[Path], None]]:
+def device_compiler(target: Target) -> Iterator[Callable[[Path], None]]:
     """While open, device code is compiled for the target's GPU; what it yields is called on the linked library.
 
     Raises CompilerError where the GPU's compiler is missing.
@@ -75,7 +75,7 @@ def device_compiler(target: Target, description: tvm.target.Target) -> Iterator[
         return
     from attnrewrite.lowering.cuda_compiler import embedded_cubins
 
-    with embedded_cubins(str(description.attrs["arch"])) as cubins:
+    with embedded_cubins(target.architectures) as cubins:
         yield cubins.finish
 
 

@@ -89,7 +89,7 @@ def compile_request(
             tiles = find_tiles(
                 mod, tvm_target, request["tune"], request["threads"], versions(), lambda p: say(asdict(p))
             )
-    with build.device_compiler(target, tvm_target) as finish:
+    with build.device_compiler(target) as finish:
         with timed("compiling"):
             built = build.build(
                 mod,

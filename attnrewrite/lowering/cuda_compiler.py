@@ -2,8 +2,9 @@
 
 TVM writes CUDA source. Where it has no CUDA runtime at hand it would leave that source in the library, to be compiled
 on the device by whatever is installed there. So the source is compiled while the library is built: `embedded_cubins`
-answers TVM's last call before it packs the source with the cubin in its place, and `finish` corrects the one word in
-the linked library that still calls it source. What comes out is what TVM writes on a machine with a GPU.
+answers TVM's last call before it packs the source with machine code in its place (a cubin, or a fat binary), and
+`finish` corrects the one word in the linked library that still calls it source. What comes out is what TVM writes on a
+machine with a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from attnrewrite.errors import CompilerError, first_error
+from attnrewrite.lowering.cuda_resources import KernelResources, read_resources
 from attnrewrite.lowering.registered import registered
 
 _POSTPROCESS = "tvm_callback_cuda_postproc"
@@ -36,10 +38,22 @@ _INSTALL_HINT = (
 )
 
 
-class CudaCompiler(Protocol):
-    """Compiles CUDA source text to a cubin for `arch` (as in sm_90). Raises CompilerError with the compiler's words."""
+@dataclass(frozen=True)
+class Compiled:
+    """code: a cubin, or a fat binary where it is for several architectures. kernels: of each of these."""
 
-    def compile(self, source: str, arch: str) -> bytes: ...
+    code: bytes
+    kernels: tuple[KernelResources, ...]
+
+
+class CudaCompiler(Protocol):
+    """Compiles CUDA source text for `architectures` (as in sm_90), ascending.
+
+    For one it gives a cubin. For several it gives a fat binary: a cubin of each, and PTX of the last, from which the
+    driver compiles for GPUs that came later. Raises CompilerError with the compiler's words.
+    """
+
+    def compile(self, source: str, architectures: Sequence[str]) -> Compiled: ...
 
 
 def find_compiler() -> CudaCompiler:
@@ -66,15 +80,28 @@ class Nvcc:
 
     path: Path
 
-    def compile(self, source: str, arch: str) -> bytes:
+    def compile(self, source: str, architectures: Sequence[str]) -> Compiled:
         with tempfile.TemporaryDirectory() as folder:
-            text, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
+            text, code = Path(folder, "kernels.cu"), Path(folder, "kernels.bin")
             text.write_text(source)
-            command = [str(self.path), "-cubin", f"-arch={arch}", "-O3", "-w", str(text), "-o", str(cubin)]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [str(self.path), *_nvcc_output(architectures), "-O3", "-w", "-Xptxas", "-v"]
+            run = subprocess.run([*command, str(text), "-o", str(code)], capture_output=True, text=True, check=False)
             if run.returncode:
-                raise CompilerError(f"nvcc failed for {arch}: {first_error(run.stderr)}")
-            return cubin.read_bytes()
+                raise CompilerError(f"nvcc failed for {', '.join(architectures)}: {first_error(run.stderr)}")
+            return Compiled(code.read_bytes(), read_resources(run.stderr))
+
+
+def _nvcc_output(architectures: Sequence[str]) -> list[str]:
+    if len(architectures) == 1:
+        return ["-cubin", f"-arch={architectures[0]}"]
+    newest = _virtual(architectures[-1])
+    pairs = [(_virtual(arch), arch) for arch in architectures] + [(newest, newest)]
+    return ["-fatbin", *(f"-gencode=arch={virtual},code={real}" for virtual, real in pairs)]
+
+
+def _virtual(arch: str) -> str:
+    """The instruction set of PTX that an architecture is compiled from."""
+    return arch.replace("sm_", "compute_")
 
 
 @dataclass(frozen=True)
@@ -92,30 +119,71 @@ class Nvrtc:
     )
     _STANDARD_HEADERS = re.compile(r"#ifdef __CUDACC_RTC__\n.*?#else\n.*?#include <cuda\.h>\n#endif\n", re.DOTALL)
 
-    def compile(self, source: str, arch: str) -> bytes:
+    def compile(self, source: str, architectures: Sequence[str]) -> Compiled:
+        nvrtc = self._load()
+        results = [self._compile(nvrtc, source, arch) for arch in architectures]
+        kernels = tuple(kernel for _, log in results for kernel in read_resources(log))
+        if len(results) == 1:
+            return Compiled(results[0][0], kernels)
+        newest = architectures[-1].removeprefix("sm_")
+        ptx, _ = self._compile(nvrtc, source, _virtual(architectures[-1]))
+        parts = [(arch.removeprefix("sm_"), code) for arch, (code, _) in zip(architectures, results, strict=True)]
+        return Compiled(self._joined(parts, (newest, ptx)), kernels)
+
+    def _load(self) -> Any:
         try:
             # NVRTC opens its builtins by name alone, which finds them only where they are loaded already.
             for builtins in sorted(self.library.parent.glob("libnvrtc-builtins.so.*")):
                 ctypes.CDLL(str(builtins))
-            nvrtc = ctypes.CDLL(str(self.library))
+            return ctypes.CDLL(str(self.library))
         except OSError as error:
             raise CompilerError(f"{self.library} cannot be loaded ({error}); {_INSTALL_HINT}") from None
+
+    def _compile(self, nvrtc: Any, source: str, arch: str) -> tuple[bytes, str]:
+        """A cubin, or the PTX of a virtual architecture; and the log."""
         text = self._PRELUDE + self._STANDARD_HEADERS.sub("", source, count=1)
-        options = [f"--gpu-architecture={arch}", "-default-device", "-w", *(f"-I{p}" for p in self.include)]
+        options = [f"--gpu-architecture={arch}", "-default-device", "-w", "--ptxas-options=-v"]
+        options += [f"-I{p}" for p in self.include]
         program = ctypes.c_void_p()
         nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
         try:
             arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
-                log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+            failed = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+            log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+            if failed:
                 raise CompilerError(f"NVRTC failed for {arch}: {first_error(log)}")
-            return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+            if arch.startswith("compute_"):
+                return _fetch(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program), log
+            return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log
         finally:
             nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
+    def _joined(self, cubins: Sequence[tuple[str, bytes]], ptx: tuple[str, bytes]) -> bytes:
+        """A fat binary of the code for each architecture, which is named by its number alone."""
+        libraries = sorted(self.library.parent.glob("libnvfatbin.so.*"))
+        if not libraries:
+            raise CompilerError(
+                "NVRTC alone makes no code for several architectures; name one, or install nvcc, "
+                "or run: pip install nvidia-nvfatbin"
+            )
+        fatbin, handle = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
+        options = (ctypes.c_char_p * 1)(b"-64")
+        size = ctypes.c_size_t
+        results = [fatbin.nvFatbinCreate(ctypes.byref(handle), options, size(1))]
+        try:
+            for arch, code in cubins:
+                results.append(fatbin.nvFatbinAddCubin(handle, code, size(len(code)), arch.encode(), b"kernels"))
+            arch, code = ptx
+            results.append(fatbin.nvFatbinAddPTX(handle, code, size(len(code)), arch.encode(), b"kernels", None))
+            if any(results):
+                raise CompilerError(f"{libraries[0].name} cannot join code for several architectures: {results}")
+            return _fetch(fatbin.nvFatbinSize, fatbin.nvFatbinGet, handle)
+        finally:
+            fatbin.nvFatbinDestroy(ctypes.byref(handle))
+
 
 def _fetch(size_of: Any, copy: Any, program: ctypes.c_void_p) -> bytes:
-    """What NVRTC hands out in two calls: the size, then the bytes."""
+    """What these libraries hand out in two calls: the size, then the bytes."""
     size = ctypes.c_size_t()
     size_of(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
@@ -125,10 +193,10 @@ def _fetch(size_of: Any, copy: Any, program: ctypes.c_void_p) -> bytes:
 
 @dataclass
 class EmbeddedCubins:
-    """The cubins of one build, in the order TVM asked for them."""
+    """The code of one build, in the order TVM asked for it; the kernels in it, by architecture."""
 
-    arch: str
     cubins: list[bytes] = field(default_factory=list)
+    kernels: list[KernelResources] = field(default_factory=list)
     error: CompilerError | None = None
 
     def finish(self, library: Path) -> None:
@@ -163,22 +231,23 @@ def _format_position(data: mmap.mmap, cubin: bytes) -> int | None:
 
 
 @contextlib.contextmanager
-def embedded_cubins(arch: str, compiler: CudaCompiler | None = None) -> Iterator[EmbeddedCubins]:
-    """While open, every CUDA module TVM builds is compiled for `arch`; after linking, call `finish` on the library.
+def embedded_cubins(architectures: Sequence[str], compiler: CudaCompiler | None = None) -> Iterator[EmbeddedCubins]:
+    """While open, CUDA modules that TVM builds are compiled for these; after linking, call `finish` on the library.
 
     Raises CompilerError where no compiler is found (on entry) or where it fails (from the build inside).
     """
     chosen = compiler or find_compiler()
-    embedded = EmbeddedCubins(arch)
+    embedded = EmbeddedCubins()
 
     def postprocess(source: str, _: Any) -> bytes:
         try:
-            cubin = chosen.compile(source, arch)
+            compiled = chosen.compile(source, architectures)
         except CompilerError as error:
             embedded.error = error
             raise
-        embedded.cubins.append(cubin)
-        return cubin
+        embedded.cubins.append(compiled.code)
+        embedded.kernels.extend(compiled.kernels)
+        return compiled.code
 
     with registered(_POSTPROCESS, postprocess), _environment(_FORCE_PACKING, "1"):
         try:

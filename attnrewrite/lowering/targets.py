@@ -20,9 +20,10 @@ Kind = Literal["cpu", "arm", "metal", "cuda"]
 class Target:
     """One compilation target.
 
-    name: as the user writes it, `kind` or `kind:chip`. tvm: the TVM target, as the JSON object its constructor takes;
-    the host's own CPU is filled in by the compiler where `tvm` names none. link: the zig target triple the library is
-    linked for, None for this machine. library: file name of what comes out. description: one line about that.
+    name: as the user writes it, `kind` or `kind:chip`, `cuda:chip+chip` for several GPUs. tvm: the TVM target, as the
+    JSON object its constructor takes; the host's own CPU is filled in by the compiler where `tvm` names none. link: the
+    zig target triple the library is linked for, None for this machine. library: file name of what comes out.
+    description: one line about that.
     """
 
     name: str
@@ -37,6 +38,14 @@ class Target:
     def device(self) -> str:
         """The device type the artifact's tensors live on: cpu, metal or cuda."""
         return "cpu" if self.kind == "arm" else self.kind
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """What CUDA kernels are compiled for, ascending; their source is written for the first. Empty without CUDA."""
+        if self.kind != "cuda":
+            return ()
+        several = _architectures(self.chip or _DEFAULT_CUDA)
+        return several if len(several) > 1 else (str(self.tvm["arch"]),)
 
     @property
     def is_linked_in(self) -> bool:
@@ -70,9 +79,11 @@ _ARM_CHIPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "apple-m2": ("apple-m2", ("+neon", "+fullfp16", "+dotprod")),
 }
 
-# chip -> bytes of shared memory a block may use without opting in to more.
 _CUDA_CHIPS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 _DEFAULT_CUDA = "sm_80"
+# What `cuda:all` stands for, and what every kernel is compiled for in tests.
+CUDA_PRESETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
+_ALL = "all"
 
 _METAL_CHIPS = ("m1", "m2", "m3", "m4")
 # Apps for iPhones and iPads whose GPU has what an M1's has.
@@ -83,7 +94,7 @@ _DESCRIPTIONS: dict[Kind, str] = {
     "cpu": "shared library for this machine's CPU",
     "arm": "aarch64 shared library (Linux; macOS for the apple chips), linked from any host",
     "metal": "arm64 dylib for macOS with the Metal kernels inside",
-    "cuda": "shared library with the CUDA kernels inside, for the GPU architecture named",
+    "cuda": "shared library with the CUDA kernels inside, for the GPU architectures named",
 }
 
 _IOS_DESCRIPTION = "arm64 static library for apps on iOS 16, with header and Swift example; weights in a file beside it"
@@ -114,7 +125,7 @@ def _metal(chip: str | None) -> dict[str, Any]:
 def _cuda(chip: str | None) -> dict[str, Any]:
     return {
         "kind": "cuda",
-        "arch": chip or _DEFAULT_CUDA,
+        "arch": _architectures(chip or _DEFAULT_CUDA)[0],
         "max_threads_per_block": 1024,
         "max_shared_memory_per_block": 49152,
         "thread_warp_size": 32,
@@ -126,8 +137,15 @@ _KINDS: dict[Kind, tuple[Any, tuple[str, ...]]] = {
     "cpu": (_cpu, ()),
     "arm": (_arm, tuple(_ARM_CHIPS)),
     "metal": (_metal, (*_METAL_CHIPS, _IOS)),
-    "cuda": (_cuda, _CUDA_CHIPS),
+    "cuda": (_cuda, (*_CUDA_CHIPS, _ALL)),
 }
+
+
+def _architectures(chip: str) -> tuple[str, ...]:
+    """ "sm_90+sm_80" -> ("sm_80", "sm_90")"""
+    if chip == _ALL:
+        return CUDA_PRESETS
+    return tuple(sorted(set(chip.split("+")), key=lambda name: int(name.removeprefix("sm_"))))
 
 
 def known_targets() -> list[str]:
@@ -141,8 +159,9 @@ def list_targets() -> list[Target]:
 
 
 def parse_target(text: str, tvm_target_json: str | None = None) -> Target:
-    """The target named `kind` or `kind:chip`; `tvm_target_json` (a JSON object) overrides fields of its TVM target.
+    """The target named `kind`, `kind:chip` or `cuda:chip+chip`.
 
+    tvm_target_json: a JSON object that overrides fields of its TVM target.
     Raises UserError for an unknown name, which lists the known ones, and for JSON that is not an object.
     """
     kind_text, _, chip_text = text.strip().lower().partition(":")
@@ -151,9 +170,10 @@ def parse_target(text: str, tvm_target_json: str | None = None) -> Target:
     if kind is None:
         raise UserError(f"unknown target {text!r}; known are {', '.join(_KINDS)}, most with a chip, as in cuda:sm_90")
     build, chips = _KINDS[kind]
-    if chip is not None and chip not in chips:
+    if chip is not None and not _is_known(kind, chip, chips):
         known = ", ".join(f"{kind}:{c}" for c in chips) or f"only {kind}"
-        raise UserError(f"unknown chip in target {text!r}; known are {known}")
+        several = ", or several of these as in cuda:sm_80+sm_90" if kind == "cuda" else ""
+        raise UserError(f"unknown chip in target {text!r}; known are {known}{several}")
     tvm = build(chip)
     if tvm_target_json is not None:
         tvm = {**tvm, **_parse_json(tvm_target_json)}
@@ -167,6 +187,10 @@ def parse_target(text: str, tvm_target_json: str | None = None) -> Target:
         library=library,
         description=_IOS_DESCRIPTION if chip == _IOS else _DESCRIPTIONS[kind],
     )
+
+
+def _is_known(kind: Kind, chip: str, chips: tuple[str, ...]) -> bool:
+    return chip in chips or (kind == "cuda" and set(chip.split("+")) <= set(_CUDA_CHIPS))
 
 
 def _product(kind: Kind, chip: str | None) -> tuple[str | None, str]:

@@ -37,7 +37,7 @@ def module(cases: dict[str, Case]) -> Any:
 
 def test_kernels_become_a_cubin_in_the_library(compiler: cuda_compiler.CudaCompiler, tmp_path: Path) -> None:
     library = tmp_path / "kernels.so"
-    with cuda_compiler.embedded_cubins("sm_90", compiler) as embedded:
+    with cuda_compiler.embedded_cubins(["sm_90"], compiler) as embedded:
         built = tvm.tirx.build(module(KERNELS), CUDA.with_host(tvm.target.Target("llvm")))
     built.export_library(str(library), fcompile=link)
     embedded.finish(library)
@@ -45,9 +45,31 @@ def test_kernels_become_a_cubin_in_the_library(compiler: cuda_compiler.CudaCompi
     content = library.read_bytes()
     assert cubin.startswith(b"\x7fELF")
     assert all(symbol(name).encode() in cubin for name in KERNELS)
+    assert [k.name for k in embedded.kernels if k.spills] == []
+    assert len(embedded.kernels) == len(KERNELS)
     # The format word of the module that holds the cubin no longer says that it is source.
     head = content[: content.index(cubin)]
     assert re.findall(rb"\x04\x00{7}(cuda|cubn)", head)[-1] == b"cubn"
+
+
+def test_code_for_several_architectures_is_a_fat_binary(compiler: cuda_compiler.CudaCompiler) -> None:
+    compiled = compiler.compile(DOUBLE, ("sm_75", "sm_90"))
+    assert compiled.code[:4] == FAT_BINARY
+    assert [(k.name, k.arch, k.spills) for k in compiled.kernels] == [
+        ("double_it", "sm_75", False),
+        ("double_it", "sm_90", False),
+    ]
+    assert 4 < compiled.kernels[0].registers < 32
+
+
+DOUBLE = 'extern "C" __global__ void double_it(float* x) { x[threadIdx.x] *= 2.0f; }'
+FAT_BINARY = bytes.fromhex("50ed55ba")
+
+
+def test_nvrtc_alone_makes_code_for_one_architecture(tmp_path: Path) -> None:
+    nvrtc = cuda_compiler.Nvrtc(tmp_path / "libnvrtc.so.13", ())
+    with pytest.raises(CompilerError, match=r"for several architectures; name one, .* pip install nvidia-nvfatbin"):
+        nvrtc._joined([("75", b""), ("90", b"")], ("90", b""))
 
 
 def link(output: str, objects: list[str], *_: Any, **__: Any) -> None:
@@ -57,7 +79,7 @@ def link(output: str, objects: list[str], *_: Any, **__: Any) -> None:
 def test_a_library_without_the_kernels_is_an_error(tmp_path: Path) -> None:
     library = tmp_path / "other.so"
     library.write_bytes(b"\x7fELF" + bytes(100))
-    embedded = cuda_compiler.EmbeddedCubins("sm_90", [b"\x7fELFkernels"])
+    embedded = cuda_compiler.EmbeddedCubins([b"\x7fELFkernels"])
     with pytest.raises(CompilerError, match=r"other\.so does not hold its CUDA kernels"):
         embedded.finish(library)
 
@@ -65,7 +87,7 @@ def test_a_library_without_the_kernels_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_one_sentence(compiler: cuda_compiler.CudaCompiler) -> None:
     with (
         pytest.raises(CompilerError, match="failed for sm_12345: ") as error,
-        cuda_compiler.embedded_cubins("sm_12345", compiler),
+        cuda_compiler.embedded_cubins(["sm_12345"], compiler),
     ):
         tvm.tirx.build(module({"k3": SLIDES["k3"]}), CUDA)
     assert "\n" not in str(error.value)

@@ -21,6 +21,8 @@ TARGETS = [
     ("metal:ios", "aarch64-ios.16.0", "model.a"),
     ("cuda", None, "model.so"),
     ("cuda:sm_90", None, "model.so"),
+    ("cuda:sm_90+sm_75", None, "model.so"),
+    ("cuda:all", None, "model.so"),
 ]
 
 
@@ -35,9 +37,33 @@ def test_cuda_architecture_is_the_chip():
     assert parse_target("cuda:sm_86").tvm["arch"] == "sm_86"
 
 
+ARCHITECTURES = [
+    ("cuda", ("sm_80",)),
+    ("cuda:sm_90+sm_75", ("sm_75", "sm_90")),
+    ("cuda:sm_100+sm_90", ("sm_90", "sm_100")),
+    ("cuda:sm_86+sm_86", ("sm_86",)),
+    ("cuda:all", ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")),
+    ("metal:m1", ()),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), ARCHITECTURES)
+def test_a_library_for_several_gpus_is_written_for_the_oldest(text, expected):
+    target = parse_target(text)
+    assert target.architectures == expected
+    assert Target.from_json(target.to_json()) == target
+    assert not expected or target.tvm["arch"] == expected[0]
+
+
+def test_an_architecture_of_ones_own_replaces_the_single_one():
+    assert parse_target("cuda", '{"arch": "sm_121"}').architectures == ("sm_121",)
+
+
 WRONG = [
     ("tpu", "unknown target 'tpu'; known are cpu, arm, metal, cuda"),
     ("cuda:sm_1", "unknown chip in target 'cuda:sm_1'; known are cuda:sm_70"),
+    ("cuda:sm_80+sm_1", "unknown chip in target 'cuda:sm_80+sm_1'; known are cuda:sm_70"),
+    ("cuda:sm_80+all", "unknown chip in target 'cuda:sm_80+all'; known are cuda:sm_70"),
     ("cpu:zen4", "unknown chip in target 'cpu:zen4'; known are only cpu"),
     ("", "unknown target ''"),
 ]
