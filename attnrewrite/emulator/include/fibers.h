@@ -28,13 +28,18 @@ struct Index3 {
   uint32_t x, y, z;
 };
 
+// What one lane shows to its SIMD group.
+struct Slot {
+  uint64_t words[4];
+};
+
 using Body = void (*)(void* arguments, Index3 block, Index3 thread);
 
 struct Group {
   alignas(64) char shared[kSharedBytes];
   Cell shared_cells[kSharedBytes];
   Fiber fibers[kMaxThreads];
-  uint64_t exchanged[kMaxThreads];
+  Slot exchanged[kMaxThreads];
   uint16_t simd_epochs[kMaxThreads / kSimdWidth];
   int turns[kMaxThreads];
   char* stacks;
@@ -71,8 +76,8 @@ inline int lane() { return group().current % kSimdWidth; }
 
 // Shows `value` to the SIMD group; returns what its lanes showed, until `end_exchange`.
 template <typename T>
-inline const uint64_t* begin_exchange(T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "an exchanged value has at most 8 bytes");
+inline const Slot* begin_exchange(T value) {
+  static_assert(sizeof(T) <= sizeof(Slot), "an exchanged value has at most 32 bytes");
   Group& g = group();
   memcpy(&g.exchanged[g.current], &value, sizeof(T));
   yield(State::kAtShuffle);  // all have written
@@ -87,7 +92,7 @@ inline int simd_size() {
 }
 
 template <typename T>
-inline T exchanged(const uint64_t* values, int lane) {
+inline T exchanged(const Slot* values, int lane) {
   T value;
   memcpy(&value, &values[lane], sizeof(T));
   return value;
@@ -96,7 +101,7 @@ inline T exchanged(const uint64_t* values, int lane) {
 // The value that lane `source` of this SIMD group passes to the same shuffle; its own where there is no such lane.
 template <typename T>
 inline T shuffle(T value, int source) {
-  const uint64_t* values = begin_exchange(value);
+  const Slot* values = begin_exchange(value);
   const T result = exchanged<T>(values, source >= 0 && source < simd_size() ? source : lane());
   end_exchange();
   return result;
@@ -105,7 +110,7 @@ inline T shuffle(T value, int source) {
 // All values of the SIMD group, combined in the order of its lanes.
 template <typename T, typename Combine>
 inline T reduce(T value, Combine combine) {
-  const uint64_t* values = begin_exchange(value);
+  const Slot* values = begin_exchange(value);
   T result = exchanged<T>(values, 0);
   for (int i = 1; i < simd_size(); ++i) result = combine(result, exchanged<T>(values, i));
   end_exchange();

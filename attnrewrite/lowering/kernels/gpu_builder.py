@@ -162,6 +162,10 @@ class Flat:
     def store(self, first: Expr, value: Expr) -> None:
         T.buffer_store(self._buffer, value, [self._index(first)])
 
+    def pointer(self, first: Expr) -> Expr:
+        """Where an element lies, for functions that take pointers; of a view with one lane."""
+        return tirx.address_of(tirx.BufferLoad(self._buffer, [first]))
+
     @property
     def zero(self) -> Expr:
         single = tirx.const(0, self._type)
