@@ -158,6 +158,7 @@ HALF = [
     "matmul-one-row",
     "matmul-bias-residual",
     "matmul-in-vectors",
+    "matmul-transposed-in-vectors",
     "conv-3x3",
     "conv-depthwise",
     "softmax",

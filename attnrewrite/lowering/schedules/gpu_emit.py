@@ -31,11 +31,13 @@ class Device:
     """What the schedules need to know of a GPU.
 
     has_erf: its language has erf. buffers: that one kernel may take, besides the one that holds all scalars.
+    has_simdgroup_matrix: its SIMD groups multiply matrices of 8 x 8.
     """
 
     limits: Limits
     has_erf: bool
     buffers: int
+    has_simdgroup_matrix: bool
 
     @property
     def concurrent(self) -> int:
@@ -45,7 +47,7 @@ class Device:
     @classmethod
     def of(cls, target: Target) -> Device:
         kind = target.kind.name
-        return cls(Limits.of(target), kind == "cuda", BUFFERS.get(kind, UNLIMITED) - 1)
+        return cls(Limits.of(target), kind == "cuda", BUFFERS.get(kind, UNLIMITED) - 1, kind == "metal")
 
 
 def rebuild(func: tirx.PrimFunc, emit: Callable[[], None]) -> tirx.PrimFunc:

@@ -1,4 +1,4 @@
-"""Where four neighbouring elements of a tensor can be moved at once."""
+"""Where neighbouring elements of a tensor can be moved at once."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def address(buffer: tirx.Buffer, indices: Sequence[Expr]) -> Expr:
     return flat
 
 
-def runs_in_lanes(buffer: tirx.Buffer, indices: Sequence[Expr], axes: Sequence[Axis]) -> bool:
-    """Whether every four points of a row-major box, from a multiple of four on, are neighbours in the buffer that
-    begin at a multiple of four. indices: of the element, in the variables of the axes and others.
+def runs_in_lanes(buffer: tirx.Buffer, indices: Sequence[Expr], axes: Sequence[Axis], lanes: int = LANES) -> bool:
+    """Whether every `lanes` points of a row-major box, from a multiple of that many on, are neighbours in the buffer
+    that begin at a multiple of it. indices: of the element, in the variables of the axes and others.
 
     False does not mean that they are not.
     """
     inner = next((axis for axis in reversed(axes) if axis.size != 1), None)
-    if inner is None or inner.size is None or inner.size % LANES:
+    if inner is None or inner.size is None or inner.size % lanes:
         return False
     group = tirx.Var("group", "int64")
     flat = address(buffer, indices)
-    first = substitute(flat, {inner.var: group * LANES})
-    if not _is(simplify(tirx.floormod(first, const(LANES))), 0):
+    first = substitute(flat, {inner.var: group * lanes})
+    if not _is(simplify(tirx.floormod(first, const(lanes))), 0):
         return False
-    runs = (simplify(substitute(flat, {inner.var: group * LANES + lane}) - first) for lane in range(1, LANES))
+    runs = (simplify(substitute(flat, {inner.var: group * lanes + lane}) - first) for lane in range(1, lanes))
     return all(_is(distance, lane) for lane, distance in enumerate(runs, start=1))
 
 

@@ -1,0 +1,71 @@
+"""Matrix products on matrix units and without: what gets which, how their tiles are chosen, and what Metal is told."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from tvm import tirx  # noqa: E402
+from tvm.target import Target  # noqa: E402
+
+from attnrewrite.emulator import metal_target  # noqa: E402
+from attnrewrite.lowering import build, limits  # noqa: E402
+from attnrewrite.lowering.schedules import gpu, gpu_matrices, gpu_tiles  # noqa: E402
+from attnrewrite.lowering.schedules.gpu_emit import Device  # noqa: E402
+from benchmarks.metal_traffic import SWIN_TINY  # noqa: E402
+from tests.metal import test_schedules  # noqa: E402
+
+METAL = Device.of(metal_target())
+CUDA = Device.of(Target({"kind": "cuda", "arch": "sm_80"}))
+
+
+def source(rows: int, depth: int, columns: int, dtype: str) -> str:
+    """The Metal source of a product of these sizes."""
+    shapes = [(1, rows, depth), (depth, columns)]
+    fused = build.fuse(test_schedules.relax_module(shapes, tvm.relax.op.matmul, dtype), metal_target())
+    scheduled = gpu.schedule(fused, metal_target())
+    kernels = {g.name_hint: f for g, f in scheduled.functions.items() if isinstance(f, tirx.PrimFunc)}
+    named = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
+    return tvm.tirx.build(named, target=metal_target(), pipeline=limits.PIPELINE).imports[0].inspect_source()
+
+
+@pytest.mark.parametrize("sizes", [(8, 16, 8), (49, 33, 83)], ids=str)
+@pytest.mark.parametrize(("dtype", "operands"), [("float32", "float"), ("float16", "half")])
+def test_a_product_is_multiplied_by_matrices(sizes: tuple[int, int, int], dtype: str, operands: str) -> None:
+    text = source(*sizes, dtype)
+    assert "simdgroup_multiply_accumulate(" in text
+    assert f"simdgroup_{operands}8x8" in text
+    assert "simdgroup_float8x8" in text  # sums
+
+
+@pytest.mark.parametrize("sizes", [(7, 64, 64), (64, 15, 64), (64, 64, 7)], ids=str)
+def test_what_is_mostly_padding_is_not(sizes: tuple[int, int, int]) -> None:
+    assert "simdgroup" not in source(*sizes, "float32")
+
+
+@pytest.mark.parametrize(
+    "name", ["matmul", "matmul-in-vectors", "matmul-transposed-in-vectors", "matmul-of-heads", "conv-patch-embed"]
+)
+def test_single_multiply_adds_keep_the_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_matrices, "takes", lambda *_: False)
+    test_schedules.compare(name, "float32", test_schedules.FLOAT32)
+
+
+def operand_bytes(tile: gpu_tiles.Tile, tokens: int, inner: int, outer: int) -> float:
+    """Operands read and results written, as a multiple of the least possible."""
+    read = inner * (-(-outer // tile.columns) * tokens + -(-tokens // tile.rows) * outer)
+    return (read + tokens * outer) / (inner * (tokens + outer) + tokens * outer)
+
+
+@pytest.mark.parametrize("device", [METAL, CUDA], ids=["metal", "cuda"])
+@pytest.mark.parametrize("shape", SWIN_TINY, ids=str)
+def test_tiles_read_operands_a_few_times(shape: tuple[int, int, int], device: Device) -> None:
+    tokens, inner, outer = shape
+    sizes = gpu_tiles.Sizes(1, tokens, outer, inner)
+    for tiles in (gpu_tiles.matrix_tiles(device), gpu_tiles.thread_tiles()):
+        tile = gpu_tiles.choose(tiles, sizes, device)
+        assert operand_bytes(tile, *shape) <= gpu_tiles.MOST_TRAFFIC
+        assert prod(tile.launch_size) <= device.limits.threads
