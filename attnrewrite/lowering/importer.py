@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 from tvm.target import Target as TvmTarget
 
 from attnrewrite.errors import CompilerError
-from attnrewrite.functions.spec import SPECS, FlashWindowAttention, Spec
+from attnrewrite.functions.spec import SPECS, FlashWindowAttention, SlideAttention, Spec
 from attnrewrite.lowering.kernels.coverage import covers
 from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.overlap_add import col2im
@@ -80,28 +80,23 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         operands = {name: value for name, value in zip(spec.operands, inputs, strict=False) if value is not None}
         operands = self._laid_out(spec, operands)
         arguments = [self.bb.emit(value) if isinstance(value, ir.Call) else value for value in operands.values()]
-        query = operands["query"].ty
-        dtype = str(query.dtype.dtype)
-        batch = query.shape[0]
-        symbolic = None if isinstance(batch, tirx.IntImm) else tirx.Var("batch", "int64")
-        extent = int(batch) if symbolic is None else symbolic
-        # Feature maps start with the batch; the other operands are the same for every image.
+        value = operands["value"].ty
+        dtype, batch = str(value.dtype.dtype), value.shape[0]
+        symbolic = tirx.Var("batch", "int64")  # what is not known of a shape is the batch
         shapes = {
-            name: (extent, *map(int, [*value.ty.shape][1:]))
-            if name in ("query", "key", "value")
-            else tuple(map(int, value.ty.shape))
-            for name, value in operands.items()
+            name: tuple(int(e) if isinstance(e, tirx.IntImm) else symbolic for e in operand.ty.shape)
+            for name, operand in operands.items()
         }
-        key = (spec, tuple(shapes), tuple((s if symbolic is None else s[1:]) for s in shapes.values()), dtype)
+        dtypes = {name: str(operand.ty.dtype.dtype) for name, operand in operands.items()}
+        known = [tuple(e if isinstance(e, int) else None for e in shape) for shape in shapes.values()]
+        key = (spec, tuple(dtypes.items()), tuple(known))
         if key not in self._kernels:
             name = f"{_snake(spec.op_type)}_{len(self._kernels)}"
-            func = self._kernel(spec, shapes, dtype, name)
+            func = self._kernel(spec, shapes, dtypes, name)
             # Operator fusion must leave it alone: it is written out already.
             self._kernels[key] = self.bb.add_func(func.with_attr("op_pattern", 8).without_attr("global_symbol"), name)
-        spatial, value_shape = spec.geometry.feature_size, [*operands["value"].ty.shape]
-        channels_last = isinstance(spec, FlashWindowAttention)
-        shape = [batch, *spatial, value_shape[-1]] if channels_last else [batch, value_shape[1], *spatial]
-        return relax.call_tir(self._kernels[key], arguments, relax.TensorType(shape, dtype))
+        outputs = [relax.TensorType([batch, *shape], dtype) for shape in output_shapes(spec, shapes)]
+        return relax.call_tir(self._kernels[key], arguments, outputs if len(outputs) > 1 else outputs[0])
 
     def _laid_out(self, spec: Spec, operands: dict[str, Any]) -> dict[str, Any]:
         """The operands as the target's kernel reads them: constants are laid out now, others when the model runs."""
@@ -120,8 +115,10 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
                     laid_out[name] = relax.const(lay_out(name, constant, spec, lanes))
         return laid_out
 
-    def _kernel(self, spec: Spec, shapes: Mapping[str, tuple[Any, ...]], dtype: str, name: str) -> tirx.PrimFunc:
-        present, target = tuple(shapes), self._tvm_target
+    def _kernel(
+        self, spec: Spec, shapes: Mapping[str, tuple[Any, ...]], dtypes: Mapping[str, str], name: str
+    ) -> tirx.PrimFunc:
+        present, target, dtype = tuple(shapes), self._tvm_target, dtypes["value"]
         if self._target.device == "cpu":
             from attnrewrite.lowering.kernels import slide_cpu, window_cpu
 
@@ -132,8 +129,20 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
 
         extents = [*shapes.values()]
         if isinstance(spec, FlashWindowAttention):
-            return window_gpu.flash_window_attention(spec, present, extents, dtype, target, name)
-        return slide_gpu.slide_attention(spec, present, extents, dtype, target, name)
+            return window_gpu.flash_window_attention(spec, present, extents, dtype, target, name, dtypes)
+        return slide_gpu.slide_attention(spec, present, extents, dtype, target, name, dtypes)
+
+
+def output_shapes(spec: Spec, shapes: Mapping[str, Sequence[Any]]) -> list[tuple[int, ...]]:
+    """Of the outputs of an op on operands of these shapes, the batch left out."""
+    value = shapes["value"]
+    if isinstance(spec, SlideAttention):
+        return [(int(value[1]), *spec.output_size)]
+    geometry, channels = spec.geometry, int(value[-1])
+    outputs: list[tuple[int, ...]] = [(*geometry.feature_size, channels)]
+    if "extra_query" in shapes:
+        outputs.append((geometry.num_windows, int(shapes["extra_query"][2]), channels))
+    return outputs
 
 
 def _snake(name: str) -> str:

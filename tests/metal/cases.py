@@ -13,7 +13,7 @@ from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry
 
 Operands = dict[str, np.ndarray]
 
-BATCHED = ("query", "key", "value")
+BATCHED = ("query", "key", "value", "logits")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,22 @@ def window(
     keys: KeyWindows | None = None,
     shared_query: bool = False,
     head_shifts: tuple[tuple[int, ...], ...] = (),
+    relative: str = "",
+    logit_bias: tuple[int, ...] = (),
+    extra_keys: tuple[int, ...] = (),
+    extra_queries: tuple[int, ...] = (),
 ) -> Case:
-    """bias: "" | "shared" | "own" (one for each window). mask: a tensor with -inf, though never for a whole row."""
+    """bias: "" | "shared" | "own" (one for each window). mask: a tensor with -inf, though never for a whole row.
+
+    relative: "" | "axes" | "axes of all heads" (one table for them) | "pairs". logit_bias: its shape. extra_keys and
+    extra_queries: the shape of those operands without the channels.
+    """
     rng = np.random.default_rng(sum(feature) + head_dim)
     value_dim = value_dim or head_dim
     geometry = WindowGeometry(feature, window_size, shift, shift_padded, keys)
     tokens, windows, beside = geometry.tokens_per_window, geometry.num_windows, geometry.keys_per_window
+    pairs, key_window = tokens * beside, window_size if keys is None else keys.window_size
+    tokens, beside = tokens + sum(extra_queries[-1:]), beside + sum(extra_keys[-1:])
     operands = {
         "query": 2 * rng.standard_normal((batch, *(window_size if shared_query else feature), heads * head_dim)),
         "key": 2 * rng.standard_normal((batch, *geometry.key_size, heads * head_dim)),
@@ -70,8 +80,27 @@ def window(
     if padding:
         operands["key_padding"] = rng.standard_normal(heads * head_dim)
         operands["value_padding"] = rng.standard_normal(heads * value_dim)
+    if relative:
+        per_axis = sum(w * k for w, k in zip(window_size, key_window, strict=True))
+        rows = pairs if relative == "pairs" else per_axis
+        operands["relative_position"] = rng.standard_normal(
+            (1 if relative == "axes of all heads" else heads, rows, head_dim)
+        )
+    if logit_bias:
+        operands["logit_bias"] = rng.standard_normal(logit_bias)
+    if extra_keys:
+        operands["extra_key"] = rng.standard_normal((*extra_keys, heads * head_dim))
+        operands["extra_value"] = rng.standard_normal((*extra_keys, heads * value_dim))
+    if extra_queries:
+        operands["extra_query"] = rng.standard_normal((*extra_queries, heads * head_dim))
     spec = FlashWindowAttention(
-        geometry, heads, head_dim**-0.5, mask_value, shared_query=shared_query, head_shifts=head_shifts
+        geometry,
+        heads,
+        head_dim**-0.5,
+        mask_value,
+        shared_query=shared_query,
+        relative_scale=0.7 if relative else 1.0,
+        head_shifts=head_shifts,
     )
     return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
 
@@ -152,6 +181,37 @@ WINDOWS = {
     "shared-query": window((8, 12), (4, 4), (0, 0), 2, 16, bias="shared", shared_query=True),
     "shifts-of-heads": window(
         (8, 12), (4, 4), (0, 0), 4, 8, mask_value=-9.0, head_shifts=((0, 0), (2, 2), (2, 2), (0, 1))
+    ),
+    # One tile of queries that has all coordinates; tiles that begin within rows; channels in chunks.
+    "relative": window(
+        (13, 10), (4, 5), (2, 1), 2, 30, bias="shared", relative="axes", padding=True, mask_value=-1.0, symbolic=True
+    ),
+    "relative-half": window((14, 14), (14, 14), (0, 0), 2, 64, relative="axes of all heads", batch=1, dtype="float16"),
+    "relative-global": window((18, 22), (18, 22), (0, 0), 1, 32, relative="axes of all heads", batch=1),
+    "relative-halo": window((11, 15), (4, 5), (0, 0), 2, 6, keys=HALO, relative="axes"),
+    "relative-three-axes": window((4, 5, 6), (2, 5, 3), (1, 1, 0), 2, 8, relative="axes"),
+    "relative-chunks": window((6, 8), (3, 4), (0, 0), 1, 600, batch=1, relative="axes"),
+    "relative-pairs": window((6, 10), (3, 5), (1, 2), 2, 6, relative="pairs"),
+    "relative-one-axis": window((40,), (20,), (5,), 2, 16, relative="axes"),
+    "logit-bias": window((8, 12), (4, 4), (1, 2), 2, 8, bias="shared", logit_bias=(2, 6, 2, 16, 16), symbolic=True),
+    "logit-bias-of-keys": window((8, 12), (4, 4), (0, 0), 2, 8, logit_bias=(2, 1, 1, 1, 16)),
+    "logit-bias-of-all": window((16, 28), (4, 4), (0, 0), 4, 8, logit_bias=(1, 1, 4, 16, 16), mask=True),
+    "extra-keys": window((9, 10), (4, 5), (0, 0), 2, 6, 10, bias="own", extra_keys=(2, 6, 3), padding=True, batch=2),
+    "extra-queries": window(
+        (8, 12),
+        (4, 4),
+        (2, 1),
+        2,
+        16,
+        bias="shared",
+        mask_value=-2.0,
+        extra_keys=(1, 1, 5),
+        extra_queries=(2, 1, 2),
+        relative="axes",
+        symbolic=True,
+    ),
+    "extra-half": window(
+        (10, 10), (10, 10), (0, 0), 1, 32, batch=1, extra_keys=(1, 1, 1), extra_queries=(1, 1, 1), dtype="float16"
     ),
     "heads-of-64": window((16, 16), (8, 8), (4, 4), 1, 64, bias="shared", mask_value=-100.0, batch=1),
     "heads-of-64-half": window((16, 16), (16, 16), (0, 0), 1, 64, bias="shared", batch=1, dtype="float16"),

@@ -31,7 +31,9 @@ def covers(spec: Spec, present: Mapping[str, Shape | None], device: str = "any")
 
 
 def _covers_windows(spec: FlashWindowAttention, present: Mapping[str, Shape | None], device: str) -> bool:
-    if device in ("cpu", "any") and (spec.shared_query or spec.head_shifts):
+    if device in ("metal", "cuda"):
+        return True
+    if spec.shared_query or spec.head_shifts:
         return False
     operands = set(present)
     table = present.get("relative_position")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Frame:
-    """An open kernel: its operand buffers by name, its output, and where it stands in the grid of (x, y, z)."""
+    """An open kernel: its operand buffers by name, its outputs, and where it stands in the grid of (x, y, z)."""
 
     operands: dict[str, tirx.Buffer]
-    output: tirx.Buffer
+    outputs: tuple[tirx.Buffer, ...]
     x: Expr
     y: Expr
     z: Expr
@@ -62,6 +63,11 @@ class Frame:
     def thread(self) -> Expr:
         """The flat index within the threadgroup; x runs fastest, as in a warp."""
         return self.thread_y * self.threads[0] + self.thread_x
+
+    @property
+    def output(self) -> tirx.Buffer:
+        """The first, or only, output."""
+        return self.outputs[0]
 
     @property
     def batch(self) -> Expr:
@@ -82,6 +88,9 @@ def _kernel_frame(
     dtype: str,
     grid: Grid,
     threads: tuple[int, int],
+    *,
+    dtypes: Mapping[str, str] = types.MappingProxyType({}),
+    more_outputs: Sequence[Sequence[int]] = (),
 ) -> Iterator[Frame]:
     batch = shapes[0][0] if isinstance(shapes[0][0], int) else tirx.Var("batch", "int64")
     with T.prim_func(s_tir=True):
@@ -90,8 +99,12 @@ def _kernel_frame(
         operands = {}
         for operand, shape in zip(present, shapes, strict=True):
             own_shape = [extent if isinstance(extent, int) else batch for extent in shape]
-            operands[operand] = T.arg(operand, T.buffer(own_shape, dtype))
-        output = T.arg("output", T.buffer([batch, *output_shape], dtype))
+            operands[operand] = T.arg(operand, T.buffer(own_shape, dtypes.get(operand, dtype)))
+        names = ("output", *(f"output_{count}" for count in range(1, len(more_outputs) + 1)))
+        outputs = tuple(
+            T.arg(own, T.buffer([batch, *shape], dtype))
+            for own, shape in zip(names, (output_shape, *more_outputs), strict=True)
+        )
         x, y, z = grid(batch)
         with (
             T.launch_thread("blockIdx.z", z) as block_z,
@@ -101,7 +114,7 @@ def _kernel_frame(
             T.launch_thread("threadIdx.x", threads[0]) as thread_x,
         ):
             at = [T.bind(tirx.Cast("int32", block)) for block in (block_x, block_y, block_z)]
-            yield Frame(operands, output, at[0], at[1], at[2], thread_x, thread_y, threads)
+            yield Frame(operands, outputs, at[0], at[1], at[2], thread_x, thread_y, threads)
 
 
 class KernelBuilder:
@@ -115,9 +128,12 @@ class KernelBuilder:
         self._builder = IRBuilder()
 
     @contextlib.contextmanager
-    def kernel(self, *arguments: Any) -> Iterator[Frame]:
-        """Arguments: name, present, shapes, output_shape (without batch), dtype, grid, (threads x, y)."""
-        with self._builder, _kernel_frame(*arguments) as frame:
+    def kernel(self, *arguments: Any, **more: Any) -> Iterator[Frame]:
+        """Arguments: name, present, shapes, output_shape (without batch), dtype, grid, (threads x, y).
+
+        more: dtypes, by name, of operands that are not of `dtype`; more_outputs, the shapes of those after the first.
+        """
+        with self._builder, _kernel_frame(*arguments, **more) as frame:
             yield frame
 
     def prim_func(self) -> tirx.PrimFunc:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -413,12 +414,14 @@ def slide_attention(
     dtype: str,
     target: Target,
     name: str,
+    dtypes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
     """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the output.
 
     present: names of the operands given. shapes: theirs, the batch an int or a symbolic variable (one variable of the
-    kernel's own then stands for it, matched from the query). dtype: float32 or float16, of all operands and the output;
-    logits, softmax and sums are float32 whatever spec.softmax_dtype says, which is never less exact.
+    kernel's own then stands for it, matched from the query). dtype: float32 or float16, of the output and all operands
+    but those that `dtypes` names, which are bias and logits. Logits, softmax and sums are float32 whatever
+    spec.softmax_dtype says, which is never less exact.
     """
     by_name = dict(zip(present, shapes, strict=True))
     heads, batch = spec.num_heads, by_name["query"][0]
@@ -437,6 +440,6 @@ def slide_attention(
     threads = (tiling.threads[-1], math.prod(tiling.threads[:-1]))
     builder = KernelBuilder()
     output_shape = [heads * value_dim, *spec.geometry.feature_size]
-    with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads) as frame:
+    with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes) as frame:
         _SlideKernel(spec, frame, tiling).emit()
     return builder.prim_func()

@@ -21,7 +21,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -54,9 +55,20 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.window_gpu_pixels import Pixel, Window
-from attnrewrite.lowering.kernels.window_gpu_plan import STEP, Run, Sizes, WindowTiling, choose_run, choose_tiling
+from attnrewrite.lowering.kernels.window_gpu_plan import Run, Sizes, WindowTiling, choose_run, choose_tiling
+from attnrewrite.lowering.kernels.window_gpu_relative import STEP, RelativeProducts, RelativeTable
 
-_ADDED = ("bias", "mask")
+# What is added to the logits, and the axes of each; an axis of extent 1 stands for all its indices.
+_ADDED = {
+    "bias": ("window", "head", "query", "key"),
+    "mask": ("window", "query", "key"),
+    "logit_bias": ("image", "window", "head", "query", "key"),
+}
+
+
+def _is_shared(operand: str, shape: Sequence[Any], axes: set[str]) -> bool:
+    """Whether an operand of the logits is the same along these axes."""
+    return all(int_or_none(e) == 1 for e, axis in zip(shape, _ADDED[operand], strict=True) if axis in axes)
 
 
 class _WindowKernel:
@@ -85,13 +97,24 @@ class _WindowKernel:
         self.left = registers(tiling.queries * STEP)
         self.right = registers(STEP * max(tiling.keys, tiling.channels))
 
+        self.own_queries, self.own_keys = spec.geometry.tokens_per_window, spec.geometry.keys_per_window
+        self.table = self.products = self.relative = None
+        if "relative_position" in frame.operands:
+            self.table = RelativeTable(frame.operands["relative_position"], self.head, tiling.query_tile(dtype).columns)
+        if self.table is not None and tiling.keeps_products:
+            # In memory of its own: TVM would see its writes as writes to the query tile.
+            tile = SharedTile(tiling.product_tile)
+            self.products = RelativeProducts(frame, self.table, self.sizes.relative, self.own_queries, tile)
+        elif self.table is not None:
+            self.relative = registers(tiling.queries * tiling.keys)
+
     def emit(self) -> None:
         """Goes through the run; the last one of the map, or of the batch, may be shorter."""
         run, windows = self.run, self.spec.geometry.num_windows
         block = self.frame.x if self.tiling.query_tiles == 1 else self.frame.x // self.tiling.query_tiles
         first_window, first_image = block * run.windows, self.frame.z * run.images
         if self.held is not None:
-            self.hold_shared(first_window)
+            self.hold_shared(first_window, first_image)
         if run.windows == run.images == 1:
             self.attend(block, self.frame.z)
             return
@@ -111,6 +134,9 @@ class _WindowKernel:
         fill(self.result, self.result.shape[0].value, 0.0)
         if tiling.resident_query:
             self.stage_query(0)
+        if self.products is not None:
+            barrier()
+            self.products.multiply(self.tiles["query"], self.first_query, self.spec.relative_scale)
         if tiling.key_tiles == 1:
             self.attend_tile(tirx.const(0, "int32"))
         else:
@@ -144,11 +170,15 @@ class _WindowKernel:
     ) -> None:
         """tile[r, c] = operand of token `first + r`, channel `chunk_start + c` of this head.
 
-        Tokens outside the map read key_padding or value_padding; what lies outside window and head is zero.
+        Tokens outside the map read key_padding or value_padding, those behind the window's own extra_query, extra_key
+        or extra_value; what lies outside window and head is zero.
         """
         frame, tile, head_dim = self.frame, self.tiles[operand], self.channels_of(operand)
         lanes = lanes_of(str(frame.output.dtype), self.staged_run(operand))
         buffer, padding = frame.operands[operand], frame.operands.get(f"{operand}_padding")
+        extra = frame.operands.get(f"extra_{operand}")
+        beside = None if extra is None else Flat(extra, lanes)
+        own = self.own_queries if operand == "query" else self.own_keys
         source = Flat(buffer, lanes)
         outside_source = None if padding is None else Flat(padding, lanes)
         extents = [int(e) for e in buffer.shape[1:]]
@@ -163,10 +193,19 @@ class _WindowKernel:
             for at, extent in zip(pixel, extents, strict=False):
                 flat = flat * extent + at
             value = choose(on_map, source.load(flat * extents[-1] + position), outside)
+            if extra is not None and beside is not None:
+                first_extra = self.first_extra(extra.shape) * extents[-1] + position
+                value = choose(token < own, value, beside.load(first_extra + (token - own) * extents[-1]))
             in_window = True if tokens % rows == 0 else token < tokens
             whole = head_dim % tile.shape.columns == 0 and tile.shape.columns <= self.tiling.chunk
             in_head = True if whole else channel < head_dim
             tile.store(row, column, choose(every([in_window, in_head]), value, source.zero), lanes)
+
+    def first_extra(self, shape: Sequence[Any]) -> Expr:
+        """The first extra token of this window in an operand [B or 1, nW or 1, T, C], counted in tokens."""
+        windows, tokens = int(shape[1]), int(shape[2])
+        image: Expr = 0 if int_or_none(shape[0]) == 1 else self.image
+        return (image if windows == 1 else image * windows + self.window_index) * tokens
 
     # The four steps.
 
@@ -174,6 +213,8 @@ class _WindowKernel:
         """logits[i, j] = sum over channels of query i and key j; ends in registers, with the tiles free."""
         tiling = self.tiling
         fill(self.logits, tiling.queries * tiling.keys, 0.0)
+        if self.relative is not None:
+            fill(self.relative, tiling.queries * tiling.keys, 0.0)
         with T.serial(tiling.chunks) as chunk:
             start = chunk * tiling.chunk
             if not tiling.resident_query:
@@ -189,7 +230,19 @@ class _WindowKernel:
                     self.multiply_add(
                         self.logits, i * tiling.keys + j, i, [self.right[j * STEP + lane] for lane in range(STEP)]
                     )
+                if self.relative is not None:
+                    self.multiply_relative(first_key, start + step * STEP)
             barrier()
+
+    def multiply_relative(self, first_key: Expr, channel: Expr) -> None:
+        """relative[i, j] += four channels of query i and of the rows that the table has for it and key j."""
+        assert self.table is not None and self.relative is not None
+        for i, j in itertools.product(range(self.tiling.queries), range(self.tiling.keys)):
+            query, key = self.query_token(i), self.key_token(first_key, j)
+            for axis in self.sizes.relative:
+                self.table.load(self.right, axis.row(query, key), channel, self.is_own(query, key))
+                row = [self.right[lane] for lane in range(STEP)]
+                self.multiply_add(self.relative, i * self.tiling.keys + j, i, row)
 
     def load_left(self, tile: SharedTile, column: Expr) -> None:
         """left[i, ...] = four columns of the tile in row i of this thread."""
@@ -222,23 +275,36 @@ class _WindowKernel:
     def is_key(self, token: Expr) -> Expr | bool:
         return True if self.sizes.keys % self.tiling.tile_keys == 0 else token < self.sizes.keys
 
-    def added(self, operand: str, query: Expr, key: Expr, window: Expr) -> Expr:
-        """An element of bias or mask; 0 outside of the window."""
+    def is_own(self, query: Expr, key: Expr) -> Expr | bool:
+        """Whether both are tokens of the window itself."""
+        tiling, sizes = self.tiling, self.sizes
+        all_queries = self.own_queries == sizes.queries and sizes.queries % tiling.tile_queries == 0
+        all_keys = self.own_keys == sizes.keys and sizes.keys % tiling.tile_keys == 0
+        return every([all_queries or query < self.own_queries, all_keys or key < self.own_keys])
+
+    def unless_extra(self, query: Expr, key: Expr) -> list[Expr]:
+        """What keeps extra tokens out; they are of no region."""
+        kept = [query < self.own_queries] if self.own_queries < self.sizes.queries else []
+        return [*kept, key < self.own_keys] if self.own_keys < self.sizes.keys else kept
+
+    def added(self, operand: str, image: Expr, window: Expr, query: Expr, key: Expr) -> Expr:
+        """An element of bias, mask or logit_bias; 0 outside of the window."""
         buffer = self.frame.operands[operand]
-        own = tirx.const(0, "int32") if int(buffer.shape[0]) == 1 else window
-        index = [own, self.head, query, key] if operand == "bias" else [own, query, key]
+        at = {"image": image, "window": window, "head": self.head, "query": query, "key": key}
+        axes = zip(buffer.shape, _ADDED[operand], strict=True)
+        index = [0 if int_or_none(extent) == 1 else at[axis] for extent, axis in axes]
         inside = every([self.is_query(query), self.is_key(key)])
         return choose(inside, load(buffer, index).astype(ACCUMULATOR), tirx.const(0.0, ACCUMULATOR))
 
-    def hold_shared(self, window: Expr) -> None:
-        """Bias and mask that all windows of the run share, kept in the layout of the logits."""
+    def hold_shared(self, window: Expr, image: Expr) -> None:
+        """What all windows of the run add to their logits, kept in the layout of the logits."""
         for i, j in itertools.product(range(self.tiling.queries), range(self.tiling.keys)):
             query, key = self.query_token(i), self.key_token(tirx.const(0, "int32"), j)
-            terms = [self.added(operand, query, key, window) for operand in self.run.shared]
+            terms = [self.added(operand, image, window, query, key) for operand in self.run.shared]
             store(self.held, [i * self.tiling.keys + j], functools.reduce(lambda a, b: a + b, terms))
 
     def add_to_logits(self, first_key: Expr) -> None:
-        """Scales the logits and adds bias, mask and region penalty; keys past the window become LOWEST."""
+        """Scales the logits and adds all terms of theirs; keys past the window become LOWEST."""
         spec, tiling = self.spec, self.tiling
         zero, lowest = tirx.const(0.0, ACCUMULATOR), tirx.const(LOWEST, ACCUMULATOR)
         apart = [name for name in _ADDED if name in self.frame.operands and name not in self.run.shared]
@@ -258,11 +324,16 @@ class _WindowKernel:
                 value = self.logits[at] * tirx.const(spec.scale, ACCUMULATOR)
                 if self.held is not None:
                     value = value + self.held[at]
+                query = self.query_token(i)
                 for operand in apart:
-                    value = value + self.added(operand, self.query_token(i), key, self.window_index)
+                    value = value + self.added(operand, self.image, self.window_index, query, key)
+                if self.products is not None:
+                    value = value + choose(self.is_own(query, key), self.products.of(self.query_row(i), key), zero)
+                if self.relative is not None:
+                    value = value + self.relative[at] * tirx.const(spec.relative_scale, ACCUMULATOR)
                 if penalised:
-                    penalty = tirx.const(spec.mask_value, ACCUMULATOR)
-                    value = value + tirx.Select(query_regions[i] != key_region[0], penalty, zero)
+                    crosses = every([query_regions[i] != key_region[0], *self.unless_extra(query, key)])
+                    value = value + tirx.Select(crosses, tirx.const(spec.mask_value, ACCUMULATOR), zero)
                 store(self.logits, [at], choose(self.is_key(key), value, lowest))
 
     def update_softmax(self, first_key: Expr) -> None:
@@ -318,35 +389,45 @@ class _WindowKernel:
 
     def write_output(self) -> None:
         """output = result / total, where the total is the sum over the thread columns' shares."""
-        frame, tiling = self.frame, self.tiling
-        dtype, head_dim = str(frame.output.dtype), self.sizes.value_dim
+        frame, tiling, head_dim = self.frame, self.tiling, self.sizes.value_dim
         lanes = math.gcd(tiling.lanes, self.staged_run("value"))
-        output = Flat(frame.output, lanes)
         extents = [int(e) for e in frame.output.shape[1:]]
         for i in range(tiling.queries):
             combine_lanes(frame, self.total[i], lambda a, b: a + b, self.total, i)
+        output = Flat(frame.output, lanes)
+        beside = Flat(frame.outputs[1], lanes) if len(frame.outputs) > 1 else None
         for i in range(tiling.queries):
             query = T.bind(self.query_token(i))
             pixel, on_map = self.window.query_pixel(query)
             flat = self.image
             for at, extent in zip(pixel, extents, strict=False):
                 flat = flat * extent + at
-            with when(every([self.is_query(query), on_map])):
-                row = T.bind(flat * extents[-1] + self.head * head_dim)
-                parts = itertools.product(
-                    range(tiling.value_chunks), range(tiling.channels // tiling.lanes), range(0, tiling.lanes, lanes)
-                )
-                for chunk, group, part in parts:
-                    column = self.channel(group) + part
-                    channel = chunk * tiling.chunk + column
-                    width = tiling.channels * tiling.columns
-                    in_chunk = True if tiling.value_chunks == 1 or width == tiling.chunk else column < tiling.chunk
-                    in_head = True if head_dim % width == 0 and width <= tiling.chunk else channel < head_dim
-                    first = (chunk * tiling.queries + i) * tiling.channels + group * tiling.lanes + part
-                    own = first if lanes == 1 else tirx.Ramp(first, 1, lanes)
-                    total = self.total[i] if lanes == 1 else tirx.Broadcast(self.total[i], lanes)
-                    with when(every([in_chunk, in_head])):
-                        output.store(row + channel, typed(load(self.result, [own]) / total, dtype, lanes))
+            own = self.is_query(query) if beside is None else query < self.own_queries
+            with when(every([own, on_map])):
+                self.write_row(i, output, T.bind(flat * extents[-1] + self.head * head_dim), lanes)
+            if beside is not None:
+                row = self.first_extra(frame.outputs[1].shape) + query - self.own_queries
+                with when(tirx.all(query >= self.own_queries, query < self.sizes.queries)):
+                    self.write_row(i, beside, T.bind(row * extents[-1] + self.head * head_dim), lanes)
+
+    def write_row(self, i: int, output: Flat, row: Expr, lanes: int) -> None:
+        """The result of the thread's query i, from element `row` on."""
+        tiling, head_dim = self.tiling, self.sizes.value_dim
+        parts = itertools.product(
+            range(tiling.value_chunks), range(tiling.channels // tiling.lanes), range(0, tiling.lanes, lanes)
+        )
+        for chunk, group, part in parts:
+            column = self.channel(group) + part
+            channel = chunk * tiling.chunk + column
+            width = tiling.channels * tiling.columns
+            in_chunk = True if tiling.value_chunks == 1 or width == tiling.chunk else column < tiling.chunk
+            in_head = True if head_dim % width == 0 and width <= tiling.chunk else channel < head_dim
+            first = (chunk * tiling.queries + i) * tiling.channels + group * tiling.lanes + part
+            own = first if lanes == 1 else tirx.Ramp(first, 1, lanes)
+            total = self.total[i] if lanes == 1 else tirx.Broadcast(self.total[i], lanes)
+            with when(every([in_chunk, in_head])):
+                result = typed(load(self.result, [own]) / total, str(self.frame.output.dtype), lanes)
+                output.store(row + channel, result)
 
 
 def int_or_none(extent: Any) -> int | None:
@@ -361,25 +442,36 @@ def flash_window_attention(
     dtype: str,
     target: Target,
     name: str,
+    dtypes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
-    """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the output.
+    """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the outputs.
 
     present: names of the operands given. shapes: theirs, the batch an int or a symbolic variable (one variable of the
-    kernel's own then stands for it, matched from the query). dtype: float32 or float16, of all operands and the output;
-    logits, softmax and sums are float32 whatever spec.softmax_dtype says, which is never less exact.
+    kernel's own then stands for it, matched from the query). dtype: float32 or float16, of the outputs and all operands
+    but those that `dtypes` names, which are terms of the logits. Logits, softmax and sums are float32 whatever
+    spec.softmax_dtype says, which is never less exact.
     """
     by_name = dict(zip(present, shapes, strict=True))
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
-    sizes = Sizes.of(spec, int(by_name["query"][-1]), int(by_name["value"][-1]), dtype)
+    sizes = Sizes.of(spec, by_name, dtype)
     tiling = choose_tiling(sizes, limits)
-    added = {operand: by_name[operand] for operand in _ADDED if operand in by_name}
-    run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), added, limits)
+    added = [operand for operand in _ADDED if operand in by_name]
+    in_windows, in_images = (
+        [operand for operand in added if _is_shared(operand, by_name[operand], axes)]
+        for axes in ({"image", "window"}, {"image"})
+    )
+    run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), in_windows, in_images, limits)
 
     def grid(batch: Expr) -> tuple[Expr, Expr, Expr]:
         return ceil_div(windows, run.windows) * tiling.query_tiles, heads, ceil_div(batch, run.images)
 
     output_shape = [*spec.geometry.feature_size, heads * sizes.value_dim]
+    asking = by_name.get("extra_query")
+    more = [] if asking is None else [(windows, int(asking[2]), heads * sizes.value_dim)]
+    threads = tiling.columns, tiling.rows
     builder = KernelBuilder()
-    with builder.kernel(name, present, shapes, output_shape, dtype, grid, (tiling.columns, tiling.rows)) as frame:
+    with builder.kernel(
+        name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes, more_outputs=more
+    ) as frame:
         _WindowKernel(spec, frame, tiling, run).emit()
     return builder.prim_func()

@@ -8,16 +8,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import DataType
 
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
-
-# Channels that are multiplied per load from shared memory; a staged row is a multiple of them.
-STEP = 4
+from attnrewrite.lowering.kernels.window_gpu_relative import QUERIES, STEP, RelativeAxis, relative_axes
 
 # What the numbers a thread holds may take of its registers.
 MAX_HELD = 128
@@ -31,19 +30,26 @@ SHARED_READS = 0.1
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one head of one window; bytes are those of an element of the operands."""
+    """Of one head of one window, extra tokens included; bytes are those of an element of the operands.
+
+    relative: the axes of relative positions.
+    """
 
     queries: int
     keys: int
     head_dim: int
     value_dim: int
     bytes: int
+    relative: tuple[RelativeAxis, ...] = ()
 
     @classmethod
-    def of(cls, spec: FlashWindowAttention, query_channels: int, value_channels: int, dtype: str) -> Sizes:
+    def of(cls, spec: FlashWindowAttention, shapes: Mapping[str, Sequence[Any]], dtype: str) -> Sizes:
         geometry, heads = spec.geometry, spec.num_heads
-        tokens = geometry.tokens_per_window, geometry.keys_per_window
-        return cls(*tokens, query_channels // heads, value_channels // heads, DataType(dtype).itemsize)
+        extra = {name: int(shapes[f"extra_{name}"][2]) if f"extra_{name}" in shapes else 0 for name in ("query", "key")}
+        tokens = geometry.tokens_per_window + extra["query"], geometry.keys_per_window + extra["key"]
+        head_dim, value_dim = (int(shapes[name][-1]) // heads for name in ("query", "value"))
+        axes = relative_axes(spec, int(shapes["relative_position"][1])) if "relative_position" in shapes else ()
+        return cls(*tokens, head_dim, value_dim, DataType(dtype).itemsize, axes)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,12 @@ class WindowTiling:
     @property
     def resident_query(self) -> bool:
         """The query tile stays staged while tiles of keys pass; else its memory is used again as that of the keys."""
-        return self.key_tiles > 1 and self.chunks == 1
+        return (self.key_tiles > 1 or self.keeps_products) and self.chunks == 1
+
+    @property
+    def keeps_products(self) -> bool:
+        """Products with relative positions are computed for a whole tile of queries, not for a logit at a time."""
+        return len(self.sizes.relative) > 1 and self.chunks == 1
 
     def query_tile(self, dtype: str) -> TileShape:
         return TileShape(self.tile_queries, self._staged_channels, dtype)
@@ -115,11 +126,21 @@ class WindowTiling:
         return TileShape(self.tile_queries, ceil_div(self.tile_keys, STEP) * STEP)
 
     @property
+    def product_tile(self) -> TileShape:
+        """Products with the tables of relative positions."""
+        return TileShape(self.tile_queries, sum(axis.length for axis in self.sizes.relative))
+
+    @property
+    def _direct_axes(self) -> int:
+        """Axes of relative positions whose products are computed with each logit."""
+        return 0 if self.keeps_products else len(self.sizes.relative)
+
+    @property
     def _staged_channels(self) -> int:
         return ceil_div(min(self.chunk, self.sizes.head_dim), STEP) * STEP
 
     def first_bytes(self, dtype: str) -> tuple[int, int, int, int, int]:
-        """Where query, key, weights and value begin in shared memory, and where it ends.
+        """Where query, key, weights and value begin in the shared memory of theirs, and where it ends.
 
         The weights take the memory of the keys, and of the query where that is not resident: both are used up by then.
         """
@@ -129,21 +150,25 @@ class WindowTiling:
         return 0, query, first_weight, first_value, first_value + value
 
     def shared_bytes(self) -> int:
-        return self.first_bytes("float32" if self.sizes.bytes == 4 else "float16")[-1]
+        staged = self.first_bytes("float32" if self.sizes.bytes == 4 else "float16")[-1]
+        return staged + (self.product_tile.size_bytes if self.keeps_products else 0)
 
     def held(self) -> int:
         """Numbers that a thread keeps: logits, bias where it may stay, results, and operands of one step."""
-        logits = self.queries * self.keys * (2 if self.key_tiles == 1 else 1)
+        logits = self.queries * self.keys * (1 + int(self.key_tiles == 1) + min(self._direct_axes, 1))
         results = self.queries * self.channels * self.value_chunks
         return logits + results + STEP * (self.queries + max(self.keys, self.channels))
 
     def moved_bytes(self) -> int:
-        """Bytes of query, key, value and output that one head of one window asks device memory for."""
+        """Bytes of query, key, value, output and tables of one head of one window that it asks device memory for."""
         sizes = self.sizes
         query_reads = 1 if self.chunks == 1 else self.key_tiles
         queries = sizes.queries * (sizes.head_dim * query_reads + sizes.value_dim)
         keys = sizes.keys * (sizes.head_dim + sizes.value_dim) * self.query_tiles
-        return sizes.bytes * (queries + keys)
+        rows = sizes.queries * sizes.keys * self._direct_axes
+        if self.keeps_products:
+            rows = sum(axis.items(self.tile_queries, sizes.queries) for axis in sizes.relative) * self.query_tiles
+        return sizes.bytes * (queries + keys + rows * sizes.head_dim)
 
     def estimate(self, limits: Limits) -> float:
         """Time of one window in multiply-adds of one thread.
@@ -154,7 +179,7 @@ class WindowTiling:
         """
         q, k, c = self.queries, self.keys, self.channels
         keys_of_tile = min(self.tile_keys, ceil_div(self.sizes.keys, STEP) * STEP)
-        logits = self.chunks * self._staged_channels * (q * k + q + 4 * k)
+        logits = self.chunks * self._staged_channels * (q * k * (1 + 2 * self._direct_axes) + q + 4 * k)
         values = self.value_chunks * keys_of_tile * (q * c + q + 4 * c)
         barriers = 60 * (self.chunks + self.value_chunks)
         exchange = 8 * q * self.columns.bit_length() + 12 * q * k + barriers  # row maxima, exponentials
@@ -162,6 +187,9 @@ class WindowTiling:
         resident = min(limits.resident_bytes // self.shared_bytes() * threads, 1024)
         hidden = min(1.0, resident * min(q * k, 16) / 2048)
         arithmetic = self.query_tiles * self.key_tiles * threads * (logits + values + exchange) / hidden
+        for axis in self.sizes.relative if self.keeps_products else ():
+            rounds = ceil_div(axis.items(self.tile_queries, self.sizes.queries), threads) * threads
+            arithmetic += self.query_tiles * rounds * QUERIES * self.sizes.head_dim * 2
         # Bias stays on chip over a run of windows where the logits are one tile of keys.
         bias_bytes = 0 if self.key_tiles == 1 else self.sizes.queries * self.sizes.keys * self.sizes.bytes
         return arithmetic + PER_BYTE * (self.moved_bytes() + bias_bytes)
@@ -204,23 +232,25 @@ def choose_run(
     num_windows: int,
     heads: int,
     batch: int | None,
-    added: dict[str, Sequence[int]],
+    same_in_windows: Sequence[str],
+    same_in_images: Sequence[str],
     limits: Limits,
 ) -> Run:
     """As many windows as make reading bias and mask cheap, and no more than leave enough threadgroups in flight.
 
-    added: shapes of bias and mask, where present; first extent 1 or nW. batch: None where it is not known.
+    same_in_windows: operands of the logits that all windows share, those of other images too. same_in_images: those
+    that the images share. batch: None where it is not known.
     """
-    if not added or tiling.key_tiles > 1:
+    if not same_in_images or tiling.key_tiles > 1:
         return Run(1, 1, ())
-    for_all_windows = tuple(name for name, shape in added.items() if shape[0] == 1)
-    shared_bytes = len(for_all_windows or added) * tiling.sizes.queries * tiling.sizes.keys * tiling.sizes.bytes
+    count = len(same_in_windows or same_in_images)
+    shared_bytes = count * tiling.sizes.queries * tiling.sizes.keys * tiling.sizes.bytes
     wanted = math.ceil(shared_bytes / (SHARED_READS * tiling.moved_bytes()))
     most = num_windows * heads * tiling.query_tiles * (batch or 1) // limits.in_flight
     length = max(1, min(wanted, most))
-    windows = min(length, num_windows) if for_all_windows else 1
+    windows = min(length, num_windows) if same_in_windows else 1
     windows = ceil_div(num_windows, ceil_div(num_windows, windows))  # threadgroups of equal length
     images = min(max(1, length // windows), batch or 1)
     if windows == images == 1:
         return Run(1, 1, ())
-    return Run(windows, images, for_all_windows if windows > 1 else tuple(added))
+    return Run(windows, images, tuple(same_in_windows if windows > 1 else same_in_images))
