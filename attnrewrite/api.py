@@ -303,11 +303,11 @@ def _optimize_module(
     return ModuleResult(done.model, module, given, report, verification, compiled)
 
 
-def load(directory: str | os.PathLike[str]) -> LoadedModel:
+def load(directory: str | os.PathLike[str], cuda_graph: bool = True) -> LoadedModel:
     """A saved artifact, ready to run: `load("out/").run({"x": array}, threads=1)`. See attnrewrite.runtime."""
     from attnrewrite import runtime
 
-    return runtime.load(Path(directory))
+    return runtime.load(Path(directory), cuda_graph)
 
 
 @dataclass(frozen=True)

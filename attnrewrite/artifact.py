@@ -330,8 +330,10 @@ def verify_artifact(
         return verify(source, after, options, trials=trials)
 
 
-def runner_of(directory: Path, threads: int | None) -> Runner:
+def runner_of(directory: Path, threads: int | None, cuda_graph: bool = True) -> Runner:
     """The library of an artifact, or its rewritten model in ONNX Runtime where it has none.
+
+    cuda_graph: whether a CUDA library may replay its launches.
 
     Raises UserError where the directory is no artifact or does not load on this machine.
     """
@@ -340,7 +342,7 @@ def runner_of(directory: Path, threads: int | None) -> Runner:
     report, _ = read_report(directory)
     try:
         if has_library(report):
-            return CompiledRunner(directory, threads)
+            return CompiledRunner(directory, threads, cuda_graph)
         return OnnxRunner(directory / MODEL_NAME, threads)
     except RunnerError as error:
         raise UserError(f"{directory} does not load on this machine: {error}") from error

@@ -62,11 +62,16 @@ class Timing:
 
 
 def contestants(
-    directory: Path, against: Sequence[str], original: Path | None, threads: int | None
+    directory: Path,
+    against: Sequence[str],
+    original: Path | None,
+    threads: int | None,
+    cuda_graph: bool = True,
 ) -> list[Contestant]:
     """Who takes part: the library, where this machine can run it, and the peers asked for.
 
-    original: the model the artifact was made from; looked for beside the artifact where None.
+    original: the model the artifact was made from; looked for beside the artifact where None. cuda_graph: whether a
+    CUDA library may replay its launches.
     Raises UserError for an unknown peer, for one that is not installed, and where the original is asked for and not
     found.
     """
@@ -87,7 +92,7 @@ def contestants(
         rewritten = directory / artifact.MODEL_NAME
         chosen.append(Contestant("rewritten", "ONNX Runtime", lambda: OnnxRunner(rewritten, threads)))
     if artifact.runs_here(report):
-        chosen.append(Contestant("compiled", "attnrewrite", lambda: CompiledRunner(directory, threads)))
+        chosen.append(Contestant("compiled", "attnrewrite", lambda: CompiledRunner(directory, threads, cuda_graph)))
     if not chosen:
         raise UserError(f"{directory} holds nothing that runs on this machine, and --against names nothing")
     return chosen

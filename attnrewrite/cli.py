@@ -72,6 +72,9 @@ app = typer.Typer(
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file, or a .pt2 file of torch.export.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads to use.")]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay the launches of a CUDA library, or make each anew.")
+]
 Shapes = Annotated[
     list[str] | None,
     typer.Option(
@@ -261,13 +264,14 @@ def run(
     inputs: Annotated[list[str], typer.Option("--input", metavar="NAME=x.npy", help="An input array; repeatable.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR2", help="Where to write one .npy file per output.")],
     threads: Threads = None,
+    cuda_graph: CudaGraph = True,
 ) -> None:
     """Run an artifact on arrays from .npy files."""
     from attnrewrite import arrays, artifact
     from attnrewrite.atomic import staged_directory
 
     files = arrays.parse_inputs(inputs)
-    runner = artifact.runner_of(directory, threads)
+    runner = artifact.runner_of(directory, threads, cuda_graph)
     loaded = arrays.load_inputs(files, directory / artifact.MODEL_NAME)
     with staged_directory(output, arrays.INDEX_NAME, (directory / artifact.MODEL_NAME, *files.values())) as stage:
         for name, array in arrays.save_outputs(artifact.run_once(runner, loaded), stage).items():
@@ -282,6 +286,7 @@ def bench(
         str, typer.Option("--against", metavar="original,onnxruntime,openvino", help="Peers, separated by commas.")
     ] = "original,onnxruntime",
     threads: Threads = None,
+    cuda_graph: CudaGraph = True,
     as_json: Json = False,
 ) -> None:
     """Time the compiled model against the original, and the rewritten model, in ONNX Runtime.
@@ -306,7 +311,7 @@ def bench(
         report = artifact.read_report(directory)[0]
         if artifact.has_library(report) and not artifact.runs_here(report):
             typer.echo(why_not_here(report.target or ""), err=True)
-        entries = timing.contestants(directory, peers, original, threads)
+        entries = timing.contestants(directory, peers, original, threads, cuda_graph)
         say("timing " + ", ".join(f"{entry.name} in {entry.engine}" for entry in entries))
         timings = timing.measure(entries, timing.example_inputs(directory / artifact.MODEL_NAME))
         report = report.with_gains(timing.gains(timings, threads))

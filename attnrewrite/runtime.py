@@ -57,6 +57,7 @@ class Manifest:
     device: cpu, metal or cuda, where its tensors live. threads: how many to use where the caller does not say.
     constant_outputs: names of those that every run returns in the same memory. weights: what the entry takes after the
     inputs, from `weights_file`; empty where the library holds its weights itself. precision: what it computes in.
+    replayed_entry: the same as `entry`, with launches captured in the first run and replayed as CUDA graphs later.
     """
 
     target: str
@@ -72,6 +73,7 @@ class Manifest:
     precision: str = "fp32"
     weights_file: str | None = None
     weights: tuple[Weight, ...] = ()
+    replayed_entry: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -121,9 +123,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 class LoadedModel:
-    """A compiled model in memory. Calls of one instance must not overlap; the thread count is the process's."""
+    """A compiled model in memory. Calls of one instance must not overlap; the thread count is the process's.
 
-    def __init__(self, directory: Path) -> None:
+    cuda_graph: whether to replay launches where the library can. What lies between inputs and outputs then stays in
+    GPU memory from the first run on.
+    """
+
+    def __init__(self, directory: Path, cuda_graph: bool = True) -> None:
         self.manifest = read_manifest(directory)
         if is_linked_in(self.manifest.library):
             raise UserError(linked_in_sentence(str(directory / self.manifest.library), self.manifest.target))
@@ -132,7 +138,8 @@ class LoadedModel:
         if not library.exists():
             raise UserError(f"{directory} holds no {library.name}, which its manifest names")
         # Looked up once, because a lookup costs as much as a small kernel.
-        self._function = self._open(library)[self.manifest.entry]
+        entry = (self.manifest.replayed_entry if cuda_graph else None) or self.manifest.entry
+        self._function = self._open(library)[entry]
         self._weights = _weights(directory, self.manifest, self._devices[0])
 
     @property
@@ -186,9 +193,12 @@ class LoadedModel:
         return [_checked_array(tensor, inputs[tensor.name], symbols) for tensor in self.inputs]
 
 
-def load(directory: str | Path) -> LoadedModel:
-    """The model of an artifact directory. Raises UserError where it cannot run on this machine, and says why."""
-    return LoadedModel(Path(directory))
+def load(directory: str | Path, cuda_graph: bool = True) -> LoadedModel:
+    """The model of an artifact directory. Raises UserError where it cannot run on this machine, and says why.
+
+    cuda_graph: of `LoadedModel`.
+    """
+    return LoadedModel(Path(directory), cuda_graph)
 
 
 def is_linked_in(library: str) -> bool:

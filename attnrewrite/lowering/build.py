@@ -16,6 +16,7 @@ from tvm.relax import transform
 from attnrewrite.errors import CompilerError
 from attnrewrite.lowering import limits
 from attnrewrite.lowering.choices import Choices
+from attnrewrite.lowering.cuda_graph import add_replayed
 from attnrewrite.lowering.kernels.vector_math import vector_unit
 from attnrewrite.lowering.layout import channels_last
 from attnrewrite.lowering.packing import pack_weights
@@ -25,13 +26,15 @@ from attnrewrite.lowering.weights import lift_weights
 from attnrewrite.lowering.zig import run_zig
 
 ENTRY = "main"
+REPLAYED_ENTRY = "main_replayed"
 
 
 @dataclass(frozen=True)
 class Built:
     """kernels: functions in the library; attention_kernels: those of the two ops among them. constant_outputs:
     positions of the outputs that are constants, which every run returns in the same memory. weights: what the entry
-    takes after the model's inputs; empty where the executable holds its weights itself.
+    takes after the model's inputs; empty where the executable holds its weights itself. replayed: whether there is a
+    second entry, REPLAYED_ENTRY.
     """
 
     executable: Any
@@ -39,6 +42,7 @@ class Built:
     attention_kernels: int
     constant_outputs: tuple[int, ...]
     weights: Sequence[tvm.runtime.Tensor]
+    replayed: bool = False
 
 
 def tvm_target(target: Target) -> tvm.target.Target:
@@ -106,12 +110,14 @@ def build(
     *,
     separate_weights: int | None = None,
     system_prefix: str | None = None,
+    replay: bool = False,
 ) -> Built:
     """The module compiled for the target: operators made loops, fused, scheduled, turned into machine code.
 
     tuned: tiles to use in place of the cost model's, on CPUs. precision: of products by constant weights, on CPUs
     (lowering/narrow.py). separate_weights: bytes of weights from which they stay outside (lowering/weights.py); None:
-    never. system_prefix: for a library that is linked into a program, what its functions' names begin with.
+    never. system_prefix: for a library that is linked into a program, what its functions' names begin with. replay:
+    whether to look for launches that can be replayed, for a second entry (lowering/cuda_graph.py).
     """
     on_cpu = target.kind.name == "llvm"
     mod = fuse(mod, target, tuned, precision)
@@ -130,6 +136,10 @@ def build(
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
+        )
+        replayed = add_replayed(mod, ENTRY, REPLAYED_ENTRY, len(weights)) if replay else None
+        mod = _apply(
+            replayed or mod,
             transform.LowerAllocTensor(),
             transform.KillAfterLastUse(),
             transform.LowerRuntimeBuiltin(),
@@ -142,7 +152,7 @@ def build(
         pipeline = stack.PIPELINE if on_cpu else limits.PIPELINE
         executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=pipeline)
     attention = [name for name in kernels if name.startswith(("flash_window_attention", "slide_attention"))]
-    return Built(executable, len(kernels), len(attention), constants, weights)
+    return Built(executable, len(kernels), len(attention), constants, weights, replayed is not None)
 
 
 def _linked_in(mod: IRModule, prefix: str) -> IRModule:

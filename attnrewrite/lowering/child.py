@@ -98,6 +98,7 @@ def compile_request(
                 request["precision"],
                 separate_weights=request["separate_weights"],
                 system_prefix=static_library.system_prefix(request["name"]) if target.is_linked_in else None,
+                replay=target.device == "cuda",
             )
         with timed("linking"):
             named = f"{request['name']}_{WEIGHTS_NAME}" if target.is_linked_in else WEIGHTS_NAME
@@ -121,6 +122,7 @@ def compile_request(
                 finish(library)
     return {
         "entry": build.ENTRY,
+        "replayed_entry": build.REPLAYED_ENTRY if built.replayed else None,
         "inputs": inputs,
         "outputs": outputs,
         "kernels": built.kernels,

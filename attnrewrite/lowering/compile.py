@@ -50,7 +50,7 @@ class CompileReport:
     constant_outputs: names of the outputs that are the same in every run. weights: those in `weights_file`, empty where
     the library holds them itself. beside: names of the files that were made with the library.
     peak_memory_bytes: of the compiling process. tuning: the register tiles that were measured, where any were used;
-    `Tiles.to_json` of lowering/tuning.py.
+    `Tiles.to_json` of lowering/tuning.py. replayed_entry: the one that replays its launches as CUDA graphs, if any.
     """
 
     target: str
@@ -70,6 +70,7 @@ class CompileReport:
     weights_bytes: int = 0
     beside: tuple[str, ...] = ()
     tuning: dict[str, Any] | None = None
+    replayed_entry: str | None = None
 
 
 def compile_model(
@@ -140,6 +141,7 @@ def compile_model(
         precision=precision,
         weights_file=report.weights_file,
         weights=report.weights,
+        replayed_entry=report.replayed_entry,
     )
     write_manifest(output_dir, manifest)
     return report

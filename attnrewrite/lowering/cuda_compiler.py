@@ -241,7 +241,7 @@ def embedded_cubins(architectures: Sequence[str], compiler: CudaCompiler | None 
 
     def postprocess(source: str, _: Any) -> bytes:
         try:
-            compiled = chosen.compile(source, architectures)
+            compiled = _without_spills(chosen, source, architectures)
         except CompilerError as error:
             embedded.error = error
             raise
@@ -257,6 +257,24 @@ def embedded_cubins(architectures: Sequence[str], compiler: CudaCompiler | None 
             if embedded.error is not None:
                 raise embedded.error from None
             raise
+
+
+def _without_spills(compiler: CudaCompiler, source: str, architectures: Sequence[str]) -> Compiled:
+    """Compiled once more where registers spill: ptxas spills some to have more blocks on a multiprocessor, unless told
+    that one is enough.
+    """
+    compiled = compiler.compile(source, architectures)
+    spilling = {kernel.name for kernel in compiled.kernels if kernel.spills}
+    if not spilling:
+        return compiled
+
+    def with_one_block(bounds: re.Match[str]) -> str:
+        return f"__launch_bounds__({bounds[1]}, 1) {bounds[2]}" if bounds[2] in spilling else bounds[0]
+
+    return compiler.compile(_BOUNDS.sub(with_one_block, source), architectures)
+
+
+_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\) (\w+)")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ tvm = pytest.importorskip("tvm")
 
 from attnrewrite.errors import CompilerError  # noqa: E402
 from attnrewrite.lowering import cuda_compiler  # noqa: E402
+from attnrewrite.lowering.cuda_resources import KernelResources  # noqa: E402
 from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
 from tests.metal.test_kernels import CUDA, kernel, symbol  # noqa: E402
 
@@ -64,6 +66,21 @@ def test_code_for_several_architectures_is_a_fat_binary(compiler: cuda_compiler.
 
 DOUBLE = 'extern "C" __global__ void double_it(float* x) { x[threadIdx.x] *= 2.0f; }'
 FAT_BINARY = bytes.fromhex("50ed55ba")
+
+
+def test_a_kernel_that_spills_is_compiled_for_fewer_blocks_at_once() -> None:
+    given = []
+
+    class Spilling:
+        def compile(self, source: str, architectures: Sequence[str]) -> cuda_compiler.Compiled:
+            given.append(source)
+            spilled = 8 if len(given) == 1 else 0
+            kernels = [KernelResources(name, "sm_90", 80, spilled * (name == "b"), 0, 0, 0) for name in "ab"]
+            return cuda_compiler.Compiled(b"", tuple(kernels))
+
+    source = "void __launch_bounds__(64) a(); void __launch_bounds__(96) b();"
+    assert not any(k.spills for k in cuda_compiler._without_spills(Spilling(), source, ["sm_90"]).kernels)
+    assert given == [source, source.replace("(96)", "(96, 1)")]
 
 
 def test_nvrtc_alone_makes_code_for_one_architecture(tmp_path: Path) -> None:
