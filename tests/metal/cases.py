@@ -10,6 +10,8 @@ import numpy as np
 
 from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention, Spec
 from attnrewrite.localattention.geometry import KeyWindows, NeighborhoodGeometry, WindowGeometry
+from tests.functions.test_predicted_weights import CASES as PREDICTED
+from tests.functions.test_predicted_weights import op
 
 Operands = dict[str, np.ndarray]
 
@@ -122,12 +124,13 @@ def slide(
     border: str = "zero",
     geometry: NeighborhoodGeometry | None = None,
     bias_of_pixels: bool = False,
+    one_bias: bool = False,
     symbolic: bool = False,
     dtype: str = "float32",
 ) -> Case:
     """key_kernel, key_bias, value_kernel, value_bias: how many rows the operand has; 0: it is absent.
 
-    geometry: in place of the one of these sizes. bias_of_pixels: one bias for every query.
+    geometry: in place of the one of these sizes. bias_of_pixels: one bias for every query. one_bias: one for all heads.
     """
     rng = np.random.default_rng(sum(feature) + head_dim)
     value_dim = value_dim or head_dim
@@ -140,7 +143,7 @@ def slide(
     }
     if bias:
         pixels = (math.prod(feature),) if bias_of_pixels else ()
-        operands["bias"] = rng.standard_normal((heads, *pixels, slots))
+        operands["bias"] = rng.standard_normal((1 if one_bias else heads, *pixels, slots))
     if key_kernel:
         operands["key_kernel"] = 0.3 * rng.standard_normal((key_kernel, slots, *kernel))
     if key_bias:
@@ -153,6 +156,20 @@ def slide(
         operands["key_padding"] = rng.standard_normal(heads * head_dim)
         operands["value_padding"] = rng.standard_normal(heads * value_dim)
     spec = SlideAttention(geometry, heads, head_dim**-0.5)
+    return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
+
+
+def predicted(
+    spec: SlideAttention, value_dim: int, *, padding: bool = False, dtype: str = "float32", symbolic: bool = False
+) -> Case:
+    """A spec with predicted weights, two images of it. padding: with a vector for slots outside the map."""
+    geometry, heads = spec.geometry, spec.num_heads
+    rng = np.random.default_rng(value_dim)
+    planes = heads * geometry.keys_per_query * spec.rows_per_pixel
+    operands = {"value": rng.standard_normal((2, heads * value_dim, *geometry.key_size))}
+    if padding:
+        operands["value_padding"] = rng.standard_normal(heads * value_dim)
+    operands["logits"] = 2 * rng.standard_normal((2, planes, *geometry.feature_size))
     return Case(spec, {name: value.astype(dtype) for name, value in operands.items()}, symbolic)
 
 
@@ -246,4 +263,29 @@ SLIDES = {
         geometry=NeighborhoodGeometry((6, 8), (4, 3), (1, 1), "zero", (2, 2), (12, 16), (-1, 0)),
     ),
     "halo-too-large": slide((60, 60), (3, 13), (20, 20), 1, 2, batch=1),
+    "one-bias-of-all-heads": slide((9, 12), (3, 5), (1, 2), 2, 6, bias=True, one_bias=True),
+    **{
+        f"predicted-{name}": Case(PREDICTED[name].spec, PREDICTED[name].operands())
+        for name in (
+            "weights",
+            "one-axis",
+            "replicate",
+            "strided",
+            "overlap-add-weights",
+            "overlap-add-scaled-with-bias",
+            "overlap-add-strided-uneven",
+            "overlap-add-apart",
+            "overlap-add-of-three-axes",
+            "upsampling-uneven-with-bias",
+            "upsampling-of-three-axes",
+        )
+    },
+    "predicted-in-groups": predicted(op((12, 13), (9, 9)), 2),
+    "predicted-constant": predicted(op((9, 8), (3, 5), border="constant"), 8, padding=True, symbolic=True),
+    "overlap-add-constant": predicted(op((9, 8), (3, 3), border="constant", overlap_add=True), 4, padding=True),
+    "overlap-add-half": predicted(
+        op((14, 12), (3, 3), stride=(2, 2), key_size=(28, 24), overlap_add=True), 16, dtype="float16", symbolic=True
+    ),
+    "overlap-add-k5": predicted(op((7, 9), (5, 3), dilation=(2, 1), overlap_add=True), 3),
+    "upsampling-wide": predicted(op((14, 16), (5, 5), upsampling=(2, 2)), 8, dtype="float16"),
 }

@@ -17,7 +17,7 @@ from attnrewrite.errors import CompilerError  # noqa: E402
 from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
 from attnrewrite.localattention.geometry import NeighborhoodGeometry  # noqa: E402
 from attnrewrite.lowering import limits  # noqa: E402
-from attnrewrite.lowering.kernels import reference, slide_gpu, window_gpu  # noqa: E402
+from attnrewrite.lowering.kernels import reference, slide_gpu, slide_gpu_predicted, window_gpu  # noqa: E402
 from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
 from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
 
@@ -30,11 +30,12 @@ CUDA = Target({"kind": "cuda", "arch": "sm_90", "max_shared_memory_per_block": 4
 
 
 def kernel(case: Case, target: Target, name: str) -> Any:
-    build = (
-        window_gpu.flash_window_attention if isinstance(case.spec, FlashWindowAttention) else slide_gpu.slide_attention
-    )
+    if isinstance(case.spec, FlashWindowAttention):
+        build = window_gpu.flash_window_attention
+    else:
+        build = slide_gpu_predicted.predicted_attention if case.spec.predicted else slide_gpu.slide_attention
     shapes = case.shapes(tvm.tirx.Var("n", "int64"))
-    return build(case.spec, list(case.operands), shapes, str(case.operands["query"].dtype), target, name)
+    return build(case.spec, list(case.operands), shapes, str(case.operands["value"].dtype), target, name)
 
 
 def symbol(name: str) -> str:

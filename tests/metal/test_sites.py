@@ -11,13 +11,19 @@ pytest.importorskip("tvm")
 
 from attnrewrite.emulator import metal_target, run_model
 from attnrewrite.frontend.onnx import read, to_model
-from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention
+from attnrewrite.functions.spec import DOMAIN, FlashWindowAttention, SlideAttention
 from attnrewrite.lowering import importer
 from attnrewrite.lowering.kernels import reference
 from attnrewrite.lowering.kernels.coverage import covers
 from attnrewrite.lowering.targets import parse_target
 from attnrewrite.lowering.written_out import write_out
-from tests.metal.cases import BATCHED, WINDOWS, Case
+from tests.metal.cases import BATCHED, SLIDES, WINDOWS, Case
+
+# Attributes that are left out of a node where they are not needed.
+OPTIONAL = {
+    FlashWindowAttention: {"mask_value", "shared_query", "relative_scale", "head_shifts"},
+    SlideAttention: {"stride", "key_size", "offset", "predicted", "overlap_add", "upsampling"},
+}
 
 
 def site(case: Case) -> onnx.ModelProto:
@@ -50,6 +56,26 @@ def check(case: Case, expected: tuple[np.ndarray, ...], tolerance: float) -> Non
     for got, wanted in zip(run.outputs, expected, strict=True):
         assert got.dtype == wanted.dtype
         assert np.abs(got.astype(np.float64) - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", [*WINDOWS, *SLIDES])
+def test_every_case_has_a_kernel(name: str) -> None:
+    case = {**WINDOWS, **SLIDES}[name]
+    assert covers(case.spec, {operand: array.shape for operand, array in case.operands.items()}, "metal")
+
+
+def test_the_cases_have_every_operand() -> None:
+    """No operand and no attribute of the ops is left to bodies because nobody thought of it."""
+    cases = [*WINDOWS.values(), *SLIDES.values()]
+    for spec, optional in OPTIONAL.items():
+        own = [case for case in cases if isinstance(case.spec, spec)]
+        assert {name for case in own for name in case.operands} == set(spec.operands)
+        assert {name for case in own for name in case.spec.attributes()} >= optional
+
+
+def test_predicted_weights_for_any_batch() -> None:
+    case = SLIDES["overlap-add-half"]
+    check(case, (reference.slide_attention(case.spec, case.operands),), 2.0**-11 * 1.1)
 
 
 def test_two_outputs_for_any_batch() -> None:

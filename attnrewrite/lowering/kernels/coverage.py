@@ -1,4 +1,7 @@
-"""Which ops the kernels of this package compute; the others are compiled from their written-out bodies."""
+"""Which ops the kernels of this package compute; the others are compiled from their written-out bodies.
+
+Those of GPUs compute both ops with all operands; docs/metal.md has the list, and the one exception.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from attnrewrite.lowering.kernels.window_cpu_operands import is_decomposed
 _WINDOW_OPERANDS = frozenset({"query", "key", "value", "bias", "mask", "key_padding", "value_padding"})
 
 _SLIDE_OPERANDS = frozenset({"query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias"})
-_GPU_SLIDE_OPERANDS = _SLIDE_OPERANDS | {"key_padding", "value_padding"}
 
 
 Shape = tuple[int, ...]
@@ -25,7 +27,8 @@ def covers(spec: Spec, present: Mapping[str, Shape | None], device: str = "any")
             return _covers_windows(spec, present, device)
         case SlideAttention():
             if device in ("metal", "cuda"):
-                return not spec.predicted and _GPU_SLIDE_OPERANDS.issuperset(present)
+                # Inward, the neighbours of a block depend on the block: rows that meet at a pixel do not add up.
+                return not (spec.overlap_add and "inward" in spec.geometry.borders)
             plain = spec.geometry.is_plain and spec.border == "zero"
             return plain and len(present.get("bias") or (1, 1)) == 2 and _SLIDE_OPERANDS.issuperset(present)
 

@@ -61,13 +61,13 @@ Parameter = Callable[[str, Expr, int, Expr | int], Expr]
 """(operand, channel within the chunk, slot within its group, tap's flat index) -> float32"""
 
 
-class _SlideKernel:
+class SlideKernel:
     """Emits the statements of one kernel; open only inside its frame."""
 
     def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling) -> None:
         self.spec, self.frame, self.tiling = spec, frame, tiling
-        self.geometry, self.reaches, self.rows = spec.geometry, tiling.reaches, range(tiling.rows)
-        work = tiling.work
+        work, self.reaches, self.rows = tiling.work, tiling.reaches, range(tiling.rows)
+        self.geometry = work.geometry
         self.head_dim, self.value_dim, self.image = work.head_dim, work.value_dim, frame.z
         blocks = self.value_dim // tiling.value_block
         self.head = frame.y if blocks == 1 else T.bind(frame.y // blocks)
@@ -83,7 +83,7 @@ class _SlideKernel:
         self.first = [T.bind(r.first_neighbour(q)) for r, q in zip(self.reaches, self.query, strict=True)]
         self.first_staged = [T.bind(r.first_staged(s)) for r, s in zip(self.reaches, self.tile_start, strict=True)]
         position = [f - s for f, s in zip(self.first, self.first_staged, strict=True)]
-        self.staged_at = T.bind(_flatten(position, tiling.halo))
+        self.staged_at = T.bind(flatten(position, tiling.halo))
 
         slots = max(map(len, tiling.slot_groups))
         self.logits = registers(tiling.rows * slots)
@@ -111,13 +111,17 @@ class _SlideKernel:
         fill(self.maximum, rows, LOWEST)
         fill(self.total, rows, 0.0)
         if (bias := self.bias_of_slots) is not None:
-            with spread(self.frame, self.geometry.keys_per_query) as slot:
-                self.shared[1].store(self.bias_at + slot, load(bias, [self.head, slot]).astype(ACCUMULATOR))
+            with spread(self.frame, int(bias.shape[1])) as slot:
+                self.shared[1].store(self.bias_at + slot, load(bias, [self.row_of(bias), slot]).astype(ACCUMULATOR))
             barrier()
         for slots in groups:
             self.compute_logits(slots)
             self.update_softmax(slots)
             self.add_weighted_values(slots, first=slots is groups[0], last=slots is groups[-1])
+
+    def row_of(self, bias: tirx.Buffer) -> Expr:
+        """The row of this head; one row serves all heads."""
+        return 0 if int(bias.shape[0]) == 1 else self.head
 
     def pixel(self, row: int) -> list[Expr]:
         """Where the thread's query `row` lies."""
@@ -132,7 +136,7 @@ class _SlideKernel:
 
     def position(self, plane: Expr, row: int) -> Expr:
         """The flat index of the thread's query `row` in a plane of a map of queries."""
-        return _flatten([plane, *self.pixel(row)], [0, *self.geometry.feature_size])
+        return flatten([plane, *self.pixel(row)], [0, *self.geometry.feature_size])
 
     # Operands.
 
@@ -181,9 +185,9 @@ class _SlideKernel:
             pixel, inside = zip(*(r.source(p) for r, p in zip(self.reaches, stands, strict=True)), strict=True)
             outside = tirx.const(0.0, ACCUMULATOR) if padding is None else load(padding, [channel]).astype(ACCUMULATOR)
             outside = outside if lanes == 1 else tirx.Broadcast(outside, lanes)
-            flat = _flatten([self.image * channels + channel, *pixel], [0, *extents])
+            flat = flatten([self.image * channels + channel, *pixel], [0, *extents])
             value = choose(every(inside), typed(source.load(flat), ACCUMULATOR, lanes), outside)
-            self.shared[lanes].store(_flatten(at, [0, *halo]), value)
+            self.shared[lanes].store(flatten(at, [0, *halo]), value)
 
     def stage_parameters(self, names: Sequence[str], first_channel: Expr) -> dict[str, int]:
         """Parameters of a chunk of channels; returns where in shared memory each begins."""
@@ -229,16 +233,6 @@ class _SlideKernel:
             at[-2] = at[-2] + row * self.reaches[-2].stride
         return at
 
-    @contextmanager
-    def every_tap(self) -> Iterator[list[tuple[Tap, Expr | int]]]:
-        """All taps and their flat indices: a Python list for small kernels, otherwise one in a loop of the kernel."""
-        sizes = self.geometry.kernel_size
-        if math.prod(sizes) <= UNROLLED_TAPS:
-            yield [(tap, flat) for flat, tap in enumerate(itertools.product(*map(range, sizes)))]
-            return
-        with T.serial(math.prod(sizes)) as flat:
-            yield [(unflatten(flat, sizes), flat)]
-
     def shared_neighbours(self, slots: range) -> list[list[tuple[int, int, Tap]]]:
         """(row, slot within the group, tap) of every slot of every row, those together that read the same neighbour."""
         taps = list(itertools.product(*map(range, self.geometry.kernel_size)))[slots.start : slots.stop]
@@ -283,7 +277,7 @@ class _SlideKernel:
             store(self.logits, [at], self.with_bias(logit, row, slots[slot]))
 
     def add_learned_keys(self, count: int, channel: Expr, neighbour: Neighbour, parameter: Parameter) -> None:
-        with self.every_tap() as taps:
+        with every_tap(self.geometry.kernel_size) as taps:
             for tap, flat in taps:
                 for row in self.rows:
                     store(self.product, [row], self.asked[row] * neighbour(channel, row, tap))
@@ -301,7 +295,7 @@ class _SlideKernel:
         if self.bias_of_slots is not None:
             logit = logit + self.shared[1].load(self.bias_at + slot)
         elif bias is not None:
-            own = load(bias, [self.head, self.position(tirx.const(0, "int32"), row), slot]).astype(ACCUMULATOR)
+            own = load(bias, [self.row_of(bias), self.position(tirx.const(0, "int32"), row), slot]).astype(ACCUMULATOR)
             logit = logit + choose(self.on_map(row), own, tirx.const(0.0, ACCUMULATOR))
         return choose(self.takes_part(row, slot), logit, tirx.const(LOWEST, ACCUMULATOR))
 
@@ -364,7 +358,7 @@ class _SlideKernel:
         """sum[row] += sum over the slots of weight * value_j, for one channel."""
         operands, count = self.frame.operands, len(slots)
         if "value_kernel" in operands:
-            with self.every_tap() as taps:
+            with every_tap(self.geometry.kernel_size) as taps:
                 for tap, flat in taps:
                     fill(self.factor, self.tiling.rows, 0.0)
                     for slot in range(count):
@@ -389,6 +383,16 @@ class _SlideKernel:
         store(self.sum, [row], self.sum[row] + value)
 
 
+@contextmanager
+def every_tap(sizes: Sequence[int]) -> Iterator[list[tuple[Tap, Expr | int]]]:
+    """All taps and their flat indices: a Python list for small kernels, otherwise one in a loop of the kernel."""
+    if math.prod(sizes) <= UNROLLED_TAPS:
+        yield [(tap, flat) for flat, tap in enumerate(itertools.product(*map(range, sizes)))]
+        return
+    with T.serial(math.prod(sizes)) as flat:
+        yield [(unflatten(flat, sizes), flat)]
+
+
 def unravel(flat: int, extents: Sequence[int]) -> list[int]:
     """Row-major coordinates of a flat index."""
     return list(next(itertools.islice(itertools.product(*map(range, extents)), flat, None)))
@@ -399,7 +403,7 @@ def _strides(extents: Sequence[int]) -> list[int]:
     return [math.prod(extents[axis + 1 :]) for axis in range(len(extents))]
 
 
-def _flatten(at: Sequence[Expr], extents: Sequence[int]) -> Expr:
+def flatten(at: Sequence[Expr], extents: Sequence[int]) -> Expr:
     """The row-major flat index of a position; the first extent does not matter."""
     flat: Expr = at[0]
     for index, extent in zip(at[1:], extents[1:], strict=True):
@@ -424,22 +428,33 @@ def slide_attention(
     spec.softmax_dtype says, which is never less exact.
     """
     by_name = dict(zip(present, shapes, strict=True))
-    heads, batch = spec.num_heads, by_name["query"][0]
+    heads = spec.num_heads
     head_dim, value_dim = (int(by_name[operand][1]) // heads for operand in ("query", "value"))
     parameters = max(
         sum(math.prod(by_name.get(f"{operand}_{kind}", (0, 0))[1:]) for kind in ("kernel", "bias"))
         for operand in ("key", "value")
     )
-    instances = heads * (batch if isinstance(batch, int) else 1)
+    instances = instances_of(spec, by_name["query"])
     work = Work(spec.geometry, head_dim, value_dim, DataType(dtype).itemsize, instances, parameters)
-    tiling = choose_tiling(work, Limits.of(target))
+    return build(SlideKernel, spec, work, (present, shapes, dtype, target, name, dtypes))
+
+
+def instances_of(spec: SlideAttention, shape: Sequence[Any]) -> int:
+    """Heads times images of an operand, as far as known."""
+    return spec.num_heads * (shape[0] if isinstance(shape[0], int) else 1)
+
+
+def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments: tuple[Any, ...]) -> tirx.PrimFunc:
+    """The function of a kernel; arguments: those of `slide_attention` behind the spec."""
+    present, shapes, dtype, target, name, dtypes = arguments
+    tiling, heads, value_dim = choose_tiling(work, Limits.of(target)), spec.num_heads, work.value_dim
 
     def grid(images: Expr) -> tuple[Expr, Expr, Expr]:
         return math.prod(r.tiles for r in tiling.reaches), heads * (value_dim // tiling.value_block), images
 
     threads = (tiling.threads[-1], math.prod(tiling.threads[:-1]))
     builder = KernelBuilder()
-    output_shape = [heads * value_dim, *spec.geometry.feature_size]
+    output_shape = [heads * value_dim, *spec.output_size]
     with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes) as frame:
-        _SlideKernel(spec, frame, tiling).emit()
+        kernel(spec, frame, tiling).emit()
     return builder.prim_func()

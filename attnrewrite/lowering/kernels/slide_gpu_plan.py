@@ -36,7 +36,8 @@ _FOLDED = ("replicate", "reflect", "wrap")
 class Reach:
     """One axis: where the neighbourhood of a query lies, and which part of the key map a tile of queries needs.
 
-    tile: queries. lanes: pixels that are staged at once, 1 on all axes but the last.
+    tile: queries. lanes: pixels that are staged at once, 1 on all axes but the last. upsampling: so many queries, one
+    after the other, have the same neighbourhood, and stride is that from one to the next.
     """
 
     extent: int
@@ -48,12 +49,19 @@ class Reach:
     key_extent: int
     tile: int
     lanes: int = 1
+    upsampling: int = 1
 
     @classmethod
-    def of(cls, geometry: NeighborhoodGeometry, axis: int, tile: int, lanes: int = 1) -> Reach:
+    def of(cls, work: Work, axis: int, tile: int) -> Reach:
+        """The widest loads that the borders and extents allow, on the last axis."""
+        geometry, lanes = work.geometry, 1
         kernel, dilation, stride = (s[axis] for s in (geometry.kernel_size, geometry.dilation, geometry.stride))
-        own = (geometry.feature_size[axis], kernel, dilation, stride, geometry.offset[axis], geometry.borders[axis])
-        return cls(*own, geometry.key_size[axis], tile, lanes)
+        border, key_extent = geometry.borders[axis], geometry.key_size[axis]
+        upsampling = work.upsampling[axis] if work.upsampling else 1
+        if axis == len(geometry.feature_size) - 1 and border not in _FOLDED and tile % upsampling == 0:
+            lanes = math.gcd(key_extent, tile // upsampling * stride, 4)
+        own = (geometry.feature_size[axis], kernel, dilation, stride, geometry.offset[axis], border)
+        return cls(*own, key_extent, tile, lanes, upsampling)
 
     @property
     def front(self) -> int:
@@ -63,7 +71,9 @@ class Reach:
     @property
     def halo(self) -> int:
         """Pixels staged for a tile."""
-        needed = (self.tile - 1) * self.stride + (self.kernel - 1) * self.dilation + 1 + self.front
+        latest_start = self.upsampling - math.gcd(self.tile, self.upsampling)
+        last = (latest_start + self.tile - 1) // self.upsampling
+        needed = last * self.stride + (self.kernel - 1) * self.dilation + 1 + self.front
         if self.border == "inward":
             needed += self.dilation - 1  # it moves in steps of the dilation
         return ceil_div(needed, self.lanes) * self.lanes
@@ -84,21 +94,21 @@ class Reach:
         return iter(range(0, self.extent, self.tile))
 
     def _first_staged(self, tile_start: int) -> int:
-        first = tile_start * self.stride + self.offset - self.front
+        first = tile_start // self.upsampling * self.stride + self.offset - self.front
         return max(0, min(first, self.key_extent - self.halo)) if self.border == "inward" else first
 
     # The same as index arithmetic.
 
     def first_staged(self, tile_start: Expr) -> Expr:
         """The pixel of the key map at which staging begins for the tile of queries from `tile_start` on."""
-        first = tile_start * self.stride + (self.offset - self.front)
+        first = tile_start // self.upsampling * self.stride + (self.offset - self.front)
         if self.border == "inward":
             return tirx.max(tirx.min(first, self.key_extent - self.halo), 0)
         return first
 
     def first_neighbour(self, query: Expr) -> Expr:
         """Where slot 0 of a query stands; the others follow `dilation` apart."""
-        first = query * self.stride + self.offset
+        first = query // self.upsampling * self.stride + self.offset
         if self.border != "inward":
             return first
         group = tirx.floormod(first, self.dilation)  # the pixels a neighbourhood may move over: every step-th
@@ -125,6 +135,9 @@ class Reach:
 class Work:
     """The op a tiling is for. instances: heads times images, as far as known. parameter_floats: per channel of key and
     of value, of learned kernels and biases.
+
+    Where the weights are predicted, head_dim is 0 and the queries are the pixels of the output. upsampling: per axis,
+    how many of those in a row have one neighbourhood. at_once: the weights of all slots are needed together.
     """
 
     geometry: NeighborhoodGeometry
@@ -133,6 +146,8 @@ class Work:
     bytes: int
     instances: int = 1
     parameter_floats: int = 0
+    upsampling: Extents = ()
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ def choose_tiling(work: Work, limits: Limits) -> SlideTiling:
     geometry = work.geometry
     slots, axes = geometry.keys_per_query, len(geometry.feature_size)
     sides = [sorted({*(2**p for p in range(9) if 2**p < e), min(e, 256)}) for e in geometry.feature_size]
-    moves_rows = axes > 1 and geometry.borders[-2] == "inward"
+    moves_rows = axes > 1 and (geometry.borders[-2] == "inward" or max(work.upsampling[-2:-1], default=1) > 1)
     candidates = []
     for rows in (1, 2, 4) if axes > 1 and not moves_rows else (1,):
         if rows > 1 and rows * slots > MAX_LOGITS:
@@ -236,11 +251,9 @@ def choose_tiling(work: Work, limits: Limits) -> SlideTiling:
 
 def _tiling(work: Work, tile: Extents, rows: int, limits: Limits) -> SlideTiling | None:
     geometry = work.geometry
-    lanes = 1 if geometry.borders[-1] in _FOLDED else math.gcd(geometry.key_size[-1], tile[-1] * geometry.stride[-1], 4)
-    reaches = [Reach.of(geometry, axis, extent) for axis, extent in enumerate(tile)]
-    reaches[-1] = Reach.of(geometry, len(tile) - 1, tile[-1], lanes)
+    reaches = [Reach.of(work, axis, extent) for axis, extent in enumerate(tile)]
     slots = geometry.keys_per_query
-    num_groups = ceil_div(slots, MAX_SLOTS)
+    num_groups = 1 if work.at_once else ceil_div(slots, MAX_SLOTS)
     group = ceil_div(slots, num_groups)
     groups = tuple(range(s, min(s + group, slots)) for s in range(0, slots, group))
     # Sums are carried from group to group in shared memory; with one group they are written as they come.
