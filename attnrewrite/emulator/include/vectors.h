@@ -78,6 +78,7 @@ EMULATOR_VECTORS(long)
 EMULATOR_VECTORS(ulong)
 EMULATOR_VECTORS(bool)
 #undef EMULATOR_VECTORS
+typedef Vector<uint, 4> uint4;
 
 // These are positions in the grid, and read by component.
 struct uint2 {

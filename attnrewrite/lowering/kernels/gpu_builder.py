@@ -249,14 +249,19 @@ def typed(value: Expr, dtype: str, lanes: int) -> Expr:
 
 
 def combine_lanes(
-    frame: Frame, value: Expr, operation: Callable[[Expr, Expr], Expr], target: tirx.Buffer, at: int
+    frame: Frame,
+    value: Expr,
+    operation: Callable[[Expr, Expr], Expr],
+    target: tirx.Buffer,
+    at: int,
+    lanes: int | None = None,
 ) -> None:
-    """target[at] = value combined over the threads of one row of the threadgroup, in all of them alike.
+    """target[at] = value combined over `lanes` neighbouring threads, in all of them alike.
 
-    The threads along x are a power of two and at most a SIMD group.
+    lanes: a power of two and at most a SIMD group; None: those of one row of the threadgroup.
     """
     store(target, [at], value)
-    reach = frame.threads[0] // 2
+    reach = (lanes or frame.threads[0]) // 2
     while reach:
         lane = (frame.thread % 32) ^ reach
         mask, width = tirx.const(0xFFFFFFFF, "uint32"), tirx.const(32, "int32")

@@ -69,6 +69,16 @@ class Window:
                 label = label * 2 + tirx.Select(position < padded - shift, 0, 1)
         return label
 
+    def crosses_regions(self) -> Expr:
+        """Whether tokens of this window lie in different regions."""
+        cuts = []
+        for axis, size in enumerate(self.geometry.window_size):
+            shift, padded = self._shift(axis), self.geometry.padded_size[axis]
+            if not _is_zero(shift):
+                first = self.axes[axis] * size
+                cuts.append(tirx.all(first < padded - shift, first + size > padded - shift))
+        return tirx.any(*cuts) if len(cuts) > 1 else cuts[0]
+
     def _positions(self, token: Expr) -> list[Expr]:
         """Position of a token on the shifted, padded map, per axis."""
         size = self.geometry.window_size

@@ -1,0 +1,240 @@
+"""The tensor-core kernel of FlashWindowAttention: run in the emulator against the reference, compiled by nvcc."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from attnrewrite.emulator import metal_device, metal_target, run_function  # noqa: E402
+from attnrewrite.lowering import build, importer, limits  # noqa: E402
+from attnrewrite.lowering.cuda_compiler import Compiled, embedded_cubins  # noqa: E402
+from attnrewrite.lowering.kernels import gpu_builder, reference, window_tensor  # noqa: E402
+from attnrewrite.lowering.kernels.tensor_core import TensorCore  # noqa: E402
+from attnrewrite.lowering.kernels.window_tensor_plan import takes, tiling_of  # noqa: E402
+from attnrewrite.lowering.targets import CUDA_PRESETS, parse_target  # noqa: E402
+from benchmarks.metal_traffic import op_row  # noqa: E402
+from tests.cuda.compiling import cuda_target, resources  # noqa: E402
+from tests.metal.cases import HALO, WINDOWS, Case, window  # noqa: E402
+
+NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+CASES = {
+    name: WINDOWS[name]
+    for name in (
+        "shifted", "padded-then-shifted", "shifted-then-padded", "mask-tensor", "keys-in-tiles", "three-axes", "halo",
+        "halo-shifted", "keys-downsampled", "shared-query", "shifts-of-heads", "heads-of-64-half",
+    )
+}  # fmt: skip
+
+
+def in_dtype(case: Case, dtype: str) -> Case:
+    operands = {name: value.astype(NUMPY_TYPES[dtype]) for name, value in case.operands.items()}
+    return Case(case.spec, operands, case.symbolic)
+
+
+def kernel(case: Case, target: tvm.target.Target, name: str = "run", **dtypes: str) -> tvm.tirx.PrimFunc:
+    dtype = str(case.operands["query"].dtype)
+    shapes = case.shapes(tvm.tirx.Var("n", "int64"))
+    return window_tensor.flash_window_attention(case.spec, list(case.operands), shapes, dtype, target, name, dtypes)
+
+
+def error(case: Case, output: np.ndarray) -> float:
+    """The largest, of what may be: weights are rounded once, which moves a result by that much of the largest value;
+    and the result is rounded.
+    """
+    exact = {name: value.astype(np.float64) for name, value in case.operands.items()}
+    expected = reference.flash_window_attention(case.spec, exact)
+    bound = ROUNDOFF[str(output.dtype)] * (np.abs(exact["value"]).max() + np.abs(expected).max())
+    return float(np.abs(output.astype(np.float64) - expected).max() / bound)
+
+
+def run(case: Case, **dtypes: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    value = case.operands["value"]
+    shape = (value.shape[0], *case.spec.geometry.feature_size, value.shape[-1])
+    function = kernel(case, metal_target(), **dtypes)
+    done = run_function(function, list(case.operands.values()), [(shape, str(value.dtype))])
+    return done.outputs[0], done.findings
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    """All kernels, compiled together."""
+    target = metal_target()
+    with metal_device(recording=True) as device:
+        cases = {symbol(name): in_dtype(case, "float16") for name, case in CASES.items()}
+        functions = {name: kernel(case, target, name) for name, case in cases.items()}
+        yield device, tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline=limits.PIPELINE)
+
+
+def symbol(name: str) -> str:
+    return f"kernel_{name.replace('-', '_')}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_computes_its_reference(library: Any, name: str) -> None:
+    device, module = library
+    case = in_dtype(CASES[name], "float16")
+    value = case.operands["value"]
+    shape = (value.shape[0], *case.spec.geometry.feature_size, value.shape[-1])
+    output = tvm.runtime.empty(shape, "float16", tvm.metal())
+    device.clear()
+    module[symbol(name)](*(tvm.runtime.tensor(o, tvm.metal()) for o in case.operands.values()), output)
+    assert device.findings == ()
+    assert error(case, output.numpy()) <= 1
+
+
+RUN = window((26, 28), (4, 4), (1, 2), 2, 6, bias="shared", mask_value=-100.0, padding=True, symbolic=True)
+
+
+@pytest.mark.parametrize("bias", ["float16", "float32"])
+def test_windows_in_a_row_share_a_bias(monkeypatch: pytest.MonkeyPatch, bias: str) -> None:
+    """98 windows, three by three, so that the last threadgroup has two."""
+    monkeypatch.setattr(window_tensor, "choose_run", lambda *_: 3)
+    case = in_dtype(RUN, "float16")
+    case.operands["bias"] = RUN.operands["bias"].astype(bias)
+    output, findings = run(case, bias=bias)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
+def test_bfloat16() -> None:
+    case = in_dtype(window((11, 15), (4, 5), (0, 0), 1, 24, 40, bias="own", keys=HALO, batch=1), "bfloat16")
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
+def test_a_row_that_is_masked_altogether_gives_nan() -> None:
+    case = in_dtype(WINDOWS["mask-tensor"], "float16")
+    case.operands["mask"][2, 5] = -np.inf
+    output, _ = run(case)
+    expected = reference.flash_window_attention(case.spec, case.operands)
+    assert np.isnan(expected).any()
+    np.testing.assert_array_equal(np.isnan(output), np.isnan(expected))
+
+
+# Two warps of 20 tokens; 24 channels end within a step of 16; one window is fetched while the other is computed.
+SMALL = window((8, 10), (4, 5), (2, 0), 1, 24, bias="shared", mask_value=-100.0, batch=1)
+
+
+def not_transposed(self: TensorCore, target: Any, row: Any, count: int, *, transposed: bool = False) -> None:
+    self._do(f"load_matrices_{count}", target, row)
+
+
+def half_of_a_row(*arguments: Any, lanes: int) -> None:
+    gpu_builder.combine_lanes(*arguments, lanes=lanes // 2)
+
+
+def rows_exchanged(self: Any, half: int) -> Any:
+    return self.first_query + self.own_row + self.frame.thread_x // 4 + (1 - half) * 8
+
+
+FAULTS = {
+    "": (window_tensor, "choose_run", lambda *_: 2),
+    "values as columns": (TensorCore, "load_matrices", not_transposed),
+    "nothing waited for": (TensorCore, "wait", lambda self, pending: None),
+    "no barriers": (window_tensor, "barrier", lambda: None),
+    "elements of a word exchanged": (TensorCore, "pack", lambda self, a, b: self._call("pack_float16", b, a)),
+    "pieces of rows not gathered": (TensorCore, "transpose_quad", lambda self, words: None),
+    "maxima of two lanes": (window_tensor, "combine_lanes", half_of_a_row),
+    "rows 8 apart exchanged": (window_tensor._TensorKernel, "query_token", rows_exchanged),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_shows(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(window_tensor, "choose_run", lambda *_: 2)
+    monkeypatch.setattr(*FAULTS[fault])
+    case = in_dtype(SMALL, "float16")
+    output, findings = run(case)
+    assert (findings == () and error(case, output) <= 1) == (fault == "")
+
+
+def takes_case(case: Case, dtype: str, chip: str) -> bool:
+    shapes = {name: operand.shape for name, operand in case.operands.items()}
+    return takes(case.spec, shapes, dtype, cuda_target(chip))
+
+
+def test_what_it_takes_and_what_not() -> None:
+    plain = WINDOWS["shifted"]
+    assert takes_case(plain, "float16", "sm_75")
+    assert takes_case(plain, "bfloat16", "sm_80")
+    assert not takes_case(plain, "float32", "sm_90")  # would not be exact
+    assert not takes_case(plain, "bfloat16", "sm_75")  # its tensor cores do not multiply it
+    assert not takes_case(plain, "float16", "sm_70")  # other matrix instructions
+    assert not takes_case(window((8, 8), (4, 4), (0, 0), 2, 5), "float16", "sm_90")  # heads begin at odd channels
+    assert not takes_case(WINDOWS["channels-in-chunks"], "float16", "sm_90")  # 130 channels
+    assert not takes_case(WINDOWS["relative"], "float16", "sm_90")  # an operand that only window_gpu has
+    shapes = {name: operand.shape for name, operand in plain.operands.items()}
+    assert not takes(plain.spec, shapes, "float16", metal_target())
+
+
+class Source:
+    """A compiler that keeps what it is given."""
+
+    text = ""
+
+    def compile(self, source: str, _: Any) -> Compiled:
+        self.text = source
+        return Compiled(b"none", ())
+
+
+@pytest.mark.parametrize(("dtype", "on_tensor_cores"), [("float16", True), ("float32", False)])
+def test_models_in_half_precision_get_this_kernel(dtype: str, on_tensor_cores: bool) -> None:
+    case = WINDOWS["shifted"]
+    model = op_row("row", case.spec, {n: a.astype(dtype) for n, a in case.operands.items()}).model
+    target, kept = parse_target("cuda:sm_80"), Source()
+    tvm_target = build.tvm_target(target)
+    with embedded_cubins(target.architectures, kept):
+        build.build(importer.import_onnx(model, target, tvm_target), tvm_target)
+    assert ("attnrewrite_mma_float16" in kept.text) == on_tensor_cores
+
+
+@pytest.mark.parametrize("tokens", [16, 49, 64, 100, 144, 256, 576])
+@pytest.mark.parametrize("head_dim", [6, 16, 30, 32, 64, 128])
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_tilings_keep_to_the_limits(tokens: int, head_dim: int, heads: int) -> None:
+    side = math.isqrt(tokens)
+    spec = window((side, side), (side, side), (0, 0), heads, head_dim, batch=1).spec
+    shapes = dict.fromkeys(("query", "key", "value"), (1, side, side, heads * head_dim))
+    for target, shared in ((metal_target(), 32768), (cuda_target("sm_75"), 49152)):
+        tiling = tiling_of(spec, shapes, "float16", target)
+        assert tiling is not None
+        assert 2 * tiling.shared_elements <= shared
+        assert math.prod(tiling.threads) <= 256
+        assert heads % tiling.heads == 0
+        # No more than a third of the products are with tokens that the window does not have, from 49 tokens on.
+        assert tokens < 49 or tiling.padded_products() <= 1.75 * tokens**2
+
+
+def compiled(size: int, heads: int, head_dim: int, *chips: str, **more: Any) -> list[Any]:
+    """A kernel for 8 x 8 windows of a large batch."""
+    case = in_dtype(window((8 * size,) * 2, (size,) * 2, (size // 2,) * 2, heads, head_dim, batch=1, **more), "float16")
+    shapes = [(64, *o.shape[1:]) if name in ("query", "key", "value") else o.shape for name, o in case.operands.items()]
+    target = cuda_target(chips[0])
+    present = list(case.operands)
+    return resources(window_tensor.flash_window_attention(case.spec, present, shapes, "float16", target, "run"), *chips)
+
+
+def test_it_compiles_without_spills() -> None:
+    kernels = compiled(7, 4, 32, "sm_75", "sm_90", bias="shared", mask_value=-100.0)
+    assert [kernel.arch for kernel in kernels] == ["sm_75", "sm_90"]
+    assert not any(kernel.spills for kernel in kernels)
+    # Three threadgroups of 128 threads on a multiprocessor, by registers (64 K) and shared memory (64 KB on sm_75).
+    assert all(kernel.registers <= 168 and kernel.shared_bytes <= 65536 // 3 for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 7, 8, 12, 16, 24])
+@pytest.mark.parametrize("head_dim", [6, 16, 30, 32, 64, 128])
+def test_no_geometry_spills_on_any_preset(size: int, head_dim: int) -> None:
+    kernels = compiled(size, 4, head_dim, *CUDA_PRESETS, bias="shared", mask_value=-100.0)
+    assert [kernel.arch for kernel in kernels] == list(CUDA_PRESETS)
+    assert [kernel for kernel in kernels if kernel.spills] == []
