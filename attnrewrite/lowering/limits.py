@@ -24,7 +24,7 @@ def check_limits(kernels: IRModule) -> IRModule:
     """The module of lowered kernels as it came. Raises CompilerError where one exceeds its device's limits."""
     for name, kernel in kernels.functions.items():
         kind = kernel.attrs["target"].kind.name
-        if (threads := _threads(kernel)) > THREADS:
+        if (threads := threads_of(kernel)) > THREADS:
             raise CompilerError(f"kernel {name.name_hint} has {threads} threads in a threadgroup; {kind} has {THREADS}")
         shared, limit = _shared_bytes(kernel), _SHARED_BYTES.get(kind)
         if limit is not None and shared > limit:
@@ -37,7 +37,8 @@ def check_limits(kernels: IRModule) -> IRModule:
     return kernels
 
 
-def _threads(kernel: tirx.PrimFunc) -> int:
+def threads_of(kernel: tirx.PrimFunc) -> int:
+    """In a threadgroup."""
     extents: dict[str, int] = {}
 
     def note(node: Any) -> None:

@@ -13,7 +13,7 @@ from tvm.target import Target  # noqa: E402
 
 from attnrewrite.emulator import metal_target  # noqa: E402
 from attnrewrite.lowering import build, limits  # noqa: E402
-from attnrewrite.lowering.schedules import gpu, gpu_matrices, gpu_tiles  # noqa: E402
+from attnrewrite.lowering.schedules import gpu, gpu_simdgroup, gpu_tiles  # noqa: E402
 from attnrewrite.lowering.schedules.gpu_emit import Device  # noqa: E402
 from benchmarks.metal_traffic import SWIN_TINY  # noqa: E402
 from tests.metal import test_schedules  # noqa: E402
@@ -50,7 +50,7 @@ def test_what_is_mostly_padding_is_not(sizes: tuple[int, int, int]) -> None:
     "name", ["matmul", "matmul-in-vectors", "matmul-transposed-in-vectors", "matmul-of-heads", "conv-patch-embed"]
 )
 def test_single_multiply_adds_keep_the_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_matrices, "takes", lambda *_: False)
+    monkeypatch.setattr(gpu_simdgroup, "choose_tile", lambda *_: None)
     test_schedules.compare(name, "float32", test_schedules.FLOAT32)
 
 
@@ -64,8 +64,8 @@ def operand_bytes(tile: gpu_tiles.Tile, tokens: int, inner: int, outer: int) -> 
 @pytest.mark.parametrize("shape", SWIN_TINY, ids=str)
 def test_tiles_read_operands_a_few_times(shape: tuple[int, int, int], device: Device) -> None:
     tokens, inner, outer = shape
-    sizes = gpu_tiles.Sizes(1, tokens, outer, inner)
-    for tiles in (gpu_tiles.matrix_tiles(device), gpu_tiles.thread_tiles()):
-        tile = gpu_tiles.choose(tiles, sizes, device)
-        assert operand_bytes(tile, *shape) <= gpu_tiles.MOST_TRAFFIC
+    for unit, element_bytes in ((gpu_tiles.SIMDGROUP, 4), (gpu_tiles.SIMDGROUP, 2), (gpu_tiles.TENSOR_CORE, 2)):
+        tiles = gpu_tiles.matrix_tiles(unit, device)
+        tile = gpu_tiles.choose(tiles, gpu_tiles.Sizes(1, tokens, outer, inner, element_bytes), device)
+        assert operand_bytes(tile, *shape) <= gpu_tiles.MOST_TRAFFIC[device.target.kind.name]
         assert prod(tile.launch_size) <= device.limits.threads

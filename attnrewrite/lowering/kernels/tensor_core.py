@@ -155,10 +155,17 @@ _TVM_TYPES = {"void": "void", "unsigned": "uint32", "float": "float32"}
 
 def has_tensor_cores(target: Target, dtype: str) -> bool:
     """Whether `dtype` is multiplied by matrix instructions of this CUDA chip."""
-    if target.kind.name != "cuda" or dtype not in OLDEST_ARCH:
-        return False
-    arch = str(target.attrs["arch"]).removeprefix("sm_")
-    return int("".join(filter(str.isdigit, arch))) >= OLDEST_ARCH[dtype]
+    return dtype in OLDEST_ARCH and _arch(target) >= OLDEST_ARCH[dtype]
+
+
+def copies_asynchronously(target: Target) -> bool:
+    """Whether this CUDA chip copies to shared memory while it computes."""
+    return _arch(target) >= 80
+
+
+def _arch(target: Target) -> int:
+    """90 for sm_90 and sm_90a; 0 for what is not CUDA."""
+    return int("".join(filter(str.isdigit, str(target.attrs["arch"])))) if target.kind.name == "cuda" else 0
 
 
 class TensorCore:
@@ -220,17 +227,17 @@ class TensorCore:
 
     def shared(self, elements: int) -> tirx.Buffer:
         """Shared memory for the kernel's element type."""
-        return self._whole(T.alloc_buffer((elements,), self.dtype, scope="shared"))
+        return self.whole(T.alloc_buffer((elements,), self.dtype, scope="shared"))
 
     def words(self, count: int) -> tirx.Buffer:
         """Registers for fragments: two elements each."""
-        return self._whole(registers(count, "uint32"))
+        return self.whole(registers(count, "uint32"))
 
     def sums(self, count: int) -> tirx.Buffer:
         """Registers for accumulators."""
-        return self._whole(registers(count))
+        return self.whole(registers(count))
 
-    def _whole(self, buffer: tirx.Buffer) -> tirx.Buffer:
+    def whole(self, buffer: tirx.Buffer) -> tirx.Buffer:
         """The buffer in its full size: TVM shrinks others to the elements that it sees loaded and stored itself."""
         self._do("keep", buffer.data)
         return buffer

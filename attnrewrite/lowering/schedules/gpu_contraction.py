@@ -7,18 +7,19 @@ staged step by step (gpu_operands.py). Edges are guarded where the operands are 
 The element-wise stage that follows is applied to the sums before they are stored (gpu_epilogue.py).
 
 Sums are of single multiply-adds here, with operands staged in single precision: a thread has four neighbouring rows
-and columns at a time, and reads them as vectors. Matrix units, where a device has them, are in gpu_matrices.py.
+and columns at a time, and reads them as vectors. By matrix units, where a device has them: gpu_matrices.py.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.tirx.script.builder import ir as T
 
 from attnrewrite.lowering.kernels.gpu_builder import barrier, fill, load, registers, store, when
-from attnrewrite.lowering.schedules import gpu_matrices
+from attnrewrite.lowering.schedules import gpu_simdgroup, gpu_tensor_core
 from attnrewrite.lowering.schedules.gpu_emit import (
     Bound,
     Device,
@@ -31,8 +32,9 @@ from attnrewrite.lowering.schedules.gpu_emit import (
     launch,
 )
 from attnrewrite.lowering.schedules.gpu_epilogue import Epilogue
+from attnrewrite.lowering.schedules.gpu_matrices import operand_type
 from attnrewrite.lowering.schedules.gpu_operands import StagedOperand, read_operand
-from attnrewrite.lowering.schedules.gpu_tiles import Sizes, ThreadTile, choose, thread_tiles
+from attnrewrite.lowering.schedules.gpu_tiles import Sizes, ThreadTile, Tile, choose, thread_tiles
 from attnrewrite.lowering.schedules.gpu_vectors import LANES
 from attnrewrite.lowering.schedules.loops import const
 from attnrewrite.lowering.schedules.products import Contraction
@@ -53,12 +55,11 @@ def worth_tiling(contraction: Contraction) -> bool:
 
 def emit_contraction(contraction: Contraction, epilogue: Stage | None, device: Device) -> None:
     """One kernel launch: the product, and the element-wise stage that consumes it, if any."""
-    extents = [count(axes) for axes in (contraction.batch, contraction.rows, contraction.columns)]
-    batch, rows, columns = extents
+    batch, rows, columns = (count(axes) for axes in (contraction.batch, contraction.rows, contraction.columns))
     depth = count(contraction.stage.reduction)
-    sizes = Sizes(*(extent if isinstance(extent, int) else None for extent in (*extents, depth)))
-    on_matrices = gpu_matrices.takes(contraction, sizes, device)
-    tile = gpu_matrices.choose_tile(sizes, device) if on_matrices else choose(thread_tiles(), sizes, device)
+    element_bytes = DataType(operand_type(contraction) or contraction.dtype).itemsize
+    sizes = Sizes(_known(batch), _known(rows), _known(columns), _known(depth), element_bytes)
+    tile, product = _choose(contraction, sizes, device)
     row_tiles, column_tiles = ceil_div(rows, tile.rows), ceil_div(columns, tile.columns)
     with launch(simplify(const(1) * batch * row_tiles * column_tiles), tile.launch_size) as thread:
         grid = [
@@ -67,16 +68,30 @@ def emit_contraction(contraction: Contraction, epilogue: Stage | None, device: D
         batch_index, row_tile, column_tile = bind_axes(grid, thread.block).values()
         corner = bind_axes(contraction.batch, batch_index), keep(row_tile * tile.rows), keep(column_tile * tile.columns)
         stored = Epilogue(contraction, epilogue, device)
-        if isinstance(tile, ThreadTile):
-            _ThreadProduct(contraction, stored, tile, thread).emit(*corner)
-        else:
-            gpu_matrices.MatrixProduct(contraction, stored, tile, thread, device).emit(*corner)
+        product(contraction, stored, tile, thread, device).emit(*corner)
+
+
+def _known(extent: Expr) -> int | None:
+    return extent if isinstance(extent, int) else None
+
+
+def _choose(contraction: Contraction, sizes: Sizes, device: Device) -> tuple[Tile, Any]:
+    """The tile of a threadgroup, and the class whose statements compute it: of matrix units where there are any that
+    suit the product.
+    """
+    if (tile := gpu_simdgroup.choose_tile(contraction, sizes, device)) is not None:
+        return tile, gpu_simdgroup.SimdgroupProduct
+    if (tile := gpu_tensor_core.choose_tile(contraction, sizes, device)) is not None:
+        return tile, gpu_tensor_core.TensorCoreProduct
+    return choose(thread_tiles(), sizes, device), _ThreadProduct
 
 
 class _ThreadProduct:
     """The statements of one threadgroup; open only inside its launch."""
 
-    def __init__(self, contraction: Contraction, epilogue: Epilogue, tile: ThreadTile, thread: Thread) -> None:
+    def __init__(
+        self, contraction: Contraction, epilogue: Epilogue, tile: ThreadTile, thread: Thread, device: Device
+    ) -> None:
         self.contraction, self.epilogue, self.tile, self.thread = contraction, epilogue, tile, thread
         dtype = contraction.dtype
         left = read_operand(contraction, contraction.left, contraction.rows)

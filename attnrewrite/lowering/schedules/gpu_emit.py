@@ -31,23 +31,30 @@ class Device:
     """What the schedules need to know of a GPU.
 
     has_erf: its language has erf. buffers: that one kernel may take, besides the one that holds all scalars.
-    has_simdgroup_matrix: its SIMD groups multiply matrices of 8 x 8.
+    intrinsics: for which target calls of its matrix instructions are written: of the emulator, where the kernels of a
+    CUDA device are to be run there.
     """
+
+    target: Target
+    intrinsics: Target
 
     limits: Limits
     has_erf: bool
     buffers: int
-    has_simdgroup_matrix: bool
 
     @property
     def concurrent(self) -> int:
         """How many threadgroups of 256 threads it works on at a time, roughly."""
         return self.limits.in_flight
 
+    @property
+    def has_simdgroup_matrix(self) -> bool:
+        return bool(self.target.kind.name == "metal")
+
     @classmethod
     def of(cls, target: Target) -> Device:
         kind = target.kind.name
-        return cls(Limits.of(target), kind == "cuda", BUFFERS.get(kind, UNLIMITED) - 1, kind == "metal")
+        return cls(target, target, Limits.of(target), kind == "cuda", BUFFERS.get(kind, UNLIMITED) - 1)
 
 
 def rebuild(func: tirx.PrimFunc, emit: Callable[[], None]) -> tirx.PrimFunc:

@@ -27,6 +27,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     typed,
     when,
 )
+from attnrewrite.lowering.kernels.tensor_core import TensorCore
 from attnrewrite.lowering.schedules.gpu_emit import Bound, Thread, as_type, below, bind_axes, count, keep
 from attnrewrite.lowering.schedules.gpu_vectors import LANES, address, runs_in_lanes
 from attnrewrite.lowering.schedules.products import Contraction
@@ -66,6 +67,7 @@ class StagedOperand:
 
     by_place: the tile has a row for every place, where the operand's memory runs along the reduction; otherwise it
     always has one for every step. memory, first_byte: where the tile lies; without, it has memory of its own.
+    stages: how many such tiles, one after the other. copies: by which runs of elements are copied asynchronously.
     """
 
     def __init__(
@@ -78,18 +80,25 @@ class StagedOperand:
         by_place: bool = False,
         memory: SharedMemory | None = None,
         first_byte: int = 0,
+        stages: int = 1,
+        copies: TensorCore | None = None,
     ) -> None:
         self.operand, self.depth, self.places, self.dtype = operand, depth, places, dtype
         self.by_place = by_place and operand.along_steps
-        shape = TileShape(places, depth, dtype) if self.by_place else TileShape(depth, places, dtype)
+        self._height, width = (places, depth) if self.by_place else (depth, places)
+        shape = TileShape(stages * self._height, width, dtype)
         self.tile = SharedTile(shape, memory, first_byte, lanes=sorted({1, 2, LANES, operand.lanes}))
+        # Elements that are not neighbours in the tile as well, or less than a word of them, go through registers.
+        words = operand.lanes * DataType(dtype).itemsize >= 4 and self.by_place == operand.along_steps
+        self._copies = copies if words else None
         self._run = registers(operand.lanes, dtype)
 
-    def at(self, step: Expr, place: Expr) -> tuple[Expr, Expr]:
-        """Row and column of the tile."""
-        return (place, step) if self.by_place else (step, place)
+    def at(self, step: Expr, place: Expr, stage: Expr | int = 0) -> tuple[Expr, Expr]:
+        """Row and column in the tiles."""
+        row, column = (place, step) if self.by_place else (step, place)
+        return row + stage * self._height, column
 
-    def stage(self, thread: Thread, batch: Bound, first_place: Expr, first_step: Expr) -> None:
+    def stage(self, thread: Thread, batch: Bound, first_place: Expr, first_step: Expr, stage: Expr | int = 0) -> None:
         """Copies the tile whose corner is at a place and step, dealt over all threads, neighbours along memory."""
         operand, depth, lanes = self.operand, self.depth, self.operand.lanes
         threads = thread.size[0] * thread.size[1]
@@ -108,26 +117,31 @@ class StagedOperand:
                     **bind_axes(operand.reduction, first_step + step),
                 }
                 conditions = [below(first_place + place, extent, self.places), below(first_step + step, steps, depth)]
-                self._put(substitute(operand.value, at), every(conditions), step, place)
+                self._put(substitute(operand.value, at), every(conditions), *self.at(step, place, stage))
 
-    def _put(self, value: Expr, inside: Expr | bool, step: Expr, place: Expr) -> None:
-        """The element at a place and step, or a run from there on; zero where it is not inside."""
+    def _put(self, value: Expr, inside: Expr | bool, row: Expr, column: Expr) -> None:
+        """The element there, or a run along memory from there on; zero where it is not inside."""
         lanes, zero = self.operand.lanes, tirx.const(0.0, self.dtype)
+        if self._copies is not None:
+            size = lanes * DataType(self.dtype).itemsize
+            target = tirx.address_of(self.tile.load(row, column))
+            self._copies.copy_async(target, tirx.address_of(value), size, inside)
+            return
         if lanes == 1:
-            self.tile.store(*self.at(step, place), choose(inside, as_type(value, self.dtype), zero))
+            self.tile.store(row, column, choose(inside, as_type(value, self.dtype), zero))
             return
         source = Flat(value.source, lanes)
         run = source.load(address(value.source, value.indices))
         if lanes > LANES:  # bits of the type that the tile has as well
-            self.tile.store(*self.at(step, place), choose(inside, run, source.zero), lanes)
+            self.tile.store(row, column, choose(inside, run, source.zero), lanes)
             return
         run = choose(inside, typed(run, self.dtype, lanes), tirx.Broadcast(zero, lanes))
         if self.by_place == self.operand.along_steps:
-            self.tile.store(*self.at(step, place), run, lanes)
+            self.tile.store(row, column, run, lanes)
             return
         store(self._run, [tirx.Ramp(0, 1, lanes)], run)
         for lane in range(lanes):
-            self.tile.store(*self.at(step + lane, place), load(self._run, [lane]))
+            self.tile.store(row + lane, column, load(self._run, [lane]))
 
 
 def staged_bytes(operand: Operand, depth: int, places: int, dtype: str) -> int:

@@ -10,19 +10,14 @@ from typing import Protocol, TypeVar
 
 from attnrewrite.lowering.schedules.gpu_emit import Device
 
-# Reading operands again for every tile may cost so many times what reading each of them once does.
-MOST_TRAFFIC = 4
+# Reading operands again for every tile may cost so many times what reading each of them once does. CUDA devices have
+# the larger last-level caches: of 4 MB (T4) to 72 MB, where Apple's have 8 or more for CPU and GPU together.
+MOST_TRAFFIC = {"metal": 4, "cuda": 8}
 
-# Multiply-adds that a GPU does while it moves one element from the cache that tiles of one product share.
-PER_ELEMENT = 16
+# Multiply-adds that a GPU does while it moves one byte from the cache that tiles of one product share.
+PER_BYTE = 4
 
 SIMD = 32  # threads that hold a matrix together
-
-# A matrix of a matrix unit, in rows or columns and in steps of the reduction.
-MATRIX = 8
-
-# Matrices of sums that a SIMD group holds: 32 registers of each thread.
-MOST_MATRICES = 16
 
 # From these sizes on a product goes to the matrix units; below, padding to whole matrices is most of the work.
 MIN_PLACES, MIN_STEPS = 8, 16
@@ -73,13 +68,39 @@ class ThreadTile:
 
 
 @dataclass(frozen=True)
-class MatrixTile:
-    """SIMD groups along columns (x) and rows (y) of a threadgroup, and matrices of sums in each of them.
+class MatrixUnit:
+    """A matrix instruction of 32 threads: `rows x columns` sums += `rows x steps` times `steps x columns`.
 
-    Neighbouring matrices belong to neighbouring groups: matrix i of group y covers the rows from
-    MATRIX * (i * groups_y + y) on.
+    most: matrices of sums that 32 threads hold in registers. multiply, load_rows, load_columns: how many of a thread's
+    plain instructions take as long as the instruction, and as loading one of its operands from shared memory.
     """
 
+    rows: int
+    columns: int
+    steps: int
+    most: int
+    multiply: int
+    load_rows: int
+    load_columns: int
+
+
+# On Apple's GPUs the same units do it that do single multiply-adds.
+SIMDGROUP = MatrixUnit(8, 8, 8, most=16, multiply=16, load_rows=2, load_columns=2)
+
+# mma.m16n8k16 at the rate of an A100: 256 multiply-adds a cycle for each warp scheduler; 128 bytes a cycle from shared
+# memory for four of them.
+TENSOR_CORE = MatrixUnit(16, 8, 16, most=16, multiply=8, load_rows=16, load_columns=8)
+
+
+@dataclass(frozen=True)
+class MatrixTile:
+    """SIMD groups (warps) along columns (x) and rows (y) of a threadgroup, and matrices of sums in each of them.
+
+    Neighbouring matrices belong to neighbouring groups: matrix i of group y covers the unit's rows from
+    (i * groups_y + y) * unit.rows on.
+    """
+
+    unit: MatrixUnit
     groups_x: int
     groups_y: int
     matrices_y: int
@@ -87,11 +108,11 @@ class MatrixTile:
 
     @property
     def rows(self) -> int:
-        return MATRIX * self.groups_y * self.matrices_y
+        return self.unit.rows * self.groups_y * self.matrices_y
 
     @property
     def columns(self) -> int:
-        return MATRIX * self.groups_x * self.matrices_x
+        return self.unit.columns * self.groups_x * self.matrices_x
 
     @property
     def launch_size(self) -> tuple[int, int]:
@@ -99,19 +120,19 @@ class MatrixTile:
 
     @property
     def work(self) -> float:
-        """For MATRIX steps a thread has two elements of every matrix to multiply MATRIX times, and to load."""
-        r, c = self.matrices_y, self.matrices_x
-        return 2 * r * c + (2 * (r + c) + 4) / MATRIX
+        r, c, unit = self.matrices_y, self.matrices_x, self.unit
+        return (unit.multiply * r * c + unit.load_rows * r + unit.load_columns * c + 4) / unit.steps
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a product; None where they are not known, which counts as large."""
+    """Of a product, and of an element of its operands; None where they are not known, which counts as large."""
 
     batch: int | None
     rows: int | None
     columns: int | None
     depth: int | None
+    element_bytes: int
 
     @property
     def suits_matrices(self) -> bool:
@@ -138,21 +159,22 @@ def choose(tiles: Iterable[_Tile], sizes: Sizes, device: Device) -> _Tile:
         count = images * -(-m // tile.rows) * -(-n // tile.columns)
         threads = prod(tile.launch_size)
         at_a_time = device.concurrent * 256 // threads
-        return -(-count // at_a_time) * at_a_time * tile.work * threads + PER_ELEMENT * images * moved(tile)
+        arithmetic = -(-count // at_a_time) * at_a_time * tile.work * threads
+        return arithmetic + PER_BYTE * sizes.element_bytes * images * moved(tile)
 
     def traffic(tile: Tile) -> float:
         return (k * moved(tile) + m * n) / (k * (m + n) + m * n)
 
-    every = list(tiles)
-    return min([tile for tile in every if traffic(tile) <= MOST_TRAFFIC] or every, key=cost)
+    every, most = list(tiles), MOST_TRAFFIC[device.target.kind.name]
+    return min([tile for tile in every if traffic(tile) <= most] or every, key=cost)
 
 
 def thread_tiles() -> list[ThreadTile]:
     return [ThreadTile(x, y, r, c) for x, y, r, c in itertools.product((8, 16), (8, 16), (1, 2, 4, 8), (1, 2, 4, 8))]
 
 
-def matrix_tiles(device: Device) -> list[MatrixTile]:
+def matrix_tiles(unit: MatrixUnit, device: Device) -> list[MatrixTile]:
     """Of at least four SIMD groups; runs of four columns divide a row of the tile evenly among its threads."""
-    counts = itertools.product((1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4))
-    tiles = [MatrixTile(x, y, r, c) for x, y, r, c in counts if r * c <= MOST_MATRICES]
+    counts = itertools.product((1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8))
+    tiles = [MatrixTile(unit, x, y, r, c) for x, y, r, c in counts if r * c <= unit.most]
     return [tile for tile in tiles if 4 * SIMD <= prod(tile.launch_size) <= device.limits.threads]

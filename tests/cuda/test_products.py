@@ -1,0 +1,90 @@
+"""Products and convolutions on tensor cores: executed in the emulator, and compiled for the shapes of models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from attnrewrite.emulator import metal_target  # noqa: E402
+from attnrewrite.lowering import build  # noqa: E402
+from attnrewrite.lowering.limits import threads_of  # noqa: E402
+from attnrewrite.lowering.schedules import gpu, gpu_emit, gpu_tensor_core  # noqa: E402
+from tests.cuda.compiling import cuda_target, resources  # noqa: E402
+from tests.metal import test_schedules  # noqa: E402
+
+METAL = gpu_emit.Device.of(metal_target())
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The emulator takes the place of a CUDA device, within Metal's limits. Gives what was emitted for tensor cores."""
+    device = replace(METAL, target=cuda_target("sm_80"))
+    monkeypatch.setattr(gpu_emit.Device, "of", lambda target: device)
+    emitted: list[Any] = []
+    own = gpu_tensor_core.TensorCoreProduct.emit
+    monkeypatch.setattr(
+        gpu_tensor_core.TensorCoreProduct, "emit", lambda self, *at: (emitted.append(self), own(self, *at))
+    )
+    return emitted
+
+
+# Of different layouts of both operands, edges in every direction, epilogues and depths.
+CASES = [
+    "matmul",
+    "matmul-in-vectors",
+    "matmul-transposed",
+    "matmul-transposed-in-vectors",
+    "matmul-of-heads",
+    "matmul-symbolic-rows",
+    "matmul-bias-residual",
+    "conv-patch-embed",
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_keep_the_numbers(name: str, tensor_cores: list[Any]) -> None:
+    test_schedules.compare(name, "float16", test_schedules.FLOAT16)
+    assert tensor_cores
+
+
+@pytest.mark.parametrize(("chip", "dtype", "sizes"), [
+    ("sm_80", "float32", (64, 64, 64)),  # exact: never rounded to fewer bits
+    ("sm_70", "float16", (64, 64, 64)),  # the chip has other instructions
+    ("sm_80", "float16", (7, 64, 64)),  # mostly padding
+    ("sm_80", "float16", (64, 15, 64)),
+], ids=str)  # fmt: skip
+def test_what_tensor_cores_do_not_take(chip: str, dtype: str, sizes: tuple[int, int, int]) -> None:
+    assert "mma" not in str(scheduled(cuda_target(chip), *sizes, dtype))
+
+
+def scheduled(target: Any, rows: int, depth: int, columns: int, dtype: str = "float16") -> Any:
+    """The kernel of a linear layer with bias and residual."""
+    shapes = [(1, rows, depth), (depth, columns), (columns,), (1, rows, columns)]
+    module = test_schedules.relax_module(shapes, test_schedules.CASES["matmul-bias-residual"][1], dtype)
+    fused = gpu.schedule(build.fuse(module, target), target)
+    (kernel,) = (function for function in fused.functions.values() if isinstance(function, tvm.tirx.PrimFunc))
+    return kernel.with_attr("global_symbol", "run")
+
+
+# Of Swin-T at batch 1 and 32: the smallest and the largest tiles.
+LAYERS = [(49, 768, 768), (3136, 96, 288), (6272, 384, 1536), (100352, 96, 288)]
+REGISTERS = 65536  # of a multiprocessor
+# Made for the first of them, and compiled for all.
+QUICK, TURING, AMPERE = ("sm_80", "sm_90"), ("sm_75", "sm_86", "sm_90"), ("sm_80", "sm_86", "sm_89", "sm_90")
+SLOW = [pytest.param(layer, chips, marks=pytest.mark.slow) for layer in LAYERS for chips in (TURING, AMPERE)]
+
+
+@pytest.mark.parametrize(("layer", "chips"), [(LAYERS[0], QUICK), *SLOW], ids=str)
+def test_layers_compile_without_spills(layer: tuple[int, int, int], chips: tuple[str, ...]) -> None:
+    function = scheduled(cuda_target(chips[0]), *layer)
+    kernels = resources(function, *chips)
+    assert [kernel.arch for kernel in kernels] == list(chips)
+    for kernel in kernels:
+        assert not kernel.spills
+        assert kernel.stack_bytes == 0
+        if chips != TURING:  # which copies through registers
+            assert 2 * threads_of(function) * kernel.registers <= REGISTERS
