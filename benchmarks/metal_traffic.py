@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
@@ -65,19 +66,34 @@ class Row:
     spec: Spec | None = None
 
 
-def window(size: int, dtype: str, *, keys: int = 0) -> Row:
-    """Shifted windows of `size` a side with bias and mask; with `keys`, unshifted ones whose keys overlap."""
-    extent = size * (8 if size <= 8 else 2)
+def window(size: int, dtype: str, *, keys: int = 0, extent: int = 0, heads: int = HEADS, dim: int = HEAD_DIM) -> Row:
+    """Shifted windows of `size` a side with bias and mask; with `keys`, unshifted ones whose keys overlap.
+
+    extent: of the map, some windows if 0. dim: of a head.
+    """
+    name = f"-on-{extent}-dim-{dim}" if extent else ""
+    extent = extent or size * (8 if size <= 8 else 2)
     geometry = WindowGeometry((extent, extent), (size, size), (0 if keys else size // 2,) * 2)
     key_tokens = size * size
     if keys:
         halo = KeyWindows((extent, extent), (keys, keys), (size, size), ((size - keys) // 2,) * 2, (1, 1))
         geometry = WindowGeometry(geometry.feature_size, geometry.window_size, geometry.shift_size, False, halo)
         key_tokens = keys * keys
-    spec = FlashWindowAttention(geometry, HEADS, HEAD_DIM**-0.5, None if keys else -100.0)
-    operands = _maps((1, extent, extent, CHANNELS), dtype)
-    operands["bias"] = _random((1, HEADS, size * size, key_tokens), dtype)
-    return op_row(f"window-{size}" + (f"-keys-{keys}" if keys else ""), spec, operands)
+    spec = FlashWindowAttention(geometry, heads, dim**-0.5, None if keys else -100.0)
+    operands = _maps((1, extent, extent, heads * dim), dtype)
+    operands["bias"] = _random((1, heads, size * size, key_tokens), dtype)
+    return op_row(f"window-{size}" + (f"-keys-{keys}" if keys else "") + name, spec, operands)
+
+
+def relative(size: int, extent: int, dtype: str) -> Row:
+    """The image encoder of SAM: a table per axis that all heads share; one window where size and extent are equal."""
+    heads, dim = 2, 64
+    spec = FlashWindowAttention(WindowGeometry((extent, extent), (size, size), (0, 0)), heads, dim**-0.5)
+    operands = _maps((1, extent, extent, heads * dim), dtype)
+    if extent % size:
+        operands |= {name: _random((heads * dim,), dtype) for name in ("key_padding", "value_padding")}
+    operands["relative_position"] = _random((1, 2 * size * size, dim), dtype)
+    return op_row(f"relative-{size}-on-{extent}", spec, operands)
 
 
 def slide(size: int, dtype: str) -> Row:
@@ -86,6 +102,25 @@ def slide(size: int, dtype: str) -> Row:
     operands = _maps((1, CHANNELS, 56, 56), dtype)
     operands["bias"] = _random((HEADS, size * size), dtype)
     return op_row(f"slide-{size}", spec, operands)
+
+
+def learned(extent: int, dtype: str) -> Row:
+    """Slide-Swin-T's neighbourhoods of 3 x 3 with kernels that all heads share, on a map of `extent` a side."""
+    heads = HEADS * 56 // extent
+    spec = SlideAttention(NeighborhoodGeometry((extent, extent), (3, 3), (1, 1)), heads, HEAD_DIM**-0.5)
+    operands = _maps((1, heads * HEAD_DIM, extent, extent), dtype)
+    for operand in ("key", "value"):
+        operands[f"{operand}_kernel"] = _random((HEAD_DIM, 9, 3, 3), dtype)
+        operands[f"{operand}_bias"] = _random((HEAD_DIM, 9), dtype)
+    return op_row(f"learned-{extent}", spec, operands)
+
+
+def outlook(dtype: str) -> Row:
+    """VOLO's outlook attention: 3 x 3 blocks with predicted logits, every other pixel, added up."""
+    geometry = NeighborhoodGeometry((14, 14), (3, 3), (1, 1), stride=(2, 2), key_size=(28, 28))
+    spec = SlideAttention(geometry, 6, HEAD_DIM**-0.5, predicted="logits", overlap_add=True)
+    operands = {"value": _random((1, 6 * HEAD_DIM, 28, 28), dtype), "logits": _random((1, 6 * 81, 14, 14), dtype)}
+    return op_row("outlook", spec, operands)
 
 
 def gemm(tokens: int, inner: int, outer: int, dtype: str) -> Row:
@@ -99,7 +134,20 @@ def gemm(tokens: int, inner: int, outer: int, dtype: str) -> Row:
 ROWS: dict[str, Callable[[str], Row]] = {
     **{f"window-{size}": lambda dtype, size=size: window(size, dtype) for size in (4, 6, 7, 8, 12, 16, 24)},
     "window-16-keys-24": lambda dtype: window(16, dtype, keys=24),
+    # SwinIR and SwinIR-light, HAT.
+    **{
+        f"window-8-on-64-dim-{dim}": lambda dtype, dim=dim: window(8, dtype, extent=64, heads=6, dim=dim)
+        for dim in (10, 30)
+    },
+    "window-16-on-64-dim-30": lambda dtype: window(16, dtype, extent=64, heads=6, dim=30),
+    "window-16-keys-24-on-64-dim-30": lambda dtype: window(16, dtype, keys=24, extent=64, heads=6, dim=30),
+    **{
+        f"relative-{size}-on-{extent}": lambda dtype, size=size, extent=extent: relative(size, extent, dtype)
+        for size, extent in ((14, 64), (32, 32), (64, 64))
+    },
     **{f"slide-{size}": lambda dtype, size=size: slide(size, dtype) for size in (3, 7)},
+    **{f"learned-{extent}": lambda dtype, extent=extent: learned(extent, dtype) for extent in (56, 28, 14, 7)},
+    "outlook": outlook,
     **{
         f"gemm-{tokens}x{inner}x{outer}": lambda dtype, shape=(tokens, inner, outer): gemm(*shape, dtype)
         for tokens, inner, outer in SWIN_TINY
@@ -120,7 +168,7 @@ def measure(row: Row, *, original: bool = False) -> Moved:
 
     model = onnx.ModelProto()
     model.CopyFrom(row.model)
-    write_out(model, (lambda *_: False) if original else covers)
+    write_out(model, (lambda *_: False) if original else partial(covers, device="metal"))
     run = run_model(importer.import_onnx(model, parse_target("metal"), metal_target()), list(row.operands.values()))
     assert run.findings == (), run.findings
     least = sum(array.nbytes for array in (*row.operands.values(), *run.outputs))

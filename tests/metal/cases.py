@@ -239,6 +239,8 @@ SLIDES = {
     "k3-half": slide((14, 17), (3, 3), (1, 1), 2, 32, dtype="float16"),
     "k7-dilated": slide((12, 13), (7, 7), (2, 2), 1, 16, batch=1, key_bias=16, value_bias=16, bias=True),
     "learned-k3": slide((10, 9), (3, 3), (1, 1), 2, 8, key_kernel=8, key_bias=8, value_kernel=16, value_bias=16),
+    # Several heads in a threadgroup: they have the same kernels.
+    "learned-alike": slide((5, 7), (3, 3), (1, 1), 6, 8, bias=True, key_kernel=8, key_bias=8, value_kernel=8, batch=1),
     "learned-k5": slide((10, 9), (5, 5), (1, 1), 1, 6, 4, key_kernel=6, value_kernel=4),
     "slots-in-groups": slide((20, 21), (13, 13), (2, 1), 2, 36, batch=1),
     "one-axis": slide((40,), (9,), (3,), 1, 6),

@@ -158,6 +158,18 @@ def test_slide_tilings_keep_to_the_limits(kernel_size: int, dilation: int) -> No
     assert [slot for group in tiling.slot_groups for slot in group] == list(range(kernel_size**2))
 
 
+def test_heads_share_a_threadgroup_where_their_kernels_outweigh_the_map() -> None:
+    """Kernels of 3 x 3 and 32 channels, 11.5 KB, beside maps of 25 KB and of 400 KB a head."""
+    of_map = {}
+    for extent in (7, 28):
+        work = slide_gpu.Work(NeighborhoodGeometry((extent, extent), (3, 3), (1, 1)), 32, 32, 4, 24, 90, alike=24)
+        tiling = slide_gpu.choose_tiling(work, Limits.of(metal_target()))
+        of_map[extent] = tiling.heads
+        assert tiling.heads * np.prod(tiling.threads) <= 256
+        assert tiling.shared_floats() * slide_gpu.STAGED_ELEMENT <= 32768
+    assert of_map[7] > of_map[28] == 1
+
+
 def test_a_neighbourhood_that_fits_in_no_tile_is_one_sentence() -> None:
     geometry = NeighborhoodGeometry((200, 200), (99, 99), (1, 1))
     with pytest.raises(CompilerError, match="no tile of a neighbourhood of 9801 pixels fits into 32768 bytes"):

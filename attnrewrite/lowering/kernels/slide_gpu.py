@@ -70,30 +70,33 @@ class SlideKernel:
         self.geometry = work.geometry
         self.head_dim, self.value_dim, self.image = work.head_dim, work.value_dim, frame.z
         blocks = self.value_dim // tiling.value_block
-        self.head = frame.y if blocks == 1 else T.bind(frame.y // blocks)
+        within = unflatten(frame.thread, (tiling.heads, *tiling.threads))
+        self.head_of_group: Expr = within[0] if tiling.heads > 1 else 0
+        self.first_head = frame.y // blocks * tiling.heads
+        self.head = T.bind(self.first_head + self.head_of_group)
         self.first_value = 0 if blocks == 1 else frame.y % blocks * tiling.value_block
         self.tile_start = [
             T.bind(at * r.tile)
             for at, r in zip(unflatten(frame.x, [r.tiles for r in self.reaches]), self.reaches, strict=True)
         ]
-        within = unflatten(frame.thread, tiling.threads)
+        within = within[1:] if tiling.heads > 1 else unflatten(frame.thread, tiling.threads)
         if len(within) > 1:
             within[-2] = within[-2] * tiling.rows
         self.query = [T.bind(s + t) for s, t in zip(self.tile_start, within, strict=True)]
         self.first = [T.bind(r.first_neighbour(q)) for r, q in zip(self.reaches, self.query, strict=True)]
         self.first_staged = [T.bind(r.first_staged(s)) for r, s in zip(self.reaches, self.tile_start, strict=True)]
         position = [f - s for f, s in zip(self.first, self.first_staged, strict=True)]
-        self.staged_at = T.bind(flatten(position, tiling.halo))
+        staged = tiling.staged_channels * math.prod(tiling.halo)  # of one head
+        self.staged_at = T.bind(self.head_of_group * staged + flatten(position, tiling.halo))
 
         slots = max(map(len, tiling.slot_groups))
         self.logits = registers(tiling.rows * slots)
         self.asked, self.product, self.factor, self.sum = (registers(tiling.rows) for _ in range(4))
         self.maximum, self.total, self.rescale = (registers(tiling.rows) for _ in range(3))
         self.value = registers(1)
-        staged = tiling.staged_channels * math.prod(tiling.halo)
-        self.parameters_at = ceil_div(staged, 4) * 4
+        self.parameters_at = ceil_div(tiling.heads * staged, 4) * 4
         self.bias_at = self.parameters_at + ceil_div(tiling.parameter_floats, 4) * 4
-        self.carried_at = self.bias_at + ceil_div(self.geometry.keys_per_query, 4) * 4
+        self.carried_at = self.bias_at + ceil_div(tiling.heads * self.geometry.keys_per_query, 4) * 4
         self.shared: dict[int, Flat] = {}
         if staged or tiling.carried_floats or self.bias_of_slots is not None:  # TVM refuses views of unused memory
             memory = SharedMemory(tiling.shared_floats() * STAGED_ELEMENT).buffer
@@ -111,17 +114,19 @@ class SlideKernel:
         fill(self.maximum, rows, LOWEST)
         fill(self.total, rows, 0.0)
         if (bias := self.bias_of_slots) is not None:
-            with spread(self.frame, int(bias.shape[1])) as slot:
-                self.shared[1].store(self.bias_at + slot, load(bias, [self.row_of(bias), slot]).astype(ACCUMULATOR))
+            length = int(bias.shape[1])
+            with spread(self.frame, self.tiling.heads * length) as index:
+                own = load(bias, [self.row_of(bias, self.first_head + index // length), index % length])
+                self.shared[1].store(self.bias_at + index, own.astype(ACCUMULATOR))
             barrier()
         for slots in groups:
             self.compute_logits(slots)
             self.update_softmax(slots)
             self.add_weighted_values(slots, first=slots is groups[0], last=slots is groups[-1])
 
-    def row_of(self, bias: tirx.Buffer) -> Expr:
-        """The row of this head; one row serves all heads."""
-        return 0 if int(bias.shape[0]) == 1 else self.head
+    def row_of(self, bias: tirx.Buffer, head: Expr) -> Expr:
+        """The row of a head; one row may serve all heads."""
+        return 0 if int(bias.shape[0]) == 1 else head
 
     def pixel(self, row: int) -> list[Expr]:
         """Where the thread's query `row` lies."""
@@ -141,17 +146,22 @@ class SlideKernel:
     # Operands.
 
     @contextmanager
-    def chunk(self, operand: str, first_channel: Expr, slots: range) -> Iterator[tuple[Neighbour, Parameter]]:
-        """Neighbours and parameters of channels from `first_channel` (of all heads' channels) on, staged meanwhile."""
+    def chunk(self, operand: str, start: Expr, slots: range) -> Iterator[tuple[Neighbour, Parameter]]:
+        """Neighbours and parameters of a head's channels from `start` on, staged meanwhile."""
+        first_channel = self.first_channel(operand, self.head) + start
         if not self.tiling.staged_channels:
             yield (
                 lambda channel, row, tap: self.read(operand, first_channel + channel, row, tap),
                 self.direct_parameters(first_channel, slots),
             )
             return
-        self.stage_map(operand, first_channel)
+        self.stage_map(operand, start)
         names = [name for name in (f"{operand}_kernel", f"{operand}_bias") if name in self.frame.operands]
-        starts = self.stage_parameters(names, first_channel) if self.tiling.parameters else {}
+        starts = (
+            self.stage_parameters(names, self.first_channel(operand, self.first_head) + start)
+            if self.tiling.parameters
+            else {}
+        )
         barrier()
         volume, strides = math.prod(self.tiling.halo), _strides(self.tiling.halo)
 
@@ -171,16 +181,24 @@ class SlideKernel:
         yield neighbour, parameter if self.tiling.parameters else self.direct_parameters(first_channel, slots)
         barrier()
 
-    def stage_map(self, operand: str, first_channel: Expr) -> None:
-        """The halo of a chunk of channels as float32; what the border holds where there is no pixel."""
+    def first_channel(self, operand: str, head: Expr) -> Expr:
+        """Of a head, among the channels of all."""
+        return head * (self.value_dim if operand == "value" else self.head_dim)
+
+    def stage_map(self, operand: str, start: Expr) -> None:
+        """The halo of a chunk of channels as float32, for all heads of the threadgroup.
+
+        Where there is no pixel it is what the border holds.
+        """
         lanes, halo = self.reaches[-1].lanes, self.tiling.halo
         buffer, padding = self.frame.operands[operand], self.frame.operands.get(f"{operand}_padding")
         source, channels, extents = Flat(buffer, lanes), int(buffer.shape[1]), self.geometry.key_size
-        steps = [*halo[:-1], halo[-1] // lanes]
-        with spread(self.frame, self.tiling.staged_channels * math.prod(steps)) as index:
-            at = unflatten(index, [self.tiling.staged_channels, *steps])
+        steps, staged = [*halo[:-1], halo[-1] // lanes], self.tiling.staged_channels
+        with spread(self.frame, self.tiling.heads * staged * math.prod(steps)) as index:
+            at = unflatten(index, [self.tiling.heads * staged, *steps])
             at[-1] = at[-1] * lanes
-            channel = first_channel + at[0]
+            own = at[0] if self.tiling.heads == 1 else at[0] % staged
+            channel = self.first_channel(operand, self.first_head + at[0] // staged) + start + own
             stands = [s + a for s, a in zip(self.first_staged, at[1:], strict=True)]
             pixel, inside = zip(*(r.source(p) for r, p in zip(self.reaches, stands, strict=True)), strict=True)
             outside = tirx.const(0.0, ACCUMULATOR) if padding is None else load(padding, [channel]).astype(ACCUMULATOR)
@@ -254,7 +272,7 @@ class SlideKernel:
         query, channels = Flat(operands["query"], 1), int(operands["query"].shape[1])
         with T.serial(self.head_dim // step) as chunk:
             first = self.head * self.head_dim + chunk * step
-            with self.chunk("key", first, slots) as (neighbour, parameter), T.serial(step) as channel:
+            with self.chunk("key", chunk * step, slots) as (neighbour, parameter), T.serial(step) as channel:
                 plane = self.image * channels + first + channel
                 for row in self.rows:
                     own = query.load(self.position(plane, row)).astype(ACCUMULATOR)
@@ -293,9 +311,12 @@ class SlideKernel:
         """The logit plus bias; LOWEST where the border leaves the slot out."""
         bias = self.frame.operands.get("bias")
         if self.bias_of_slots is not None:
-            logit = logit + self.shared[1].load(self.bias_at + slot)
+            own_row = self.head_of_group * int(self.bias_of_slots.shape[1])
+            logit = logit + self.shared[1].load(self.bias_at + own_row + slot)
         elif bias is not None:
-            own = load(bias, [self.row_of(bias), self.position(tirx.const(0, "int32"), row), slot]).astype(ACCUMULATOR)
+            own = load(bias, [self.row_of(bias, self.head), self.position(tirx.const(0, "int32"), row), slot]).astype(
+                ACCUMULATOR
+            )
             logit = logit + choose(self.on_map(row), own, tirx.const(0.0, ACCUMULATOR))
         return choose(self.takes_part(row, slot), logit, tirx.const(LOWEST, ACCUMULATOR))
 
@@ -334,8 +355,9 @@ class SlideKernel:
         step = self.tiling.staged_channels or block
         output, channels = Flat(self.frame.output, 1), int(self.frame.output.shape[1])
         with T.serial(block // step) as chunk:
-            first_row = self.head * self.value_dim + self.first_value + chunk * step
-            with self.chunk("value", first_row, slots) as (neighbour, parameter), T.serial(step) as channel:
+            start = self.first_value + chunk * step
+            first_row = self.head * self.value_dim + start
+            with self.chunk("value", start, slots) as (neighbour, parameter), T.serial(step) as channel:
 
                 def carried(row: int) -> Expr:
                     index = ((chunk * step + channel) * self.tiling.rows + row) * threads + self.frame.thread
@@ -430,12 +452,17 @@ def slide_attention(
     by_name = dict(zip(present, shapes, strict=True))
     heads = spec.num_heads
     head_dim, value_dim = (int(by_name[operand][1]) // heads for operand in ("query", "value"))
-    parameters = max(
-        sum(math.prod(by_name.get(f"{operand}_{kind}", (0, 0))[1:]) for kind in ("kernel", "bias"))
-        for operand in ("key", "value")
-    )
+    learned = {
+        (operand, kind): by_name.get(f"{operand}_{kind}", (1, 0))
+        for operand, kind in itertools.product(("key", "value"), ("kernel", "bias"))
+    }
+    dims = {"key": head_dim, "value": value_dim}
+    parameters = max(sum(math.prod(learned[operand, kind][1:]) for kind in ("kernel", "bias")) for operand in dims)
+    # A row for each channel of one head serves all heads.
+    alike = parameters > 0 and all(dims[operand] % int(shape[0]) == 0 for (operand, _), shape in learned.items())
     instances = instances_of(spec, by_name["query"])
-    work = Work(spec.geometry, head_dim, value_dim, DataType(dtype).itemsize, instances, parameters)
+    bytes_ = DataType(dtype).itemsize
+    work = Work(spec.geometry, head_dim, value_dim, bytes_, instances, parameters, alike=heads if alike else 1)
     return build(SlideKernel, spec, work, (present, shapes, dtype, target, name, dtypes))
 
 
@@ -450,9 +477,10 @@ def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments
     tiling, heads, value_dim = choose_tiling(work, Limits.of(target)), spec.num_heads, work.value_dim
 
     def grid(images: Expr) -> tuple[Expr, Expr, Expr]:
-        return math.prod(r.tiles for r in tiling.reaches), heads * (value_dim // tiling.value_block), images
+        blocks = value_dim // tiling.value_block
+        return math.prod(r.tiles for r in tiling.reaches), heads // tiling.heads * blocks, images
 
-    threads = (tiling.threads[-1], math.prod(tiling.threads[:-1]))
+    threads = (tiling.threads[-1], tiling.heads * math.prod(tiling.threads[:-1]))
     builder = KernelBuilder()
     output_shape = [heads * value_dim, *spec.output_size]
     with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes) as frame:

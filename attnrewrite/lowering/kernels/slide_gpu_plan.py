@@ -28,6 +28,9 @@ STAGED_ELEMENT = 4  # bytes: what is staged is float32 already, so that it is co
 # Multiply-adds in the time of: a byte from device memory (window_gpu_plan.py), a load from shared memory, a barrier.
 PER_BYTE, PER_LOAD, PER_BARRIER = 16, 4, 60
 
+# Heads share a threadgroup while parameters are more than this part of what it reads and writes.
+PARAMETER_READS = 0.25
+
 # Borders at which a neighbour is read elsewhere than it stands: not where its neighbours in memory are.
 _FOLDED = ("replicate", "reflect", "wrap")
 
@@ -138,6 +141,8 @@ class Work:
 
     Where the weights are predicted, head_dim is 0 and the queries are the pixels of the output. upsampling: per axis,
     how many of those in a row have one neighbourhood. at_once: the weights of all slots are needed together.
+
+    alike: a threadgroup may take so many heads, which have the same parameters.
     """
 
     geometry: NeighborhoodGeometry
@@ -148,6 +153,7 @@ class Work:
     parameter_floats: int = 0
     upsampling: Extents = ()
     at_once: bool = False
+    alike: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class SlideTiling:
     """reaches: per axis, with the tile of queries. rows: neighbouring queries along the last axis but one that a thread
     has. staged_channels: of key or value at a time; 0 where taps are read from device memory. slot_groups: half-open
     ranges of slots whose logits are held together. value_block: channels of a head's value that one threadgroup
-    computes. parameters: whether learned kernels are staged.
+    computes. parameters: whether learned kernels are staged. heads: of a threadgroup, each with threads of its own.
     """
 
     work: Work
@@ -165,10 +171,11 @@ class SlideTiling:
     slot_groups: tuple[range, ...]
     value_block: int
     parameters: bool
+    heads: int = 1
 
     @property
     def threads(self) -> Extents:
-        """Per axis."""
+        """Of one head, per axis."""
         tile = [reach.tile for reach in self.reaches]
         if len(tile) > 1:
             tile[-2] //= self.rows
@@ -181,7 +188,8 @@ class SlideTiling:
     @property
     def carried_floats(self) -> int:
         """Sums that wait for the next group of slots."""
-        return self.value_block * math.prod(self.threads) * self.rows if len(self.slot_groups) > 1 else 0
+        threads = self.heads * math.prod(self.threads)
+        return self.value_block * threads * self.rows if len(self.slot_groups) > 1 else 0
 
     @property
     def parameter_floats(self) -> int:
@@ -189,26 +197,33 @@ class SlideTiling:
 
     def shared_floats(self) -> int:
         """Of staged channels, parameters, the bias of all slots, and carried sums; each aligned to words."""
-        staged = self.staged_channels * math.prod(self.halo)
-        parts = (staged, self.parameter_floats, self.work.geometry.keys_per_query, self.carried_floats)
+        staged = self.heads * self.staged_channels * math.prod(self.halo)
+        bias = self.heads * self.work.geometry.keys_per_query
+        parts = (staged, self.parameter_floats, bias, self.carried_floats)
         return sum(ceil_div(part, 4) * 4 for part in parts)
 
     def requested_bytes(self) -> int:
-        """What one head of one image asks device memory for, parameters included."""
+        """What one head of one image asks device memory for, with its share of the parameters."""
         work = self.work
-        pixels, groups = math.prod(work.geometry.feature_size), math.prod(r.tiles for r in self.reaches)
+        pixels = math.prod(work.geometry.feature_size)
         blocks = work.value_dim // self.value_block
         staged = math.prod(r.staged_pixels() for r in self.reaches)
         once = staged if self.staged_channels else pixels * work.geometry.keys_per_query
         own = pixels * (work.head_dim * blocks + work.value_dim) + once * (work.head_dim * blocks + work.value_dim)
-        parameters = work.parameter_floats * (work.head_dim * blocks + work.value_dim) * groups
-        return work.bytes * (own * len(self.slot_groups) + parameters)
+        return work.bytes * (own * len(self.slot_groups)) + self.parameter_bytes()
+
+    def parameter_bytes(self) -> int:
+        """The parameters' part of them."""
+        work, groups = self.work, math.prod(r.tiles for r in self.reaches)
+        channels = work.head_dim * (work.value_dim // self.value_block) + work.value_dim
+        return work.bytes * work.parameter_floats * channels * groups // self.heads
 
     def estimate(self, limits: Limits) -> float:
         """Time of all heads and images in multiply-adds: of the rounds of threads, and of device memory."""
         work, geometry = self.work, self.work.geometry
-        slots, threads = geometry.keys_per_query, math.prod(self.threads)
-        groups = math.prod(r.tiles for r in self.reaches) * work.instances * (work.value_dim // self.value_block)
+        slots, threads = geometry.keys_per_query, self.heads * math.prod(self.threads)
+        blocks = work.value_dim // self.value_block
+        groups = math.prod(r.tiles for r in self.reaches) * work.instances * blocks // self.heads
         at_a_time = limits.in_flight * limits.threads
         rounds = ceil_div(groups * ceil_div(threads, 32) * 32, at_a_time)
         column = geometry.kernel_size[-2] if len(self.reaches) > 1 else 1
@@ -240,8 +255,13 @@ def choose_tiling(work: Work, limits: Limits) -> SlideTiling:
             tile = list(threads)
             if axes > 1:
                 tile[-2] *= rows
-            if (tiling := _tiling(work, tuple(tile), rows, limits)) is not None:
+            for heads in (h for h in range(1, work.alike + 1) if work.alike % h == 0):
+                tiling = _tiling(work, tuple(tile), rows, heads, limits)
+                if tiling is None or heads * math.prod(threads) > limits.threads:
+                    break
                 candidates.append(tiling)
+                if tiling.parameter_bytes() <= PARAMETER_READS * tiling.requested_bytes():
+                    break
     if not candidates:
         sizes = f"a neighbourhood of {slots} pixels"
         raise CompilerError(f"no tile of {sizes} fits into {limits.shared_bytes} bytes of threadgroup memory")
@@ -249,7 +269,7 @@ def choose_tiling(work: Work, limits: Limits) -> SlideTiling:
     return min(staged or candidates, key=lambda tiling: tiling.estimate(limits))
 
 
-def _tiling(work: Work, tile: Extents, rows: int, limits: Limits) -> SlideTiling | None:
+def _tiling(work: Work, tile: Extents, rows: int, heads: int, limits: Limits) -> SlideTiling | None:
     geometry = work.geometry
     reaches = [Reach.of(work, axis, extent) for axis, extent in enumerate(tile)]
     slots = geometry.keys_per_query
@@ -261,7 +281,7 @@ def _tiling(work: Work, tile: Extents, rows: int, limits: Limits) -> SlideTiling
     divisors = [d for d in range(1, math.gcd(work.head_dim, block) + 1) if math.gcd(work.head_dim, block) % d == 0]
     for parameters in (work.parameter_floats > 0 and num_groups == 1, False):
         for staged in (*reversed(divisors), 0):
-            tiling = SlideTiling(work, tuple(reaches), rows, staged, groups, block, parameters)
+            tiling = SlideTiling(work, tuple(reaches), rows, staged, groups, block, parameters, heads)
             most = limits.shared_bytes if staged <= 1 or tiling.carried_floats else STAGED_BYTES
             if tiling.shared_floats() * STAGED_ELEMENT <= most and (staged or not parameters):
                 return tiling
