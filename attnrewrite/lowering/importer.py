@@ -125,16 +125,9 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             if isinstance(spec, FlashWindowAttention):
                 return window_cpu.flash_window_attention(spec, present, shapes, dtype, target, name)
             return slide_cpu.slide_attention(spec, present, shapes, dtype, target, name)
-        from attnrewrite.lowering.kernels import slide_gpu, slide_gpu_predicted, window_gpu, window_tensor
-        from attnrewrite.lowering.kernels.window_tensor_plan import takes
+        from attnrewrite.lowering.kernels.gpu import attention_kernel
 
-        extents = [*shapes.values()]
-        if isinstance(spec, FlashWindowAttention):
-            window_kernel = window_tensor if takes(spec, shapes, dtype, target) else window_gpu
-            return window_kernel.flash_window_attention(spec, present, extents, dtype, target, name, dtypes)
-        if spec.predicted:
-            return slide_gpu_predicted.predicted_attention(spec, present, extents, dtype, target, name, dtypes)
-        return slide_gpu.slide_attention(spec, present, extents, dtype, target, name, dtypes)
+        return attention_kernel(spec, shapes, dtypes, target, name)
 
 
 def output_shapes(spec: Spec, shapes: Mapping[str, Sequence[Any]]) -> list[tuple[int, ...]]:

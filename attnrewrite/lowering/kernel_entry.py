@@ -21,8 +21,10 @@ _SOURCES = (
     "functions/spec.py",
     "localattention/geometry.py",
     "lowering/build.py",
+    "lowering/cuda_compiler.py",
     "lowering/kernel_library.py",
     "lowering/kernels",
+    "lowering/limits.py",
     "lowering/schedules/stack.py",
 )
 

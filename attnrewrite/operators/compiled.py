@@ -1,9 +1,13 @@
-"""The operators on CPUs by TVM's kernels: those of lowering/kernels, compiled once per site and kept on disk.
+"""The operators by TVM's kernels: those of lowering/kernels, compiled once per site and kept on disk.
 
-A kernel is found by the spec, the operands present and their shapes without the batch. `prepare` compiles those of
-many sites in one process and waits. A call whose kernel is not there yet has it compiled in the background and is
-computed in torch until then, as is all that no kernel computes: other dtypes and devices, other specs, gradients.
-Calls that gradients go through use prepared kernels alone, so that a training run does not depend on when one is ready.
+A kernel is found by the spec, the operands present, their dtypes, their shapes without the batch, and the device
+(kernel.py). `prepare` compiles those of many sites in one process and waits. On CPUs a call whose kernel is not there
+yet has it compiled in the background and is computed in torch until then; on CUDA devices the first call waits for it.
+All that no kernel computes is left to torch: other dtypes and devices, other specs, gradients. Calls that gradients go
+through use prepared kernels alone, so that a training run does not depend on when one is ready.
+
+CUDA kernels are launched on torch's current stream. While that is captured as a CUDA graph, only those are used that
+were launched before: loading one may not be captured.
 
 ATTNREWRITE_KERNELS=off, or `use_kernels(False)`, leaves everything to torch.
 """
@@ -13,7 +17,6 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import tempfile
@@ -30,36 +33,15 @@ import torch
 from torch import Tensor
 
 from attnrewrite.errors import CompilerError
-from attnrewrite.functions.spec import FlashWindowAttention, Spec
+from attnrewrite.functions.spec import Spec
+from attnrewrite.operators.kernel import CPU, MAPS, Kernel, kernel_of
+from attnrewrite.operators.read import as_read_by_cpu, as_read_by_gpu
 from attnrewrite.operators.schema import result_shapes
 
 _VARIABLE = "ATTNREWRITE_KERNELS"
 
 # Seconds that the background waits for further kernels before it starts a compiler for those it has.
 _GATHERING_SECONDS = 0.3
-
-Step = int | None
-
-_MAPS = ("query", "key", "value")
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What is compiled. shapes: of the operands, None for a batch. steps: of maps that are parts of wider ones
-    (`steps` of the kernels in lowering/kernels).
-    """
-
-    spec: Spec
-    shapes: tuple[tuple[str, tuple[int | None, ...]], ...]
-    steps: tuple[tuple[str, int], ...]
-
-    def request(self) -> dict[str, Any]:
-        return {
-            "op": self.spec.op_type,
-            "attributes": self.spec.attributes(),
-            "shapes": dict(self.shapes),
-            "steps": dict(self.steps),
-        }
 
 
 @dataclass(frozen=True)
@@ -86,8 +68,7 @@ class Prepared:
 
 class _State:
     """enabled: None until it is asked for. ready: of each kernel asked for, the loaded one; None: left to torch, for
-    good or while it is among `making`. plans: of the kinds of calls seen. laid_out: biases and masks, and how kernels
-    read them.
+    good or while it is among `making`. plans: of the kinds of calls seen. launched: those made on a CUDA device before.
     """
 
     def __init__(self) -> None:
@@ -96,8 +77,7 @@ class _State:
         self.making: set[Kernel] = set()
         self.prepared: set[Kernel] = set()
         self.plans: dict[Any, Plan] = {}
-        self.laid_out: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.laid_out_bytes = 0
+        self.launched: set[Kernel] = set()
         self.pending: list[Kernel] = []
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
@@ -122,59 +102,18 @@ def kernels_are_used() -> bool:
     return _state.enabled
 
 
-def kernel_of(spec: Spec, operands: Mapping[str, Tensor]) -> Kernel | None:
-    """The kernel for these operands (of which only shapes and strides are read), None where float32 is not theirs."""
-    if any(t.dtype != torch.float32 for t in operands.values()) or spec.softmax_dtype not in (0, 1):
-        return None
-    windows = isinstance(spec, FlashWindowAttention)
-    shapes, steps = [], []
-    for name, operand in operands.items():
-        if name in _MAPS:
-            shapes.append((name, (None, *map(int, operand.shape[1:]))))
-            if step := (_pixel_step if windows else _image_step)(operand):
-                steps.append((name, step))
-        else:
-            shapes.append((name, tuple(map(int, operand.shape))))
-    return Kernel(spec, tuple(shapes), tuple(steps))
-
-
-def _pixel_step(feature_map: Tensor) -> Step:
-    """Numbers from one pixel to the next of [B, *S, C] where that is a part of a wider map, channels side by side."""
-    *_, channels = feature_map.shape
-    strides, expected = feature_map.stride(), feature_map.stride(-2)
-    if strides[-1] != 1 or expected <= channels:
-        return None
-    if any(s != expected * math.prod(feature_map.shape[a + 1 : -1]) for a, s in enumerate(strides[:-1]) if a):
-        return None
-    return expected if _batch_follows(feature_map, expected * math.prod(feature_map.shape[1:-1])) else None
-
-
-def _image_step(feature_map: Tensor) -> Step:
-    """Channels from one image to the next of [B, C, *S] where that is a part of a wider map, pixels side by side."""
-    strides = feature_map.stride()
-    if any(s != math.prod(feature_map.shape[a + 1 :]) for a, s in enumerate(strides) if a):
-        return None
-    step, rest = divmod(strides[0], math.prod(feature_map.shape[2:]))
-    return int(step) if not rest and step > feature_map.shape[1] else None
-
-
-def _batch_follows(feature_map: Tensor, stride: int) -> bool:
-    batch = feature_map.shape[0]
-    return (isinstance(batch, int) and batch == 1) or feature_map.stride(0) == stride
-
-
 # -- calls ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one kind of call is made. loaded: None where torch computes it. steps: by operand. shape: of the result.
-    prepared: whether `prepare` made the kernel.
+    """How one kind of call is made. kernel, loaded: None where torch computes it. shapes: of the results. prepared:
+    whether `prepare` made the kernel.
     """
 
+    kernel: Kernel | None
     loaded: Loaded | None
-    steps: Mapping[str, int]
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     prepared: bool
 
 
@@ -183,14 +122,14 @@ _MOST_PLANS = 4096
 
 
 def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
-    """The op computed by its kernel; None where there is none, or none yet. Operands are CPU tensors.
+    """The op computed by its kernel; None where there is none, or none yet.
 
     Raises ValueError where an operand's shape is not the op's.
     """
     if not kernels_are_used():
         return None
-    trained = any(t.requires_grad for name, t in operands.items() if name in _MAPS)
-    key = (spec, *((name, t.shape, t.stride(), t.dtype) for name, t in operands.items()))
+    trained = any(t.requires_grad for name, t in operands.items() if name in MAPS)
+    key = (spec, *((name, t.shape, t.stride(), t.dtype, t.device) for name, t in operands.items()))
     plan = _state.plans.get(key)
     if plan is None:
         plan = _plan(spec, operands, trained)
@@ -199,104 +138,61 @@ def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]
         if len(_state.plans) >= _MOST_PLANS:
             _state.plans.clear()
         _state.plans[key] = plan
-    if plan.loaded is None or (trained and not plan.prepared):
+    if plan.kernel is None or plan.loaded is None or (trained and not plan.prepared):
         return None
-    return (_call(spec, plan, operands),)
+    if plan.kernel.device == CPU:
+        return _call_on_cpu(plan.kernel, plan.loaded, plan.shapes, operands)
+    if plan.kernel not in _state.launched and _is_capturing():
+        return None
+    _state.launched.add(plan.kernel)
+    return _call_on_gpu(plan.kernel, plan.loaded, plan.shapes, operands)
 
 
 def _plan(spec: Spec, operands: Mapping[str, Tensor], trained: bool) -> Plan | None:
-    """The plan of a call; None where its kernel is still being made."""
-    shape = tuple(result_shapes(spec, operands)[0])
+    """The plan of a call; None where its kernel is not there yet."""
+    shapes = tuple(tuple(map(int, shape)) for shape in result_shapes(spec, operands))
     kernel = kernel_of(spec, operands)
     if kernel is None:
-        return Plan(None, {}, shape, False)
+        return Plan(None, None, shapes, False)
     if kernel not in _state.ready:
-        if not trained:
+        if trained or (kernel.device != CPU and _is_capturing()):
+            return None
+        if kernel.device == CPU:
             _ask(kernel)
-        return None
+            return None
+        _make([kernel])
     loaded = _state.ready[kernel]
     if loaded is None and kernel in _state.making:
         return None
-    return Plan(loaded, dict(kernel.steps), shape, kernel in _state.prepared)
+    return Plan(kernel, loaded, shapes, kernel in _state.prepared)
 
 
-def _call(spec: Spec, plan: Plan, operands: Mapping[str, Tensor]) -> Tensor:
-    result = torch.empty(plan.shape)
-    loaded = plan.loaded
-    if loaded is None or not result.numel():
-        return result
-    given = [_as_read(spec, n, t.detach(), plan.steps.get(n), loaded.lanes) for n, t in operands.items()]
-    _follow_threads()
-    loaded.function(*given, result)
-    return result
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _as_read(spec: Spec, name: str, operand: Tensor, step: Step, lanes: int) -> Tensor:
-    if step is not None:
-        shape = operand.shape
-        if isinstance(spec, FlashWindowAttention):
-            count = (math.prod(shape[:-1]) - 1) * step + shape[-1]
-        else:
-            count = (shape[0] - 1) * step * math.prod(shape[2:]) + math.prod(shape[1:])
-        return operand.as_strided((count,), (1,))
-    if isinstance(spec, FlashWindowAttention):
-        if name in ("bias", "mask"):
-            return _laid_out_before(operand, lanes)
-        if name == "relative_position":
-            return _laid_out_positions(operand, spec, lanes)
-    return operand.contiguous()
+Shapes = Sequence[tuple[int, ...]]
 
 
-# Bytes of biases and masks that are kept in the kernels' layout.
-_KEPT_BYTES = 64 << 20
+def _call_on_cpu(kernel: Kernel, loaded: Loaded, shapes: Shapes, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    results = tuple(torch.empty(shape) for shape in shapes)
+    if results[0].numel():
+        steps = dict(kernel.steps)
+        given = [as_read_by_cpu(kernel.spec, n, t.detach(), steps.get(n), loaded.lanes) for n, t in operands.items()]
+        _follow_threads()
+        loaded.function(*given, *results)
+    return results
 
 
-def _laid_out_before(term: Tensor, lanes: int) -> Tensor:
-    """`_laid_out`, or what it returned before for the same numbers: comparing them is cheaper by far."""
-    key = (term.data_ptr(), term.shape, term.stride(), lanes)
-    kept = _state.laid_out.get(key)
-    if kept is not None and torch.equal(kept[0], term):
-        return kept[1]
-    laid_out = _laid_out(term, lanes)
-    size = 4 * (term.numel() + laid_out.numel())
-    with _state.lock:
-        if kept is None:
-            _state.laid_out_bytes += size
-        if _state.laid_out_bytes > _KEPT_BYTES:
-            _state.laid_out.clear()
-            _state.laid_out_bytes = size
-        if size <= _KEPT_BYTES:
-            _state.laid_out[key] = (term.clone(), laid_out)
-    return laid_out
-
-
-_LOG2_E = 1.0 / math.log(2.0)
-_LOWEST = torch.finfo(torch.float32).min
-
-
-def _laid_out(term: Tensor, lanes: int) -> Tensor:
-    """`lay_out` of lowering/kernels/window_cpu_operands.py on tensors: queries in lanes, powers of two."""
-    *outer, queries, keys = term.shape
-    width = 1 if queries == 1 else lanes
-    # The lowest number there is masks as well; a row of nothing else is a mean of all values, not of none.
-    scaled = torch.where(term.isfinite(), (term * _LOG2_E).clamp_(_LOWEST, -_LOWEST), term)
-    if queries % width:
-        scaled = torch.nn.functional.pad(scaled, (0, 0, 0, -queries % width))
-    return scaled.view(*outer, -1, width, keys).transpose(-1, -2).contiguous()
-
-
-def _laid_out_positions(table: Tensor, spec: FlashWindowAttention, lanes: int) -> Tensor:
-    """The same of relative_position: every query coordinate has a matrix [d, key coordinates]."""
-    window = spec.geometry.window_size
-    keys = window if spec.geometry.keys is None else spec.geometry.keys.window_size
-    heads, _, channels = table.shape
-    laid_out = table.new_zeros(heads, sum(window), channels, -(-max(keys) // lanes) * lanes)
-    row, first = 0, 0
-    for extent, length in zip(window, keys, strict=True):
-        own = table[:, row : row + extent * length].reshape(heads, extent, length, channels)
-        laid_out[:, first : first + extent, :, :length] = own.transpose(2, 3) * (spec.relative_scale * _LOG2_E)
-        row, first = row + extent * length, first + extent
-    return laid_out
+def _call_on_gpu(kernel: Kernel, loaded: Loaded, shapes: Shapes, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """On torch's current stream, without waiting, and with no memory but torch's."""
+    value = operands["value"]
+    results = tuple(torch.empty(shape, dtype=value.dtype, device=value.device) for shape in shapes)
+    if results[0].numel():
+        dtypes = dict(kernel.dtypes)
+        given = [as_read_by_gpu(t.detach(), getattr(torch, dtypes[n])) for n, t in operands.items()]
+        loaded.function(*given, *results)  # which tells TVM of the stream
+    return results
 
 
 _of_thread = threading.local()
@@ -367,7 +263,7 @@ def _make(kernels: Sequence[Kernel]) -> Prepared:
         from attnrewrite.lowering.kernels.coverage import covers
     except Exception as error:  # whatever a broken installation raises
         return _left_to_torch(kernels, f"TVM cannot be imported: {error}")
-    covered = [k for k in kernels if covers(k.spec, {n: _sized(shape) for n, shape in k.shapes}, "cpu")]
+    covered = [k for k in kernels if covers(k.spec, {n: _sized(shape) for n, shape in k.shapes}, k.kind)]
     _state.ready.update(dict.fromkeys(k for k in kernels if k not in covered))
     missing = [kernel for kernel in covered if not _load(kernel)]
     start, failed = time.perf_counter(), dict[Kernel, str]()
@@ -404,6 +300,13 @@ def _left_to_torch(kernels: Sequence[Kernel], reason: str) -> Prepared:
 
 def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     """Libraries and what is to be known of them, in the cache; the reasons of those that failed."""
+    failed: dict[Kernel, str] = {}
+    for device in dict.fromkeys(kernel.device for kernel in kernels):
+        failed |= _compile_for(device, [kernel for kernel in kernels if kernel.device == device])
+    return failed
+
+
+def _compile_for(device: str, kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     from attnrewrite.lowering.compile import REQUEST_NAME, RESULT_NAME, CompilerCrash, check_tvm_version, run_child
     from attnrewrite.lowering.targets import parse_target
 
@@ -413,10 +316,11 @@ def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     names = {kernel: _name(kernel) for kernel in kernels}
+    target = parse_target("cpu") if device == CPU else parse_target("cuda", json.dumps({"arch": device}))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".compile-") as scratch:
         work = Path(scratch)
         request = {
-            "target": parse_target("cpu").to_json(),
+            "target": target.to_json(),
             "kernels": [kernel.request() | {"name": name} for kernel, name in names.items()],
         }
         (work / REQUEST_NAME).write_text(json.dumps(request), encoding="utf-8")
@@ -425,7 +329,7 @@ def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
         except CompilerCrash as crash:
             if len(kernels) == 1:
                 return {kernels[0]: str(crash)}
-            return {k: why for kernel in kernels for k, why in _compile([kernel]).items()}
+            return {k: why for kernel in kernels for k, why in _compile_for(device, [kernel]).items()}
         result = json.loads((work / RESULT_NAME).read_text(encoding="utf-8"))
         for name in names.values():
             if name not in result["failed"]:

@@ -21,7 +21,7 @@ _BATCHED = ("query", "key", "value", "logits")
 
 def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The op, by a compiled kernel where there is one."""
-    if operands["value"].device.type == "cpu" and (found := compiled.results_of(spec, operands)) is not None:
+    if operands["value"].device.type in ("cpu", "cuda") and (found := compiled.results_of(spec, operands)) is not None:
         return found
     if isinstance(spec, FlashWindowAttention):
         return window.forward(spec, operands)

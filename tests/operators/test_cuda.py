@@ -1,0 +1,193 @@
+"""The operators on CUDA devices, as far as a machine without one shows it: what is compiled, and how it is called.
+
+CPU tensors stand for those of a GPU, the emulator's Metal device for the GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("tvm")
+
+from attnrewrite.emulator import metal_target  # noqa: E402
+from attnrewrite.emulator.run import run_function  # noqa: E402
+from attnrewrite.errors import CompilerError  # noqa: E402
+from attnrewrite.lowering import cuda_compiler  # noqa: E402
+from attnrewrite.lowering.kernel_library import gpu_kernel  # noqa: E402
+from attnrewrite.operators import compiled, general, kernel  # noqa: E402
+from attnrewrite.operators.schema import call  # noqa: E402
+from tests.metal.conftest import emulator_cache  # noqa: E402, F401
+from tests.operators.test_schema import CASES, tensors  # noqa: E402
+from tests.running import error  # noqa: E402
+
+ARCHITECTURE = "sm_80"
+FLOAT32 = 1e-5
+# The kernels round to float16 once, and read maps and biases that were rounded once before.
+FLOAT16 = 4 * 2.0**-11
+
+
+@dataclass
+class Emulated:
+    """What was asked to be compiled, and the dtypes of each call."""
+
+    kernels: list[Any] = field(default_factory=list)
+    calls: list[list[Any]] = field(default_factory=list)
+    fails: str = ""
+
+    def load(self, wanted: Any) -> bool:
+        """In place of a library."""
+        if self.fails:
+            return False
+        function = gpu_kernel(wanted.request(), metal_target()).with_attr("global_symbol", "run")
+        self.kernels.append(wanted)
+
+        def launch(*arguments: Any) -> None:
+            self.calls.append([a.dtype for a in arguments])
+            *operands, result = arguments
+            shape, dtype = tuple(result.shape), str(result.dtype).removeprefix("torch.")
+            run = run_function(function, [t.numpy() for t in operands], [(shape, dtype)])
+            assert run.findings == ()
+            result.copy_(torch.from_numpy(run.outputs[0].copy()))
+
+        compiled._state.ready[wanted] = compiled.Loaded(launch, 1)
+        return True
+
+    def compile(self, kernels: Any) -> Any:
+        return dict.fromkeys(kernels, self.fails)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
+    emulated = Emulated()
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    monkeypatch.setattr(compiled, "_load", emulated.load)
+    monkeypatch.setattr(compiled, "_compile", emulated.compile)
+    monkeypatch.setattr(kernel, "_device_of", lambda device: ARCHITECTURE)
+    monkeypatch.setattr(kernel, "_capability", lambda device: (8, 0))
+    compiled.use_kernels(True)
+    return emulated
+
+
+def operands_of(name: str, dtype: Any) -> dict[str, Any]:
+    """Of a case; what is added to its logits stays float32."""
+    wide = ("bias", "mask", "logit_bias")
+    return {n: t if n in wide else t.to(dtype) for n, t in tensors(CASES[name]).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("shifted-with-mask", torch.float32), ("shifted-with-mask", torch.float16), ("k3", torch.float16)],
+)
+def test_the_operator_launches_a_kernel_on_the_first_call(gpu: Emulated, name: str, dtype: Any) -> None:
+    operands = operands_of(name, dtype)
+    overload, args, keywords = call(CASES[name].spec, operands)
+    result = overload(*args, **keywords)
+    exact = general.run(CASES[name].spec, {n: t.double() for n, t in operands.items()})[0]
+    assert error(result.numpy(), exact.numpy()) <= (FLOAT32 if dtype == torch.float32 else FLOAT16)
+    assert (len(gpu.kernels), len(gpu.calls), result.dtype) == (1, 1, dtype)
+    overload(*args, **keywords)
+    assert (len(gpu.kernels), len(gpu.calls)) == (1, 2)
+
+
+def test_a_map_that_is_a_part_of_another_is_read_as_itself(gpu: Emulated) -> None:
+    spec = CASES["shifted-with-mask"].spec
+    operands = tensors(CASES["shifted-with-mask"])
+    wide = torch.cat([operands["query"], operands["query"]], -1)
+    found = compiled.results_of(spec, operands | {"query": wide[..., : operands["query"].shape[-1]]})
+    expected = compiled.results_of(spec, operands)
+    assert found is not None and expected is not None
+    assert torch.equal(found[0], expected[0])
+    assert len(gpu.kernels) == 1
+
+
+def test_any_batch_has_the_same_kernel(gpu: Emulated) -> None:
+    operands = tensors(CASES["k3"])
+    for batch in (1, 2):
+        maps = {n: t[:1].repeat(batch, 1, 1, 1) if n in kernel.MAPS else t for n, t in operands.items()}
+        found = compiled.results_of(CASES["k3"].spec, maps)
+        assert found is not None
+        assert found[0].shape[0] == batch
+    assert len(gpu.kernels) == 1
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, operands = CASES["k3"].spec, tensors(CASES["k3"])
+    monkeypatch.setattr(compiled, "_is_capturing", lambda: True)
+    assert compiled.results_of(spec, operands) is None
+    assert compiled.prepare([(spec, operands)]).kept == 1
+    assert compiled.results_of(spec, operands) is None  # loaded, but not yet by the driver
+    monkeypatch.setattr(compiled, "_is_capturing", lambda: False)
+    assert compiled.results_of(spec, operands) is not None
+    monkeypatch.setattr(compiled, "_is_capturing", lambda: True)
+    assert compiled.results_of(spec, operands) is not None
+
+
+LEFT = {
+    "double precision": dict.fromkeys(kernel.MAPS, torch.float64),
+    "maps of several dtypes": {"query": torch.float16},
+}
+
+
+@pytest.mark.parametrize("why", LEFT)
+def test_torch_computes_what_no_kernel_does(gpu: Emulated, why: str) -> None:
+    operands = {n: t.to(LEFT[why].get(n, t.dtype)) for n, t in tensors(CASES["k3"]).items()}
+    assert compiled.results_of(CASES["k3"].spec, operands) is None
+    assert gpu.kernels == []
+
+
+def test_bfloat16_is_left_to_torch_before_ampere(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = operands_of("k3", torch.bfloat16)
+    assert kernel.kernel_of(CASES["k3"].spec, operands) is not None
+    monkeypatch.setattr(kernel, "_capability", lambda device: (7, 5))
+    assert kernel.kernel_of(CASES["k3"].spec, operands) is None
+
+
+def test_numbers_beyond_a_dtype_are_its_last_and_infinities_stay() -> None:
+    from attnrewrite.operators.read import as_read_by_gpu
+
+    term = torch.tensor([-torch.inf, -1e9, 1.0, 1e9])
+    assert as_read_by_gpu(term, torch.float16).tolist() == [-torch.inf, -65504.0, 1.0, 65504.0]
+
+
+def test_operands_begin_at_multiples_of_a_word() -> None:
+    from attnrewrite.operators.read import as_read_by_gpu
+
+    whole = torch.arange(16.0)
+    assert as_read_by_gpu(whole, torch.float32) is whole
+    part = as_read_by_gpu(whole[1:], torch.float32)
+    assert part.data_ptr() % 16 == 0
+    assert torch.equal(part, whole[1:])
+
+
+def test_without_a_compiler_torch_computes_and_one_warning_says_so(gpu: Emulated) -> None:
+    gpu.fails = "no CUDA compiler found; install one"
+    with pytest.warns(UserWarning, match="computes in torch what its kernels would: no CUDA compiler found") as warned:
+        found = [compiled.results_of(CASES[n].spec, tensors(CASES[n])) for n in ("k3", "shifted-with-mask")]
+    assert found == [None, None]
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is None
+
+
+def test_what_is_compiled_for_a_gpu_holds_its_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    try:
+        cuda_compiler.find_compiler()
+    except CompilerError as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernel, "_device_of", lambda device: "sm_75")
+    monkeypatch.setattr(kernel, "_capability", lambda device: (7, 5))
+    wanted = kernel.kernel_of(CASES["k3"].spec, operands_of("k3", torch.float16))
+    assert compiled._compile([wanted]) == {}
+    (library,) = tmp_path.rglob("*.so")
+    content = library.read_bytes()
+    assert b"\x04\0\0\0\0\0\0\0cubn" in content
+    assert content.count(b"\x7fELF") >= 2  # the library's own, and the GPU's
