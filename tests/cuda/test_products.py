@@ -42,6 +42,8 @@ CASES = [
     "matmul-symbolic-rows",
     "matmul-bias-residual",
     "conv-patch-embed",
+    "conv-padded",
+    "conv-1x1",
 ]
 
 

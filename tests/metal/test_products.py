@@ -15,6 +15,8 @@ from attnrewrite.emulator import metal_target  # noqa: E402
 from attnrewrite.lowering import build, limits  # noqa: E402
 from attnrewrite.lowering.schedules import gpu, gpu_simdgroup, gpu_tiles  # noqa: E402
 from attnrewrite.lowering.schedules.gpu_emit import Device  # noqa: E402
+from attnrewrite.lowering.schedules.gpu_vectors import runs_in_lanes  # noqa: E402
+from attnrewrite.lowering.schedules.stages import Axis  # noqa: E402
 from benchmarks.metal_traffic import SWIN_TINY  # noqa: E402
 from tests.metal import test_schedules  # noqa: E402
 
@@ -69,3 +71,29 @@ def test_tiles_read_operands_a_few_times(shape: tuple[int, int, int], device: De
         tile = gpu_tiles.choose(tiles, gpu_tiles.Sizes(1, tokens, outer, inner, element_bytes), device)
         assert operand_bytes(tile, *shape) <= gpu_tiles.MOST_TRAFFIC[device.target.kind.name]
         assert prod(tile.launch_size) <= device.limits.threads
+
+
+def axes(*sizes: int) -> list[Axis]:
+    return [Axis(tirx.Var(f"i{n}", "int64"), tirx.IntImm("int64", size)) for n, size in enumerate(sizes)]
+
+
+RUNS = {
+    "one axis": ((8, 12), (12,), lambda i: [i], (4, True), (8, False)),
+    "two axes that follow each other": ((8, 6, 6), (6, 6), lambda i, j: [i, j], (4, True), (8, False)),
+    "all of a tensor": ((1, 3, 6, 8), (3, 6, 8), lambda i, j, k: [i, j, k], (8, True), (16, True)),
+    "every other row": ((8, 12, 6), (6, 6), lambda i, j: [2 * i, j], (2, True), (4, False)),
+    "every other element": ((8, 12), (6,), lambda i: [2 * i], (2, False), (4, False)),
+    "one element later": ((8, 13), (12,), lambda i: [i + 1], (4, False), (1, True)),
+    "in another order": ((8, 6, 6), (6, 6), lambda i, j: [j, i], (4, False), (2, False)),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs_of_neighbours(case: str) -> None:
+    shape, sizes, indices, *expected = RUNS[case]
+    box = axes(*sizes)
+    inner = indices(*(axis.var for axis in box))
+    outer = [tirx.Var(f"o{n}", "int64") for n in range(len(shape) - len(inner))]
+    buffer = tirx.decl_buffer(shape, "float32")
+    for lanes, holds in expected:
+        assert runs_in_lanes(buffer, [*outer, *inner], box, lanes) == holds

@@ -64,6 +64,11 @@ CASES: dict[str, tuple[list[tuple[Any, ...]], Builder]] = {
         ),
     ),
     "conv-3x3": ([(2, 5, 9, 11), (7, 5, 3, 3)], lambda x, w: op.nn.conv2d(x, w, padding=1)),
+    "conv-padded": (
+        [(1, 9, 6, 10), (20, 9, 3, 3), (1, 20, 1, 1)],
+        lambda x, w, b: op.add(op.nn.conv2d(x, w, padding=1), b),
+    ),
+    "conv-1x1": ([(2, 24, 6, 6), (16, 24, 1, 1)], op.nn.conv2d),
     "conv-patch-embed": (
         [(1, 3, 16, 24), (20, 3, 4, 4), (1, 20, 1, 1)],
         lambda x, w, b: op.add(op.nn.conv2d(x, w, strides=4), b),

@@ -96,8 +96,8 @@ class _ThreadProduct:
         dtype = contraction.dtype
         left = read_operand(contraction, contraction.left, contraction.rows)
         right = read_operand(contraction, contraction.right, contraction.columns)
-        self.left = StagedOperand(left, DEPTH, tile.rows, dtype)
-        self.right = StagedOperand(right, DEPTH, tile.columns, dtype)
+        self.left = StagedOperand(thread, left, DEPTH, tile.rows, dtype)
+        self.right = StagedOperand(thread, right, DEPTH, tile.columns, dtype)
         self.sums = registers(tile.rows_per_thread * tile.columns_per_thread, dtype)
         self.row_values = registers(tile.rows_per_thread, dtype)
         self.column_values = registers(tile.columns_per_thread, dtype)
@@ -106,8 +106,8 @@ class _ThreadProduct:
         tile = self.tile
         fill(self.sums, tile.rows_per_thread * tile.columns_per_thread, 0.0)
         with T.serial(ceil_div(count(self.contraction.stage.reduction), DEPTH)) as chunk:
-            self.left.stage(self.thread, batch, first_row, chunk * DEPTH)
-            self.right.stage(self.thread, batch, first_column, chunk * DEPTH)
+            self.left.stage(batch, first_row, chunk * DEPTH)
+            self.right.stage(batch, first_column, chunk * DEPTH)
             barrier()
             with T.serial(DEPTH) as step:
                 self.multiply_add(step)

@@ -87,7 +87,14 @@ class MatrixProduct:
             size = (self.depth, places, self.dtype)
             memory = self.memory
             return StagedOperand(
-                operand, *size, by_place=True, memory=memory, first_byte=first_byte, stages=stages, copies=copies
+                thread,
+                operand,
+                *size,
+                by_place=True,
+                memory=memory,
+                first_byte=first_byte,
+                stages=stages,
+                copies=copies,
             )
 
         self.left, self.right = staged(left, tile.rows, 0), staged(right, tile.columns, left_bytes)
@@ -108,8 +115,8 @@ class MatrixProduct:
 
     def stage(self, batch: Bound, first_row: Expr, first_column: Expr, chunk: Expr, stage: Expr | int = 0) -> None:
         """Begins to copy both operands' tiles of a chunk of the reduction."""
-        self.left.stage(self.thread, batch, first_row, chunk * self.depth, stage)
-        self.right.stage(self.thread, batch, first_column, chunk * self.depth, stage)
+        self.left.stage(batch, first_row, chunk * self.depth, stage)
+        self.right.stage(batch, first_column, chunk * self.depth, stage)
 
     def row_of(self, matrix: int) -> Expr:
         """Where in the tile a row of matrices of this SIMD group begins."""

@@ -72,6 +72,7 @@ class StagedOperand:
 
     def __init__(
         self,
+        thread: Thread,
         operand: Operand,
         depth: int,
         places: int,
@@ -83,7 +84,7 @@ class StagedOperand:
         stages: int = 1,
         copies: TensorCore | None = None,
     ) -> None:
-        self.operand, self.depth, self.places, self.dtype = operand, depth, places, dtype
+        self.thread, self.operand, self.depth, self.places, self.dtype = thread, operand, depth, places, dtype
         self.by_place = by_place and operand.along_steps
         self._height, width = (places, depth) if self.by_place else (depth, places)
         shape = TileShape(stages * self._height, width, dtype)
@@ -92,32 +93,74 @@ class StagedOperand:
         words = operand.lanes * DataType(dtype).itemsize >= 4 and self.by_place == operand.along_steps
         self._copies = copies if words else None
         self._run = registers(operand.lanes, dtype)
+        self._fetched = None if copies is None or words else registers(self._rounds, dtype)
 
     def at(self, step: Expr, place: Expr, stage: Expr | int = 0) -> tuple[Expr, Expr]:
         """Row and column in the tiles."""
         row, column = (place, step) if self.by_place else (step, place)
         return row + stage * self._height, column
 
-    def stage(self, thread: Thread, batch: Bound, first_place: Expr, first_step: Expr, stage: Expr | int = 0) -> None:
+    def stage(self, batch: Bound, first_place: Expr, first_step: Expr, stage: Expr | int = 0) -> None:
         """Copies the tile whose corner is at a place and step, dealt over all threads, neighbours along memory."""
-        operand, depth, lanes = self.operand, self.depth, self.operand.lanes
-        threads = thread.size[0] * thread.size[1]
-        fast = depth if operand.along_steps else self.places
-        total = depth * self.places // lanes
+        with T.serial(self._rounds) as round_:
+            dealt, step, place = self._position(round_)
+            with when(dealt):
+                value, inside = self._element(batch, first_place, first_step, step, place)
+                self._put(value, inside, *self.at(step, place, stage))
+
+    def fetch(self, batch: Bound, first_place: Expr, first_step: Expr, stage: Expr | int = 0) -> None:
+        """Begins to copy the tile. It is there when asynchronous copies have arrived and `put_fetched` was called."""
+        if self._fetched is None:
+            self.stage(batch, first_place, first_step, stage)
+            return
+        for round_ in range(self._rounds):
+            dealt, step, place = self._position(round_)
+            value, inside = self._element(batch, first_place, first_step, step, place)
+            zero = tirx.const(0.0, self.dtype)
+            store(self._fetched, [round_], choose(every([dealt, inside]), as_type(value, self.dtype), zero))
+
+    def put_fetched(self, stage: Expr | int) -> None:
+        """Writes to the tile what `fetch` has in registers."""
+        if self._fetched is None:
+            return
+        for round_ in range(self._rounds):
+            dealt, step, place = self._position(round_)
+            with when(dealt):
+                self.tile.store(*self.at(step, place, stage), load(self._fetched, [round_]))
+
+    @property
+    def _threads(self) -> int:
+        return self.thread.size[0] * self.thread.size[1]
+
+    @property
+    def _rounds(self) -> int:
+        """How many runs of elements a thread copies."""
+        return -(-(self.depth * self.places // self.operand.lanes) // self._threads)
+
+    def _position(self, round_: Expr | int) -> tuple[Expr | bool, Expr, Expr]:
+        """Whether there is a run for this thread, and the step and place at which it begins."""
+        operand, lanes = self.operand, self.operand.lanes
+        threads = self._threads
+        fast = self.depth if operand.along_steps else self.places
+        flat = keep(round_ * threads + self.thread.index)
+        outer = keep(tirx.floordiv(flat, fast // lanes))
+        inner = keep(tirx.floormod(flat, fast // lanes) * lanes)
+        step, place = (inner, outer) if operand.along_steps else (outer, inner)
+        return below(flat, self.depth * self.places // lanes, threads), step, place
+
+    def _element(
+        self, batch: Bound, first_place: Expr, first_step: Expr, step: Expr, place: Expr
+    ) -> tuple[Expr, Expr | bool]:
+        """The operand there, and whether it lies inside the product."""
+        operand = self.operand
         extent, steps = count(operand.axes), count(operand.reduction)
-        with T.serial(-(-total // threads)) as round_:
-            flat = keep(round_ * threads + thread.index)
-            with when(below(flat, total, threads)):
-                outer = keep(tirx.floordiv(flat, fast // lanes))
-                inner = keep(tirx.floormod(flat, fast // lanes) * lanes)
-                step, place = (inner, outer) if operand.along_steps else (outer, inner)
-                at = {
-                    **batch,
-                    **bind_axes(operand.axes, first_place + place),
-                    **bind_axes(operand.reduction, first_step + step),
-                }
-                conditions = [below(first_place + place, extent, self.places), below(first_step + step, steps, depth)]
-                self._put(substitute(operand.value, at), every(conditions), *self.at(step, place, stage))
+        at = {
+            **batch,
+            **bind_axes(operand.axes, first_place + place),
+            **bind_axes(operand.reduction, first_step + step),
+        }
+        inside = [below(first_place + place, extent, self.places), below(first_step + step, steps, self.depth)]
+        return substitute(operand.value, at), every(inside)
 
     def _put(self, value: Expr, inside: Expr | bool, row: Expr, column: Expr) -> None:
         """The element there, or a run along memory from there on; zero where it is not inside."""

@@ -1,7 +1,8 @@
 """Matrix products on CUDA's tensor cores: mma.m16n8k16 on operands of 16 bits, sums in float32.
 
 Copies to shared memory are asynchronous where an operand has runs of at least two elements, and begin `stages - 1`
-chunks of the reduction ahead of the one that is being multiplied. Fragments and their layout: kernels/tensor_core.py.
+chunks of the reduction ahead of the one that is being multiplied; single elements are loaded before that chunk is
+multiplied, and stored to shared memory after. Fragments and their layout: kernels/tensor_core.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from attnrewrite.lowering.kernels.tensor_core import (
     copies_asynchronously,
     has_tensor_cores,
 )
-from attnrewrite.lowering.schedules.gpu_emit import Bound, Device, Thread
+from attnrewrite.lowering.schedules.gpu_emit import Bound, Device, Thread, keep
 from attnrewrite.lowering.schedules.gpu_epilogue import Epilogue
 from attnrewrite.lowering.schedules.gpu_matrices import STAGED_BYTES, MatrixProduct, operand_type
 from attnrewrite.lowering.schedules.gpu_operands import StagedOperand
@@ -71,21 +72,29 @@ class TensorCoreProduct(MatrixProduct):
         tile, ahead = self.tile, self.stages - 1
         fill(self.sums, SUMS * tile.matrices_y * tile.matrices_x, 0.0)
         for chunk in range(ahead):
-            self.begin(batch, first_row, first_column, tirx.IntImm("int32", chunk))
+            with when(tirx.IntImm("int32", chunk) < self.chunks):
+                self.stage(batch, first_row, first_column, tirx.IntImm("int32", chunk), chunk)
+            self.core.commit()
         with T.serial(self.chunks) as chunk:
             self.core.wait(ahead - 1)
             barrier()  # this chunk is here, and the one before it is done with
-            self.begin(batch, first_row, first_column, chunk + ahead)
+            coming = keep(chunk + ahead)
+            with when(coming < self.chunks):
+                self.fetch(batch, first_row, first_column, coming)
+            self.core.commit()
             with T.serial(self.depth // TENSOR_CORE.steps) as step:
                 self.multiply_add(step * TENSOR_CORE.steps, chunk % self.stages)
+            with when(coming < self.chunks):
+                self.left.put_fetched(coming % self.stages)
+                self.right.put_fetched(coming % self.stages)
         self.core.wait(0)
         barrier()
 
-    def begin(self, batch: Bound, first_row: Expr, first_column: Expr, chunk: Expr) -> None:
-        """Begins to copy a chunk, if there is one; a group of copies either way."""
-        with when(chunk < self.chunks):
-            self.stage(batch, first_row, first_column, chunk, chunk % self.stages)
-        self.core.commit()
+    def fetch(self, batch: Bound, first_row: Expr, first_column: Expr, chunk: Expr) -> None:
+        """Begins to copy both operands' tiles of a chunk; the loads of one do not wait for stores of the other."""
+        stage = chunk % self.stages
+        self.left.fetch(batch, first_row, chunk * self.depth, stage)
+        self.right.fetch(batch, first_column, chunk * self.depth, stage)
 
     def multiply_add(self, step: Expr, stage: Expr) -> None:
         """Sums of the warp += its rows times its columns, over the steps of one instruction."""

@@ -26,16 +26,18 @@ def runs_in_lanes(buffer: tirx.Buffer, indices: Sequence[Expr], axes: Sequence[A
 
     False does not mean that they are not.
     """
-    inner = next((axis for axis in reversed(axes) if axis.size != 1), None)
-    if inner is None or inner.size is None or inner.size % lanes:
+    flat, run, inner = address(buffer, indices), 1, []
+    for axis in reversed(axes):
+        if run % lanes == 0 or axis.size is None:
+            break
+        if axis.size > 1 and not _is(simplify(substitute(flat, {axis.var: axis.var + 1}) - flat), run):
+            break
+        run *= axis.size
+        inner.append(axis.var)
+    if run % lanes:
         return False
-    group = tirx.Var("group", "int64")
-    flat = address(buffer, indices)
-    first = substitute(flat, {inner.var: group * lanes})
-    if not _is(simplify(tirx.floormod(first, const(lanes))), 0):
-        return False
-    runs = (simplify(substitute(flat, {inner.var: group * lanes + lane}) - first) for lane in range(1, lanes))
-    return all(_is(distance, lane) for lane, distance in enumerate(runs, start=1))
+    first = substitute(flat, dict.fromkeys(inner, const(0)))
+    return _is(simplify(tirx.floormod(first, const(lanes))), 0)
 
 
 def _is(value: Expr, number: int) -> bool:
