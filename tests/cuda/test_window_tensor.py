@@ -120,6 +120,26 @@ def test_a_row_that_is_masked_altogether_gives_nan() -> None:
     np.testing.assert_array_equal(np.isnan(output), np.isnan(expected))
 
 
+def test_a_row_of_the_least_number_is_a_mean() -> None:
+    """As libraries mask that know no infinity: such a row has equal logits."""
+    case = in_dtype(WINDOWS["mask-tensor"], "bfloat16")
+    case.operands["mask"][2, 5] = ml_dtypes.finfo(ml_dtypes.bfloat16).min
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
+@pytest.mark.parametrize("keys", [16, 80])
+def test_large_logits_do_not_overflow(keys: int) -> None:
+    """Whole numbers, so that logits of many thousands are exact; in one tile, and in two."""
+    case = in_dtype(window((4, keys // 4), (4, keys // 4), (0, 0), 1, 16, batch=1), "float16")
+    for name in ("query", "key"):
+        case.operands[name][:] = np.round(case.operands[name] * 40)
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
 # Two warps of 20 tokens; 24 channels end within a step of 16; one window is fetched while the other is computed.
 SMALL = window((8, 10), (4, 5), (2, 0), 1, 24, bias="shared", mask_value=-100.0, batch=1)
 

@@ -228,7 +228,9 @@ inline float attnrewrite_low_float16(uint word) { return emulator::Float16::deco
 inline float attnrewrite_high_float16(uint word) { return emulator::Float16::decode(word >> 16); }
 inline float attnrewrite_low_bfloat16(uint word) { return emulator::Bfloat16::decode(word); }
 inline float attnrewrite_high_bfloat16(uint word) { return emulator::Bfloat16::decode(word >> 16); }
+inline float attnrewrite_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float attnrewrite_exp2(float x) { return __builtin_exp2f(x); }
+inline float attnrewrite_reciprocal(float x) { return 1.0f / x; }
 inline void attnrewrite_transpose_quad(uint* words) { emulator::transpose_quad(words); }
 template <typename Memory>
 inline void attnrewrite_keep(Memory) {}

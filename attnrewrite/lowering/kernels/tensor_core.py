@@ -106,8 +106,16 @@ _PACK_BFLOAT16 = """(float low, float high) {
 def _half_of(register: str) -> str:
     return f"""(unsigned word) {{
   float value;
-  asm("{{.reg .b16 l, h; mov.b32 {{l, h}}, %1; cvt.f32.f16 %0, {register};}}" : "=f"(value) : "r"(word));
+  asm volatile("{{.reg .b16 l, h; mov.b32 {{l, h}}, %1; cvt.f32.f16 %0, {register};}}" : "=f"(value) : "r"(word));
   return value;
+}}"""
+
+
+def _approximate(instruction: str) -> str:
+    return f"""(float x) {{
+  float y;
+  asm("{instruction}.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }}"""
 
 
@@ -143,10 +151,9 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     "high_float16": ("float", _half_of("h")),
     "low_bfloat16": ("float", "(unsigned word) { return __uint_as_float(word << 16); }"),
     "high_bfloat16": ("float", "(unsigned word) { return __uint_as_float(word & 0xffff0000u); }"),
-    "exp2": (
-        "float",
-        '(float x) {\n  float y;\n  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));\n  return y;\n}',
-    ),
+    "fma": ("float", "(float a, float b, float c) { return fmaf(a, b, c); }"),
+    "exp2": ("float", _approximate("ex2")),
+    "reciprocal": ("float", _approximate("rcp")),
     "transpose_quad": ("void", _TRANSPOSE_QUAD),
     "keep": ("void", "(const void* memory) {}"),
 }
@@ -217,9 +224,17 @@ class TensorCore:
         """The second element of a word, as float32."""
         return self._call(f"high_{self.dtype}", word)
 
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a b + c in float32, rounded once."""
+        return self._call("fma", a, b, c)
+
     def exp2(self, x: Expr) -> Expr:
         """2**x within 2 ulp, as float32; results below the normal numbers are zero."""
         return self._call("exp2", x)
+
+    def reciprocal(self, x: Expr) -> Expr:
+        """1 / x within 1 ulp, as float32; of results below the normal numbers it is zero."""
+        return self._call("reciprocal", x)
 
     def transpose_quad(self, words: Expr) -> None:
         """Of the four words of each of lanes 4 g to 4 g + 3, lane 4 g + t gets word t of all four, in their order."""

@@ -67,6 +67,10 @@ _ADDED = ("bias", "mask")
 _LOG2E = math.log2(math.e)
 # Where a running maximum starts: above what keys outside the window have, so that these weigh nothing beside it.
 _START = LOWEST / 2
+# What masks as large as float32 allows come down to: in a row of nothing else they still outweigh _START.
+_LEAST = LOWEST / 4
+# From here on the product of a logit with log2(e) is rounded by too much; the maximum is subtracted before.
+_FAR = 4096.0
 _HALVES = (0, 1)  # the rows g and g + 8 of a lane
 
 
@@ -102,7 +106,8 @@ class _TensorKernel:
             name: registers(count // 2, "uint32") if self.is_narrow(name) else registers(count)
             for name in self.shared_terms
         }
-        self.maximum, self.total, self.rescale = (registers(2) for _ in range(3))
+        # origin: of the exponents, -maximum in powers of 2.
+        self.maximum, self.origin, self.total, self.rescale = (registers(2) for _ in range(4))
 
     def is_narrow(self, name: str) -> bool:
         """Whether two elements of an operand fit into a register."""
@@ -199,6 +204,7 @@ class _TensorKernel:
 
     def start_rows(self) -> None:
         fill(self.maximum, 2, _START)
+        fill(self.origin, 2, -_START * _LOG2E)
         fill(self.total, 2, 0.0)
         fill(self.result, self.result.shape[0].value, 0.0)
 
@@ -242,8 +248,12 @@ class _TensorKernel:
         own = tirx.const(0, "int32") if int(buffer.shape[0]) == 1 else window
         query, key = self.query_token(half), self.key_token(first_key, tile, column)
         index = [own, self.head, query, key] if name == "bias" else [own, query, key]
+        value = load(buffer, index).astype(ACCUMULATOR)
+        if str(buffer.dtype) != "float16":
+            least, lowest = (tirx.const(bound, ACCUMULATOR) for bound in (_LEAST, LOWEST))
+            value = tirx.Select(value < lowest, value, tirx.max(value, least))  # -inf stays what it is
         inside = every([self.is_query(query), self.is_key(key, tile)])
-        return choose(inside, load(buffer, index).astype(ACCUMULATOR), tirx.const(0.0, ACCUMULATOR))
+        return choose(inside, value, tirx.const(0.0, ACCUMULATOR))
 
     def positions(self) -> list[tuple[int, int, int, int]]:
         """Number, tile, half and column of each logit that a lane holds."""
@@ -297,23 +307,27 @@ class _TensorKernel:
 
     def update_softmax(self) -> None:
         """Turns logits into weights relative to the running maximum, and rescales what was summed before."""
-        log2e, streamed = tirx.const(_LOG2E, ACCUMULATOR), self.tiling.key_tiles > 1
+        cores, log2e = self.cores, tirx.const(_LOG2E, ACCUMULATOR)
         for half in _HALVES:
             own = [self.logits[number] for number, _, h, _ in self.positions() if h == half]
-            store(self.rescale, [half], self.maximum[half])
             largest = functools.reduce(tirx.max, own, self.maximum[half])
             combine_lanes(self.frame, largest, tirx.max, self.maximum, half, lanes=4)
-            if streamed:
-                factor = self.cores.exp2((self.rescale[half] - self.maximum[half]) * log2e)
-                store(self.rescale, [half], factor)
+            store(self.rescale, [half], self.origin[half])
+            store(self.origin, [half], -self.maximum[half] * log2e)
+        if self.tiling.key_tiles > 1:
+            for half in _HALVES:
+                store(self.rescale, [half], cores.exp2(self.origin[half] - self.rescale[half]))
                 store(self.total, [half], self.total[half] * self.rescale[half])
-        if streamed:
             for number in range(self.result.shape[0].value):
                 store(self.result, [number], self.result[number] * self.rescale[number // 2 % 2])
         for half in _HALVES:
-            store(self.rescale, [half], self.maximum[half] * log2e)
+            store(self.rescale, [half], self.origin[half])
+            with when(tirx.abs(self.maximum[half]) > _FAR):
+                for number in (number for number, _, h, _ in self.positions() if h == half):
+                    store(self.logits, [number], self.logits[number] - self.maximum[half])
+                store(self.rescale, [half], tirx.const(0.0, ACCUMULATOR))
         for number, _, half, _ in self.positions():
-            store(self.logits, [number], self.cores.exp2(self.logits[number] * log2e - self.rescale[half]))
+            store(self.logits, [number], cores.exp2(cores.fma(self.logits[number], log2e, self.rescale[half])))
             store(self.total, [half], self.total[half] + self.logits[number])
 
     def multiply_weights_value(self) -> None:
@@ -339,7 +353,7 @@ class _TensorKernel:
         rows = registers(2, "int32")
         for half in _HALVES:
             combine_lanes(frame, self.total[half], lambda a, b: a + b, self.total, half, lanes=4)
-            store(self.total, [half], tirx.const(1.0, ACCUMULATOR) / self.total[half])
+            store(self.total, [half], self.cores.reciprocal(self.total[half]))
             token = self.query_token(half)
             coordinates, on_map = window.query_pixel(token)
             inside = every([self.is_query(token), on_map])
