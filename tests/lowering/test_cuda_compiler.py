@@ -20,8 +20,11 @@ from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
 from tests.metal.test_kernels import CUDA, kernel, symbol  # noqa: E402
 
 KERNELS: dict[str, Case] = {
-    **{f"window-{name}": WINDOWS[name] for name in ("shifted", "half", "keys-in-tiles")},
-    **{f"slide-{name}": SLIDES[name] for name in ("k3", "k3-half", "k7-dilated", "learned-k3", "slots-in-groups")},
+    **{f"window-{name}": WINDOWS[name] for name in ("shifted", "half", "keys-in-tiles", "extra-queries")},
+    **{
+        f"slide-{name}": SLIDES[name]
+        for name in ("k3", "k3-half", "k7-dilated", "learned-k3", "slots-in-groups", "overlap-add-half")
+    },
 }
 
 

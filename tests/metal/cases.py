@@ -204,7 +204,7 @@ WINDOWS = {
         (13, 10), (4, 5), (2, 1), 2, 30, bias="shared", relative="axes", padding=True, mask_value=-1.0, symbolic=True
     ),
     "relative-half": window((14, 14), (14, 14), (0, 0), 2, 64, relative="axes of all heads", batch=1, dtype="float16"),
-    "relative-global": window((18, 22), (18, 22), (0, 0), 1, 32, relative="axes of all heads", batch=1),
+    "relative-global": window((14, 19), (14, 19), (0, 0), 1, 12, relative="axes of all heads", batch=1),
     "relative-halo": window((11, 15), (4, 5), (0, 0), 2, 6, keys=HALO, relative="axes"),
     "relative-three-axes": window((4, 5, 6), (2, 5, 3), (1, 1, 0), 2, 8, relative="axes"),
     "relative-chunks": window((6, 8), (3, 4), (0, 0), 1, 600, batch=1, relative="axes"),
@@ -270,16 +270,12 @@ SLIDES = {
         f"predicted-{name}": Case(PREDICTED[name].spec, PREDICTED[name].operands())
         for name in (
             "weights",
-            "one-axis",
             "replicate",
             "strided",
-            "overlap-add-weights",
             "overlap-add-scaled-with-bias",
             "overlap-add-strided-uneven",
-            "overlap-add-apart",
             "overlap-add-of-three-axes",
             "upsampling-uneven-with-bias",
-            "upsampling-of-three-axes",
         )
     },
     "predicted-in-groups": predicted(op((12, 13), (9, 9)), 2),
@@ -288,6 +284,6 @@ SLIDES = {
     "overlap-add-half": predicted(
         op((14, 12), (3, 3), stride=(2, 2), key_size=(28, 24), overlap_add=True), 16, dtype="float16", symbolic=True
     ),
-    "overlap-add-k5": predicted(op((7, 9), (5, 3), dilation=(2, 1), overlap_add=True), 3),
+    "overlap-add-k5": predicted(op((7, 9), (5, 3), "weights", dilation=(2, 1), overlap_add=True), 3),
     "upsampling-wide": predicted(op((14, 16), (5, 5), upsampling=(2, 2)), 8, dtype="float16"),
 }

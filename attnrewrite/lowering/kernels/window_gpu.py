@@ -319,6 +319,8 @@ class _WindowKernel:
             key = self.key_token(first_key, j)
             if penalised:
                 store(key_region, [0], self.window.region(key))
+            if self.products is not None:
+                self.products.choose_key(key)
             for i in range(tiling.queries):
                 at = i * tiling.keys + j
                 value = self.logits[at] * tirx.const(spec.scale, ACCUMULATOR)
@@ -328,7 +330,7 @@ class _WindowKernel:
                 for operand in apart:
                     value = value + self.added(operand, self.image, self.window_index, query, key)
                 if self.products is not None:
-                    value = value + choose(self.is_own(query, key), self.products.of(self.query_row(i), key), zero)
+                    value = value + choose(self.is_own(query, key), self.products.of(self.query_row(i)), zero)
                 if self.relative is not None:
                     value = value + self.relative[at] * tirx.const(spec.relative_scale, ACCUMULATOR)
                 if penalised:

@@ -128,18 +128,26 @@ class RelativeProducts:
         """tokens: N. tile: where the products are."""
         self.frame, self.table, self.axes, self.tokens, self.tile = frame, table, axes, tokens, tile
         self.sums, self.query, self.row = registers(QUERIES), registers(STEP), registers(STEP)
-        self.places = registers(QUERIES, "int32")
+        # Indices in registers rather than in bound variables: the latter keep TVM's region analysis busy for seconds.
+        self.first_query, self.first_line, self.first_place = (registers(1, "int32") for _ in range(3))
+        self.places, self.columns = registers(QUERIES, "int32"), registers(len(axes), "int32")
 
     def multiply(self, queries: SharedTile, first_query: Expr, scale: float) -> None:
         """scale * (query . row), for the tile of queries from token `first_query` on."""
+        store(self.first_query, [0], first_query)
         for axis in self.axes:
-            self._multiply_axis(axis, queries, first_query, scale)
+            self._multiply_axis(axis, queries, self.first_query[0], scale)
 
-    def of(self, query_row: Expr, key: Expr) -> Expr:
-        """What the logit of a query of the tile and a key token adds."""
+    def choose_key(self, key: Expr) -> None:
+        """The key token whose logits are computed from now on."""
+        for at, axis in enumerate(self.axes):
+            store(self.columns, [at], axis.column(key))
+
+    def of(self, query_row: Expr) -> Expr:
+        """What the logit of a query of the tile and the chosen key adds."""
         total: Expr = tirx.const(0.0, ACCUMULATOR)
-        for axis in self.axes:
-            total = total + self.tile.load(query_row, axis.column(key))
+        for at in range(len(self.axes)):
+            total = total + self.tile.load(query_row, self.columns[at])
         return total
 
     def _multiply_axis(self, axis: RelativeAxis, queries: SharedTile, first_query: Expr, scale: float) -> None:
@@ -148,10 +156,12 @@ class RelativeProducts:
         blocks, count = ceil_div(places, QUERIES), min(places, QUERIES)
         with spread(self.frame, axis.items(size, self.tokens)) as index:
             key, of_query = index % axis.length, index // axis.length
-            first_line = T.bind(first_query // axis.stride + of_query // blocks)
+            store(self.first_line, [0], first_query // axis.stride + of_query // blocks)
+            first_line = self.first_line[0]
             row = T.bind(axis.first_row + first_line % axis.extent * axis.length + key)
+            store(self.first_place, [0], of_query % blocks * QUERIES)
             for at in range(count):
-                place = at if blocks == 1 else of_query % blocks * QUERIES + at
+                place = at if blocks == 1 else self.first_place[0] + at
                 store(self.places, [at], self._row_of_place(axis, first_line, place, first_query))
             fill(self.sums, count, 0.0)
             with T.serial(queries.shape.columns // STEP) as step:
