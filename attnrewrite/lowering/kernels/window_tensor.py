@@ -28,15 +28,17 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
+from attnrewrite.floats import lowest
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.lowering.kernels.gpu_builder import (
     ACCUMULATOR,
-    LOWEST,
     Expr,
+    Flat,
     Frame,
     KernelBuilder,
     Limits,
@@ -65,10 +67,8 @@ from attnrewrite.lowering.kernels.window_tensor_staging import Staging, flat_pix
 
 _ADDED = ("bias", "mask")
 _LOG2E = math.log2(math.e)
-# Where a running maximum starts: above what keys outside the window have, so that these weigh nothing beside it.
-_START = LOWEST / 2
-# What masks as large as float32 allows come down to: in a row of nothing else they still outweigh _START.
-_LEAST = LOWEST / 4
+# Where a running maximum starts, and what logits of keys outside the window are: masks may be as low as this.
+_START = lowest(np.dtype(np.float32))
 # From here on the product of a logit with log2(e) is rounded by too much; the maximum is subtracted before.
 _FAR = 4096.0
 _HALVES = (0, 1)  # the rows g and g + 8 of a lane
@@ -103,8 +103,7 @@ class _TensorKernel:
         self.left, self.right = cores.words(4), cores.words(4)
         count = tiling.tile_keys // COLUMNS * 4
         self.held = {
-            name: registers(count // 2, "uint32") if self.is_narrow(name) else registers(count)
-            for name in self.shared_terms
+            name: registers(count // 2, "uint32") if self.is_narrow(name) else registers(count) for name in added
         }
         # origin: of the exponents, -maximum in powers of 2.
         self.maximum, self.origin, self.total, self.rescale = (registers(2) for _ in range(4))
@@ -126,7 +125,7 @@ class _TensorKernel:
             fetch(start)
             self.cores.commit()
         for name in self.shared_terms:
-            self.hold(name)
+            self.hold(name, start, start)
         if tiling.key_tiles > 1:
             self.start_rows()
         with T.serial(steps) as step:
@@ -140,6 +139,9 @@ class _TensorKernel:
         several = tiling.key_tiles > 1 or self.run > 1
         if tiling.key_tiles == 1:
             self.start_rows()
+        window, first_key = self.window_of(step), self.first_key(step)
+        for name in self.own_terms:
+            self.hold(name, self.window_index(self.unit(step)), first_key)
         cores.wait(1)
         barrier()
         self.multiply_query_key()
@@ -148,9 +150,8 @@ class _TensorKernel:
             with when(step + 1 < steps):
                 self.fetch_logits_operands(step + 1, after_first=True)
         cores.commit()
-        window, first_key = self.window_of(step), self.first_key(step)
-        self.add_to_logits(window, self.unit(step), first_key)
-        self.update_softmax()
+        self.add_to_logits(window, first_key)
+        self.update_softmax(first_key)
         cores.wait(1)
         barrier()
         self.multiply_weights_value()
@@ -204,7 +205,7 @@ class _TensorKernel:
 
     def start_rows(self) -> None:
         fill(self.maximum, 2, _START)
-        fill(self.origin, 2, -_START * _LOG2E)
+        fill(self.origin, 2, -_START / 2 * _LOG2E)
         fill(self.total, 2, 0.0)
         fill(self.result, self.result.shape[0].value, 0.0)
 
@@ -242,33 +243,36 @@ class _TensorKernel:
         first_tile_only = self.tiling.key_tiles == 1 and (tile + 1) * COLUMNS <= keys
         return True if first_tile_only or keys % self.tiling.tile_keys == 0 else token < keys
 
-    def term(self, name: str, window: Expr, half: int, tile: int, column: int, first_key: Expr) -> Expr:
-        """An element of bias or mask as float32; 0 outside of the window."""
-        buffer = self.frame.operands[name]
-        own = tirx.const(0, "int32") if int(buffer.shape[0]) == 1 else window
-        query, key = self.query_token(half), self.key_token(first_key, tile, column)
-        index = [own, self.head, query, key] if name == "bias" else [own, query, key]
-        value = load(buffer, index).astype(ACCUMULATOR)
-        if str(buffer.dtype) != "float16":
-            least, lowest = (tirx.const(bound, ACCUMULATOR) for bound in (_LEAST, LOWEST))
-            value = tirx.Select(value < lowest, value, tirx.max(value, least))  # -inf stays what it is
-        inside = every([self.is_query(query), self.is_key(key, tile)])
-        return choose(inside, value, tirx.const(0.0, ACCUMULATOR))
-
     def positions(self) -> list[tuple[int, int, int, int]]:
         """Number, tile, half and column of each logit that a lane holds."""
         tiles = range(self.tiling.tile_keys // COLUMNS)
         return [(n * 4 + h * 2 + c, n, h, c) for n, h, c in itertools.product(tiles, _HALVES, (0, 1))]
 
-    def hold(self, name: str) -> None:
-        """An operand of the logits that all windows of the run share, as it is: two elements to a register, or one."""
-        zero = tirx.const(0, "int32")
+    def hold(self, name: str, window: Expr, first_key: Expr) -> None:
+        """Reads bias or mask into registers as they are, two elements to one where they are narrow; 0 outside."""
+        cores, buffer = self.cores, self.frame.operands[name]
+        in_pairs = self.is_narrow(name) and self.tiling.sizes.keys % 2 == 0
+        one_for_all = int(buffer.shape[0]) == 1
+        row: Expr = tirx.const(0, "int32") if one_for_all else window
+        if name == "bias":
+            row = row * self.spec.num_heads + self.head
+        flat = _as_words(buffer) if in_pairs else Flat(buffer, 1)
+
+        def element(half: int, tile: int, column: int) -> Expr:
+            """One element as float32, or two as a word."""
+            query, key = self.query_token(half), self.key_token(first_key, tile, column)
+            position = (row * self.tiling.sizes.queries + query) * self.tiling.sizes.keys + key
+            inside = every([self.is_query(query), self.is_key(key, tile)])
+            if in_pairs:
+                return choose(inside, load(flat, [position // 2]), tirx.const(0, "uint32"))
+            return choose(inside, flat.load(position).astype(ACCUMULATOR), tirx.const(0.0, ACCUMULATOR))
+
         for number, tile, half, column in self.positions():
             if not self.is_narrow(name):
-                store(self.held[name], [number], self.term(name, zero, half, tile, column, zero))
+                store(self.held[name], [number], element(half, tile, column))
             elif column == 0:
-                low, high = (self.term(name, zero, half, tile, c, zero) for c in (0, 1))
-                store(self.held[name], [number // 2], self.cores.pack(low, high))
+                word = element(half, tile, 0)
+                store(self.held[name], [number // 2], word if in_pairs else cores.pack(word, element(half, tile, 1)))
 
     def held_term(self, name: str, number: int) -> Expr:
         if not self.is_narrow(name):
@@ -276,19 +280,15 @@ class _TensorKernel:
         word = load(self.held[name], [number // 2])
         return self.cores.high(word) if number % 2 else self.cores.low(word)
 
-    def add_to_logits(self, window: Window, unit: Expr, first_key: Expr) -> None:
-        """Scales the logits and adds bias, mask and region penalty; keys past the window become LOWEST."""
+    def add_to_logits(self, window: Window, first_key: Expr) -> None:
+        """Scales the logits and adds bias, mask and region penalty; those of keys past the window become the least."""
         spec = self.spec
-        for number, tile, half, column in self.positions():
+        for number, tile, _, column in self.positions():
             value = self.logits[number] * tirx.const(spec.scale, ACCUMULATOR)
-            for name in self.shared_terms:
+            for name in self.held:
                 value = value + self.held_term(name, number)
-            for name in self.own_terms:
-                value = value + self.term(name, self.window_index(unit), half, tile, column, first_key)
             inside = self.is_key(self.key_token(first_key, tile, column), tile)
-            if inside is not True:
-                value = tirx.Select(inside, value, tirx.const(LOWEST, ACCUMULATOR))
-            store(self.logits, [number], value)
+            store(self.logits, [number], choose(inside, value, tirx.const(_START, ACCUMULATOR)))
         if spec.mask_value is not None and any(any(g.shift_size) for _, g in spec.runs_of_heads()):
             with when(window.crosses_regions()):
                 self.penalise(window, first_key, spec.mask_value)
@@ -305,7 +305,7 @@ class _TensorKernel:
                 value = self.logits[number] + tirx.const(mask_value, ACCUMULATOR)
                 store(self.logits, [number], tirx.Select(own[half] != other[0], value, self.logits[number]))
 
-    def update_softmax(self) -> None:
+    def update_softmax(self, first_key: Expr) -> None:
         """Turns logits into weights relative to the running maximum, and rescales what was summed before."""
         cores, log2e = self.cores, tirx.const(_LOG2E, ACCUMULATOR)
         for half in _HALVES:
@@ -313,7 +313,8 @@ class _TensorKernel:
             largest = functools.reduce(tirx.max, own, self.maximum[half])
             combine_lanes(self.frame, largest, tirx.max, self.maximum, half, lanes=4)
             store(self.rescale, [half], self.origin[half])
-            store(self.origin, [half], -self.maximum[half] * log2e)
+            # Half of the least number still is finite in powers of 2.
+            store(self.origin, [half], -tirx.max(self.maximum[half], tirx.const(_START / 2, ACCUMULATOR)) * log2e)
         if self.tiling.key_tiles > 1:
             for half in _HALVES:
                 store(self.rescale, [half], cores.exp2(self.origin[half] - self.rescale[half]))
@@ -326,8 +327,10 @@ class _TensorKernel:
                 for number in (number for number, _, h, _ in self.positions() if h == half):
                     store(self.logits, [number], self.logits[number] - self.maximum[half])
                 store(self.rescale, [half], tirx.const(0.0, ACCUMULATOR))
-        for number, _, half, _ in self.positions():
-            store(self.logits, [number], cores.exp2(cores.fma(self.logits[number], log2e, self.rescale[half])))
+        for number, tile, half, column in self.positions():
+            weight = cores.exp2(cores.fma(self.logits[number], log2e, self.rescale[half]))
+            inside = self.is_key(self.key_token(first_key, tile, column), tile)
+            store(self.logits, [number], choose(inside, weight, tirx.const(0.0, ACCUMULATOR)))
             store(self.total, [half], self.total[half] + self.logits[number])
 
     def multiply_weights_value(self) -> None:
@@ -398,13 +401,18 @@ class _TensorKernel:
 
     def store_words(self, pixel: Expr, channel: Expr, words: tirx.Buffer, count: int) -> None:
         output, value_dim = self.frame.output, self.tiling.sizes.value_dim
-        elements = math.prod(output.shape[1:], start=tirx.Cast("int32", output.shape[0]))
-        view = T.decl_buffer((elements // 2,), "uint32", data=output.data)
+        view = _as_words(output)
         word = (pixel * int(output.shape[-1]) + self.head * value_dim + channel) // 2
         if count == 1:
             T.buffer_store(view, words[0], [word])
         else:
             T.buffer_store(view, load(words, [tirx.Ramp(0, 1, count)]), [tirx.Ramp(word, 1, count)])
+
+
+def _as_words(buffer: tirx.Buffer) -> tirx.Buffer:
+    """Two elements to a word."""
+    elements = math.prod(buffer.shape[1:], start=tirx.Cast("int32", buffer.shape[0]))
+    return T.decl_buffer((elements // 2,), "uint32", data=buffer.data)
 
 
 def flash_window_attention(
