@@ -29,6 +29,7 @@ from attnrewrite.frontend.fx.program import Lifted, Live, Program, known_as
 from attnrewrite.frontend.fx.read import read
 from attnrewrite.frontend.fx.tensors import array_of
 from attnrewrite.frontend.fx.write import write
+from attnrewrite.functions.spec import Spec
 from attnrewrite.graph import Graph, Value
 from attnrewrite.operators import linear as _linear  # noqa: F401 - registers the operator
 from attnrewrite.operators.compiled import prepare
@@ -187,9 +188,15 @@ def rewrite(
 
 
 def prepare_kernels(module: GraphModule) -> None:
-    """Compile the kernels of a graph's ops, all in one process. Without this it happens in the background from the
-    first call on, and PyTorch's own operators compute meanwhile.
+    """Compile the kernels of a graph's ops, all in one process. Without this it happens at the first calls: on CPUs in
+    the background, while PyTorch's own operators compute.
     """
+    if sites := sites_of(module):
+        prepare(sites)
+
+
+def sites_of(module: GraphModule) -> list[tuple[Spec, dict[str, torch.Tensor]]]:
+    """The spec and the operands, as what the graph knows of them, of each of its ops on a CPU or a CUDA device."""
     sites = []
     for node in module.graph.nodes:
         operator = operator_of(node.target)
@@ -197,10 +204,9 @@ def prepare_kernels(module: GraphModule) -> None:
             continue
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known_as)
         spec, operands = bind(operator, args, kwargs)
-        if all(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in operands.values()):
+        if all(isinstance(t, torch.Tensor) and t.device.type in ("cpu", "cuda") for t in operands.values()):
             sites.append((spec, operands))
-    if sites:
-        prepare(sites)
+    return sites
 
 
 def _live_values(graph: Graph) -> list[Value]:

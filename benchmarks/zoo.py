@@ -116,6 +116,7 @@ _FIXED: dict[str, Model] = {
     "swin_tiny": Model(_timm("swin_tiny_patch4_window7_224"), _image(224)),
     "swin_tiny_b8": Model(_timm("swin_tiny_patch4_window7_224"), _image(224, batch=8)),
     "swin_base": Model(_timm("swin_base_patch4_window7_224"), _image(224)),
+    "swin_large": Model(_timm("swin_large_patch4_window7_224"), _image(224)),
     "swinv2_tiny": Model(_timm("swinv2_tiny_window8_256"), _image(256)),
     "maxvit_tiny": Model(_timm("maxvit_tiny_tf_224"), _image(224)),
     "sam_base_512": Model(_timm("samvit_base_patch16", img_size=512), _image(512), "torchscript"),

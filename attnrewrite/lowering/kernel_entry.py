@@ -30,10 +30,11 @@ _SOURCES = (
 
 
 @cache
-def compiler_digest() -> str:
-    """Changes with the package's sources of kernels, TVM's version, and the CPU and its features."""
+def compiler_digest(for_cpu: bool = True) -> str:
+    """Changes with the package's sources of kernels, TVM's version, and for CPUs with the model and its features."""
     package = Path(__file__).resolve().parents[1]
-    digest = sha256(repr([sorted(versions().items()), cpu_model(), platform.machine(), _cpu_features()]).encode())
+    machine = [platform.machine(), *([cpu_model(), _cpu_features()] if for_cpu else [])]
+    digest = sha256(repr([sorted(versions().items()), *machine]).encode())
     for source in _SOURCES:
         path = package / source
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:

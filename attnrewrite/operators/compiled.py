@@ -18,6 +18,7 @@ import atexit
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import tempfile
 import threading
@@ -231,6 +232,23 @@ def prepare(sites: Iterable[tuple[Spec, Mapping[str, Tensor]]]) -> Prepared:
     )
 
 
+def compile_for(architecture: str, sites: Iterable[tuple[Spec, Mapping[str, Tensor]]]) -> tuple[str, ...]:
+    """Compile the kernels of these sites into the cache, for GPUs of an architecture (sm_90) that need not be at hand.
+
+    Their names do not depend on this machine: a cache may be copied. Returns the sentences of those that failed.
+    Raises CompilerError where nothing can be compiled.
+    """
+    kernels = dict.fromkeys(kernel_of(spec, operands, architecture) for spec, operands in sites)
+    absent = [k for k in kernels if k is not None and not (_folder() / f"{_name(k)}.so").exists()]
+    missing = _covered(absent)
+    return tuple(_compile_for(architecture, missing).values()) if missing else ()
+
+
+def launched_kernels() -> int:
+    """How many kernels were launched on CUDA devices so far."""
+    return len(_state.launched)
+
+
 def _ask(kernel: Kernel) -> None:
     """Have a kernel made in the background."""
     with _state.lock:
@@ -256,16 +274,13 @@ def _work() -> None:
 
 
 def _make(kernels: Sequence[Kernel]) -> Prepared:
-    """Load these kernels, compiling those that are not on disk."""
+    """Load these kernels, compiling those that are not on disk. For loading, TVM's runtime is enough."""
+    absent = [kernel for kernel in kernels if not _load(kernel)]
     try:
-        import tvm  # noqa: F401 - its runtime is what a kernel's library finds its threads in
-
-        from attnrewrite.lowering.kernels.coverage import covers
+        missing = _covered(absent)
     except Exception as error:  # whatever a broken installation raises
-        return _left_to_torch(kernels, f"TVM cannot be imported: {error}")
-    covered = [k for k in kernels if covers(k.spec, {n: _sized(shape) for n, shape in k.shapes}, k.kind)]
-    _state.ready.update(dict.fromkeys(k for k in kernels if k not in covered))
-    missing = [kernel for kernel in covered if not _load(kernel)]
+        return _left_to_torch(absent, f"TVM cannot be imported: {error}")
+    _state.ready.update(dict.fromkeys(k for k in absent if k not in missing))
     start, failed = time.perf_counter(), dict[Kernel, str]()
     if missing:
         try:
@@ -279,11 +294,22 @@ def _make(kernels: Sequence[Kernel]) -> Prepared:
         _left_to_torch(list(failed), next(iter(failed.values())))
     return Prepared(
         len(missing) - len(failed),
-        len(covered) - len(missing),
-        len(kernels) - len(covered),
+        len(kernels) - len(absent),
+        len(absent) - len(missing),
         tuple(failed.values()),
         round(time.perf_counter() - start, 3),
     )
+
+
+def _covered(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Those that can be compiled. Raises ImportError where TVM cannot be imported with its compiler."""
+    if not kernels:
+        return []
+    import tvm  # noqa: F401 - its runtime is what a kernel's library finds its threads in
+
+    from attnrewrite.lowering.kernels.coverage import covers
+
+    return [k for k in kernels if covers(k.spec, {n: _sized(shape) for n, shape in k.shapes}, k.kind)]
 
 
 def _sized(shape: Sequence[int | None]) -> tuple[int, ...]:
@@ -316,7 +342,7 @@ def _compile_for(device: str, kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     names = {kernel: _name(kernel) for kernel in kernels}
-    target = parse_target("cpu") if device == CPU else parse_target("cuda", json.dumps({"arch": device}))
+    target = parse_target("cpu") if device == CPU else parse_target("cuda", _gpu_target(device))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".compile-") as scratch:
         work = Path(scratch)
         request = {
@@ -340,6 +366,11 @@ def _compile_for(device: str, kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     return {kernel: result["failed"][name] for kernel, name in names.items() if name in result["failed"]}
 
 
+def _gpu_target(architecture: str) -> str:
+    """For launches by any CPU of this kind."""
+    return json.dumps({"arch": architecture, "host": {"kind": "llvm", "mtriple": f"{platform.machine()}-linux-gnu"}})
+
+
 def _load(kernel: Kernel) -> bool:
     """Whether the kernel's library is in the cache and can be loaded."""
     from attnrewrite.lowering.kernel_entry import ENTRY, load_kernel
@@ -360,10 +391,11 @@ def _folder() -> Path:
 
 
 def _name(kernel: Kernel) -> str:
-    """Of the kernel's files: a digest of the kernel, of what compiles it and of the machine it is compiled for."""
+    """Of the kernel's files: a digest of the kernel, of what compiles it and of the CPU, if it is compiled for that."""
     from attnrewrite.lowering.kernel_entry import compiler_digest
 
-    return sha256(json.dumps([kernel.request(), compiler_digest()], sort_keys=True).encode()).hexdigest()[:24]
+    digest = compiler_digest(for_cpu=kernel.device == CPU)
+    return sha256(json.dumps([kernel.request(), digest], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _remember_child(child: subprocess.Popen[str]) -> None:

@@ -23,7 +23,7 @@ _ADDED_TO_LOGITS = ("bias", "mask", "logit_bias")
 
 CPU = "cpu"
 _HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_BFLOAT16_SINCE = (8, 0)
+_BFLOAT16_SINCE = 80
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class Kernel:
         }
 
 
-def kernel_of(spec: Spec, operands: Mapping[str, Tensor]) -> Kernel | None:
+def kernel_of(spec: Spec, operands: Mapping[str, Tensor], device: str | None = None) -> Kernel | None:
     """The kernel for these operands (of which only device, dtypes, shapes and strides are read); None where there is
-    none for their dtypes or their device.
+    none for their dtypes or their device. device: of `Kernel`; None: the operands' own.
     """
     if spec.softmax_dtype not in (0, 1):
         return None
-    device = _device_of(operands["value"].device)
+    device = device or _device_of(operands["value"].device)
     if device == CPU and all(t.dtype == torch.float32 for t in operands.values()):
         return Kernel(spec, _shapes(operands, MAPS), _steps(spec, operands), CPU, _dtypes(operands, "float32"))
     if device is None or device == CPU or len({operands[n].dtype for n in MAPS if n in operands}) > 1:
         return None
-    dtype = _gpu_dtype(operands["value"])
+    dtype = _gpu_dtype(operands["value"].dtype, int(device.removeprefix("sm_")))
     return None if dtype is None else Kernel(spec, _shapes(operands, _BATCHED), (), device, _dtypes(operands, dtype))
 
 
@@ -74,19 +74,19 @@ def _device_of(device: torch.device) -> str | None:
         return CPU
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    major, minor = _capability(device)
-    return f"sm_{major}{minor}"
+    return _architecture(device)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-def _gpu_dtype(value: Tensor) -> str | None:
-    if value.dtype == torch.bfloat16 and _capability(value.device) < _BFLOAT16_SINCE:
+def _gpu_dtype(dtype: torch.dtype, architecture: int) -> str | None:
+    if dtype == torch.bfloat16 and architecture < _BFLOAT16_SINCE:
         return None
-    return "float32" if value.dtype == torch.float32 else _HALVES.get(value.dtype)
+    return "float32" if dtype == torch.float32 else _HALVES.get(dtype)
 
 
 def _dtypes(operands: Mapping[str, Tensor], dtype: str) -> tuple[tuple[str, str], ...]:

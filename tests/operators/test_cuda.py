@@ -70,7 +70,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     monkeypatch.setattr(compiled, "_load", emulated.load)
     monkeypatch.setattr(compiled, "_compile", emulated.compile)
     monkeypatch.setattr(kernel, "_device_of", lambda device: ARCHITECTURE)
-    monkeypatch.setattr(kernel, "_capability", lambda device: (8, 0))
     compiled.use_kernels(True)
     return emulated
 
@@ -142,11 +141,10 @@ def test_torch_computes_what_no_kernel_does(gpu: Emulated, why: str) -> None:
     assert gpu.kernels == []
 
 
-def test_bfloat16_is_left_to_torch_before_ampere(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_left_to_torch_before_ampere() -> None:
     operands = operands_of("k3", torch.bfloat16)
-    assert kernel.kernel_of(CASES["k3"].spec, operands) is not None
-    monkeypatch.setattr(kernel, "_capability", lambda device: (7, 5))
-    assert kernel.kernel_of(CASES["k3"].spec, operands) is None
+    assert kernel.kernel_of(CASES["k3"].spec, operands, "sm_80") is not None
+    assert kernel.kernel_of(CASES["k3"].spec, operands, "sm_75") is None
 
 
 def test_numbers_beyond_a_dtype_are_its_last_and_infinities_stay() -> None:
@@ -183,11 +181,11 @@ def test_what_is_compiled_for_a_gpu_holds_its_machine_code(monkeypatch: pytest.M
     except CompilerError as missing:
         pytest.skip(str(missing))
     monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernel, "_device_of", lambda device: "sm_75")
-    monkeypatch.setattr(kernel, "_capability", lambda device: (7, 5))
-    wanted = kernel.kernel_of(CASES["k3"].spec, operands_of("k3", torch.float16))
-    assert compiled._compile([wanted]) == {}
+    site = (CASES["k3"].spec, operands_of("k3", torch.float16))
+    assert compiled.compile_for("sm_75", [site]) == ()
     (library,) = tmp_path.rglob("*.so")
     content = library.read_bytes()
     assert b"\x04\0\0\0\0\0\0\0cubn" in content
     assert content.count(b"\x7fELF") >= 2  # the library's own, and the GPU's
+    monkeypatch.setattr(compiled, "_compile_for", lambda *_: pytest.fail("compiled again"))
+    assert compiled.compile_for("sm_75", [site]) == ()
