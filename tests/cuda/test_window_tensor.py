@@ -30,6 +30,7 @@ CASES = {
     for name in (
         "shifted", "padded-then-shifted", "shifted-then-padded", "mask-tensor", "keys-in-tiles", "three-axes", "halo",
         "halo-shifted", "keys-downsampled", "shared-query", "shifts-of-heads", "heads-of-64-half",
+        "logit-bias", "logit-bias-of-keys", "logit-bias-of-all",
     )
 }  # fmt: skip
 

@@ -59,16 +59,16 @@ from attnrewrite.lowering.kernels.window_gpu_plan import Run, Sizes, WindowTilin
 from attnrewrite.lowering.kernels.window_gpu_relative import STEP, RelativeProducts, RelativeTable
 
 # What is added to the logits, and the axes of each; an axis of extent 1 stands for all its indices.
-_ADDED = {
+ADDED = {
     "bias": ("window", "head", "query", "key"),
     "mask": ("window", "query", "key"),
     "logit_bias": ("image", "window", "head", "query", "key"),
 }
 
 
-def _is_shared(operand: str, shape: Sequence[Any], axes: set[str]) -> bool:
+def is_shared(operand: str, shape: Sequence[Any], axes: set[str]) -> bool:
     """Whether an operand of the logits is the same along these axes."""
-    return all(int_or_none(e) == 1 for e, axis in zip(shape, _ADDED[operand], strict=True) if axis in axes)
+    return all(int_or_none(e) == 1 for e, axis in zip(shape, ADDED[operand], strict=True) if axis in axes)
 
 
 class _WindowKernel:
@@ -291,7 +291,7 @@ class _WindowKernel:
         """An element of bias, mask or logit_bias; 0 outside of the window."""
         buffer = self.frame.operands[operand]
         at = {"image": image, "window": window, "head": self.head, "query": query, "key": key}
-        axes = zip(buffer.shape, _ADDED[operand], strict=True)
+        axes = zip(buffer.shape, ADDED[operand], strict=True)
         index = [0 if int_or_none(extent) == 1 else at[axis] for extent, axis in axes]
         inside = every([self.is_query(query), self.is_key(key)])
         return choose(inside, load(buffer, index).astype(ACCUMULATOR), tirx.const(0.0, ACCUMULATOR))
@@ -307,7 +307,7 @@ class _WindowKernel:
         """Scales the logits and adds all terms of theirs; keys past the window become LOWEST."""
         spec, tiling = self.spec, self.tiling
         zero, lowest = tirx.const(0.0, ACCUMULATOR), tirx.const(LOWEST, ACCUMULATOR)
-        apart = [name for name in _ADDED if name in self.frame.operands and name not in self.run.shared]
+        apart = [name for name in ADDED if name in self.frame.operands and name not in self.run.shared]
         shifted = any(any(geometry.shift_size) for _, geometry in spec.runs_of_heads())
         penalised = spec.mask_value is not None and shifted
         if penalised:
@@ -457,9 +457,9 @@ def flash_window_attention(
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
     sizes = Sizes.of(spec, by_name, dtype)
     tiling = choose_tiling(sizes, limits)
-    added = [operand for operand in _ADDED if operand in by_name]
+    added = [operand for operand in ADDED if operand in by_name]
     in_windows, in_images = (
-        [operand for operand in added if _is_shared(operand, by_name[operand], axes)]
+        [operand for operand in added if is_shared(operand, by_name[operand], axes)]
         for axes in ({"image", "window"}, {"image"})
     )
     run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), in_windows, in_images, limits)

@@ -54,7 +54,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
-from attnrewrite.lowering.kernels.window_gpu import int_or_none
+from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
 from attnrewrite.lowering.kernels.window_tensor_plan import (
     COLUMNS,
@@ -65,7 +65,6 @@ from attnrewrite.lowering.kernels.window_tensor_plan import (
 )
 from attnrewrite.lowering.kernels.window_tensor_staging import Staging, flat_pixel
 
-_ADDED = ("bias", "mask")
 _LOG2E = math.log2(math.e)
 # Where a running maximum starts, and what logits of keys outside the window are: masks may be as low as this.
 _START = lowest(np.dtype(np.float32))
@@ -94,8 +93,8 @@ class _TensorKernel:
         self.head = self.first_head + self.own_head
 
         self.staging = Staging(spec, frame, tiling, cores, self.first_head)
-        added = [name for name in _ADDED if name in frame.operands]
-        one_for_all = [name for name in added if int(frame.operands[name].shape[0]) == 1]
+        added = [name for name in ADDED if name in frame.operands]
+        one_for_all = [name for name in added if is_shared(name, frame.operands[name].shape, {"image", "window"})]
         self.shared_terms = one_for_all if run > 1 else []
         self.own_terms = [name for name in added if name not in self.shared_terms]
         self.logits = cores.sums(tiling.tile_keys // COLUMNS * 4)
@@ -125,7 +124,7 @@ class _TensorKernel:
             fetch(start)
             self.cores.commit()
         for name in self.shared_terms:
-            self.hold(name, start, start)
+            self.hold(name, self.first_unit, start)
         if tiling.key_tiles > 1:
             self.start_rows()
         with T.serial(steps) as step:
@@ -141,7 +140,7 @@ class _TensorKernel:
             self.start_rows()
         window, first_key = self.window_of(step), self.first_key(step)
         for name in self.own_terms:
-            self.hold(name, self.window_index(self.unit(step)), first_key)
+            self.hold(name, self.unit(step), first_key)
         cores.wait(1)
         barrier()
         self.multiply_query_key()
@@ -248,20 +247,21 @@ class _TensorKernel:
         tiles = range(self.tiling.tile_keys // COLUMNS)
         return [(n * 4 + h * 2 + c, n, h, c) for n, h, c in itertools.product(tiles, _HALVES, (0, 1))]
 
-    def hold(self, name: str, window: Expr, first_key: Expr) -> None:
-        """Reads bias or mask into registers as they are, two elements to one where they are narrow; 0 outside."""
+    def hold(self, name: str, unit: Expr, first_key: Expr) -> None:
+        """Reads a term of the logits into registers as it is, two elements to one where they are narrow; 0 outside."""
         cores, buffer = self.cores, self.frame.operands[name]
-        in_pairs = self.is_narrow(name) and self.tiling.sizes.keys % 2 == 0
-        one_for_all = int(buffer.shape[0]) == 1
-        row: Expr = tirx.const(0, "int32") if one_for_all else window
-        if name == "bias":
-            row = row * self.spec.num_heads + self.head
+        in_pairs = self.is_narrow(name) and self.tiling.sizes.keys % 2 == 0 and int_or_none(buffer.shape[-1]) != 1
         flat = _as_words(buffer) if in_pairs else Flat(buffer, 1)
+        indices = {"image": self.image(unit), "window": self.window_index(unit), "head": self.head}
 
         def element(half: int, tile: int, column: int) -> Expr:
             """One element as float32, or two as a word."""
             query, key = self.query_token(half), self.key_token(first_key, tile, column)
-            position = (row * self.tiling.sizes.queries + query) * self.tiling.sizes.keys + key
+            position: Expr = tirx.const(0, "int32")
+            for axis, extent in zip(ADDED[name], buffer.shape, strict=True):
+                if int_or_none(extent) != 1:
+                    own = {**indices, "query": query, "key": key}[axis]
+                    position = own if axis == "image" else position * int(extent) + own
             inside = every([self.is_query(query), self.is_key(key, tile)])
             if in_pairs:
                 return choose(inside, load(flat, [position // 2]), tirx.const(0, "uint32"))

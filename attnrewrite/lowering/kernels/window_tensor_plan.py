@@ -38,7 +38,7 @@ MAX_RUN = 8
 # Threadgroups for every one that is needed to keep the GPU busy, before they go through more than one window.
 WAVES = 4
 
-OPERANDS = frozenset({"query", "key", "value", "bias", "mask", "key_padding", "value_padding"})
+OPERANDS = frozenset({"query", "key", "value", "bias", "mask", "logit_bias", "key_padding", "value_padding"})
 
 
 @dataclass(frozen=True)
