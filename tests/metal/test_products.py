@@ -48,9 +48,7 @@ def test_what_is_mostly_padding_is_not(sizes: tuple[int, int, int]) -> None:
     assert "simdgroup" not in source(*sizes, "float32")
 
 
-@pytest.mark.parametrize(
-    "name", ["matmul", "matmul-in-vectors", "matmul-transposed-in-vectors", "matmul-of-heads", "conv-patch-embed"]
-)
+@pytest.mark.parametrize("name", ["matmul", "matmul-in-vectors", "matmul-transposed-in-vectors"])
 def test_single_multiply_adds_keep_the_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_simdgroup, "choose_tile", lambda *_: None)
     test_schedules.compare(name, "float32", test_schedules.FLOAT32)

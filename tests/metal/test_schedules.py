@@ -88,6 +88,8 @@ CASES: dict[str, tuple[list[tuple[Any, ...]], Builder]] = {
     "softmax-long-row": ([(3, 5000)], lambda x: op.nn.softmax(x, axis=-1)),
     "softmax-too-long-for-shared-memory": ([(2, 9000)], lambda x: op.nn.softmax(x, axis=-1)),
     "layer-norm": ([(BATCH, 13, 96), (96,), (96,)], layer_norm),
+    # Several rows for each thread, which keeps the parameters.
+    "layer-norm-of-many-rows": ([(2075, 24), (24,), (24,)], layer_norm),
     "layer-norm-channels-first": (
         [(2, 24, 5, 7)],
         lambda x: op.divide(
@@ -110,6 +112,10 @@ CASES: dict[str, tuple[list[tuple[Any, ...]], Builder]] = {
     "elementwise": (
         [(BATCH, 7, 5), (5,)],
         lambda x, y: op.tanh(op.add(op.sigmoid(x), op.exp(op.negative(op.multiply(y, y))))),
+    ),
+    "elementwise-in-vectors": (
+        [(BATCH, 8, 12), (12,), (8, 1)],
+        lambda x, y, z: op.add(op.sigmoid(op.multiply(x, y)), z),
     ),
     # More tensors than a kernel may take.
     "split-into-49": ([(2, 98, 3)], lambda x: op.split(x, 49, axis=1)),
@@ -167,7 +173,7 @@ HALF = [
     "conv-3x3",
     "conv-depthwise",
     "softmax",
-    "layer-norm",
+    "layer-norm-of-many-rows",
     "mean-of-pixels",
     "elementwise",
 ]
@@ -176,3 +182,13 @@ HALF = [
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_sums_in_single(name: str) -> None:
     compare(name, "float16", FLOAT16)
+
+
+def test_rows_share_their_parameters() -> None:
+    """A row is read and written once; the parameters, as large as a row each, once for several rows."""
+    shapes, compute = CASES["layer-norm-of-many-rows"]
+    arrays = [np.ones(shape, "float32") for shape in shapes]
+    ran = run_model(relax_module(shapes, compute, "float32"), arrays)
+    (launch,) = ran.launches
+    least = sum(array.nbytes for array in (*arrays, *ran.outputs))
+    assert launch.requested <= 1.3 * least

@@ -1,13 +1,14 @@
 """Element-wise, movement and reduction stages on a GPU.
 
-Neighbouring threads take neighbouring elements of the output; a reduction that reads memory along its own axis has
-neighbouring threads share each output instead, and combine their parts in shared memory. Stages that share their
-leading axes (softmax, the normalisations) run row by row in one kernel, with what they hand on in shared memory.
+Neighbouring threads take neighbouring elements of the output, in runs of four where these are neighbours in all that
+is read (gpu_runs.py). A reduction that reads memory along its own axis has neighbouring threads share each output
+instead, and combine their parts in shared memory. Stages that share their leading axes (softmax, the normalisations)
+run row by row in one kernel, with what they hand on in shared memory; what all rows read alike stays in registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -31,6 +32,9 @@ from attnrewrite.lowering.schedules.gpu_emit import (
     put,
 )
 from attnrewrite.lowering.schedules.gpu_parts import parts_of_choice
+from attnrewrite.lowering.schedules.gpu_reads import Read
+from attnrewrite.lowering.schedules.gpu_runs import RunStage, may_run
+from attnrewrite.lowering.schedules.gpu_vectors import LANES
 from attnrewrite.lowering.schedules.loops import const
 from attnrewrite.lowering.schedules.rows import agreed_axes, combine, lanes_along_output
 from attnrewrite.lowering.schedules.stages import Axis, Expr, Stage, loads_of, substitute
@@ -52,6 +56,13 @@ def emit_stage(stage: Stage, device: Device) -> None:
         return
     outputs = count(stage.axes)
     for part, condition in parts_of_choice(stage, device.buffers):
+        if condition is None and may_run(part, part.axes):
+            with launch(ceil_div(outputs, LANES * THREADS), (THREADS, 1)) as thread:
+                run = RunStage(part, part.axes, device)
+                first = keep((thread.block * const(THREADS) + thread.x) * LANES)
+                with when(below(first, outputs, LANES * THREADS)):
+                    run.emit(first, {}, run.reads)
+            continue
         with launch(ceil_div(outputs, THREADS), (THREADS, 1)) as thread:
             flat = keep(thread.block * const(THREADS) + thread.x)
             with when(below(flat, outputs, THREADS)):
@@ -152,26 +163,36 @@ def emit_rows(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int,
     stages = _read_once(stages, kept, shared, device.limits.shared_bytes // 2)
     longest = max(count((*stage.axes[shared:], *stage.reduction)) for stage in stages)
     lanes = SIMD
-    while lanes < THREADS and longest >= 8 * lanes:
+    while lanes < THREADS and longest > LANES * lanes:
         lanes *= 2
     passed_on = [stage.buffer for stage in stages if not any(stage.buffer.same_as(k) for k in kept)]
     sizes = {stage.buffer: count(stage.axes[shared:]) for stage in stages}
     row_bytes = sum(sizes[b] * DataType(str(b.dtype)).itemsize for b in passed_on)
     rows = max(1, min(THREADS // lanes, device.limits.shared_bytes // 2 // max(row_bytes, 1)))
     all_rows = count(stages[0].axes[:shared])
-    with launch(ceil_div(all_rows, rows), (lanes, rows)) as thread:
-        flat = keep(thread.block * const(rows) + thread.y)
-        # Rows past the last repeat it: same values to the same places, and all threads arrive at the barriers.
-        flat = flat if below(flat, all_rows, rows) is True else tirx.min(flat, const(1) * all_rows - 1)
-        places = list(bind_axes(stages[0].axes[:shared], flat).values())
+    turns = _turns(ceil_div(all_rows, rows), device)
+    with launch(ceil_div(all_rows, rows * turns), (lanes, rows)) as thread:
         buffers = {b: T.alloc_buffer((rows * sizes[b],), str(b.dtype), scope="shared") for b in passed_on}
         row_memory = {b: (buffer, thread.y * sizes[b]) for b, buffer in buffers.items()}
-        for position, stage in enumerate(stages):
-            if position:
+        parts = [_RowStage(stage, shared, row_memory, thread, device) for stage in stages]
+        with T.serial(turns) as turn:
+            flat = keep((thread.block * const(turns) + turn) * rows + thread.y)
+            # Rows past the last repeat it: same values to the same places, and all threads arrive at the barriers.
+            flat = flat if below(flat, all_rows, rows * turns) is True else tirx.min(flat, const(1) * all_rows - 1)
+            places = list(bind_axes(stages[0].axes[:shared], flat).values())
+            for position, part in enumerate(parts):
+                if position:
+                    barrier()
+                part.emit(places)
+            if turns > 1:
                 barrier()
-            moved = _with_row_memory(stage, row_memory, shared)
-            bound = dict(zip((axis.var for axis in stage.axes[:shared]), places, strict=True))
-            _emit_row(moved, bound, shared, row_memory.get(stage.buffer), thread, device)
+
+
+def _turns(groups: Expr, device: Device) -> int:
+    """How many rows a row of threads does, one after the other: as many as leave two rounds of threadgroups."""
+    if not isinstance(groups, int):
+        return 1
+    return next(turns for turns in (8, 4, 2, 1) if turns == 1 or groups >= 2 * turns * device.concurrent)
 
 
 def _read_once(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int, most_bytes: int) -> Sequence[Stage]:
@@ -237,32 +258,72 @@ def _with_row_memory(stage: Stage, memory: dict[tirx.Buffer, RowMemory], shared:
     return replace(stage, value=tvm_ffi.structural_map(stage.value, (ir.TensorLoad, moved), order="post"))
 
 
-def _emit_row(
-    stage: Stage, bound: Bound, shared: int, memory: RowMemory | None, thread: Thread, device: Device
-) -> None:
-    own = stage.axes[shared:]
-    lanes = thread.size[0]
+class _RowStage:
+    """The statements of one stage for one row; open only inside a launch."""
 
-    def write(at: Bound, value: Expr) -> None:
-        if memory is None:
-            put(device, stage.buffer, [at[axis.var] for axis in stage.axes], value)
+    def __init__(
+        self, stage: Stage, shared: int, row_memory: dict[tirx.Buffer, RowMemory], thread: Thread, device: Device
+    ) -> None:
+        self.stage, self.thread, self.device = _with_row_memory(stage, row_memory, shared), thread, device
+        self.rows, self.own = stage.axes[:shared], stage.axes[shared:]
+        self.memory = row_memory.get(stage.buffer)
+        self.run: RunStage | None = None
+        self.fixed: list[Read] = []
+        if may_run(self.stage, self.own, in_memory=self.memory is not None):
+            self.run = RunStage(self.stage, self.own, device, self.memory)
+            if count(self.own) <= LANES * thread.size[0]:
+                own = [buffer for buffer, _ in row_memory.values()]
+                varying = {axis.var for axis in self.rows}
+                self.fixed = [
+                    read
+                    for read in self.run.reads
+                    if not read.axes & varying and not any(read.source.same_as(buffer) for buffer in own)
+                ]
+                self._fetch_fixed(self.run)
+
+    def _fetch_fixed(self, run: RunStage) -> None:
+        """Reads into registers what all rows have in common: a thread has one run of each."""
+        size, first = count(self.own), keep(self.thread.x * LANES)
+        with when(below(first, size, LANES * self.thread.size[0])):
+            run.fetch(self.fixed, first, {})
+
+    def emit(self, places: Sequence[Expr]) -> None:
+        """The row at these places of the shared axes."""
+        bound = dict(zip((axis.var for axis in self.rows), places, strict=True))
+        if self.stage.reduction:
+            self._reduce(bound)
+        elif self.run is not None:
+            run = self.run
+            varying = [read for read in run.reads if read not in self.fixed]
+            self._deal(LANES, lambda first: run.emit(first, bound, varying))
         else:
-            buffer, start = memory
-            offset = _row_offset([axis.extent for axis in own], [at[axis.var] for axis in own])
-            put(device, buffer, [start + offset], value)
+            self._deal(1, lambda flat: self._element({**bound, **bind_axes(self.own, flat)}))
 
-    if not stage.reduction:
-        size = count(own)
-        with T.serial(ceil_div(size, lanes)) as round_:
-            flat = keep(round_ * const(lanes) + thread.x)
-            with when(below(flat, size, lanes)):
-                at = {**bound, **bind_axes(own, flat)}
-                write(at, substitute(stage.value, at))
-        return
-    total = registers(1, accumulator_type(stage.buffer))
-    with T.serial(prod(axis.size or 1 for axis in own)) as output:
-        at = {**bound, **bind_axes(own, output * const(1))}
-        _reduce_part(stage, at, thread.x, lanes, total, device)
-        _combine_parts(stage, thread.index, thread.x, lanes, 1, total)
-        with when(thread.x == 0):
-            write(at, load(total, [0]))
+    def _deal(self, lanes: int, emit: Callable[[Expr], None]) -> None:
+        """Every run of so many elements of the row to a thread."""
+        size, threads = count(self.own), self.thread.size[0]
+        with T.serial(ceil_div(size, lanes * threads)) as round_:
+            first = keep((round_ * threads + self.thread.x) * lanes)
+            with when(below(first, size, lanes * threads)):
+                emit(first)
+
+    def _element(self, at: Bound) -> None:
+        self._write(at, substitute(self.stage.value, at))
+
+    def _write(self, at: Bound, value: Expr) -> None:
+        if self.memory is None:
+            put(self.device, self.stage.buffer, [at[axis.var] for axis in self.stage.axes], value)
+        else:
+            buffer, start = self.memory
+            offset = _row_offset([axis.extent for axis in self.own], [at[axis.var] for axis in self.own])
+            put(self.device, buffer, [start + offset], value)
+
+    def _reduce(self, bound: Bound) -> None:
+        stage, thread, lanes = self.stage, self.thread, self.thread.size[0]
+        total = registers(1, accumulator_type(stage.buffer))
+        with T.serial(prod(axis.size or 1 for axis in self.own)) as output:
+            at = {**bound, **bind_axes(self.own, output * const(1))}
+            _reduce_part(stage, at, thread.x, lanes, total, self.device)
+            _combine_parts(stage, thread.index, thread.x, lanes, 1, total)
+            with when(thread.x == 0):
+                self._write(at, load(total, [0]))

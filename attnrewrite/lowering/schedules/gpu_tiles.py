@@ -12,7 +12,7 @@ from attnrewrite.lowering.schedules.gpu_emit import Device
 
 # Reading operands again for every tile may cost so many times what reading each of them once does. CUDA devices have
 # the larger last-level caches: of 4 MB (T4) to 72 MB, where Apple's have 8 or more for CPU and GPU together.
-MOST_TRAFFIC = {"metal": 4, "cuda": 8}
+MOST_TRAFFIC = {"metal": 4, "cuda": 16}
 
 # Multiply-adds that a GPU does while it moves one byte from the cache that tiles of one product share.
 PER_BYTE = 4
