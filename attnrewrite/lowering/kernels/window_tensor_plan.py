@@ -33,8 +33,9 @@ MAX_HEAD_DIM = 128
 # A threadgroup reads at least so many bytes at each pixel, where there are as many heads: DRAM gives no less at a time.
 PIXEL_BYTES = 64
 
-# Windows that a threadgroup goes through, one being fetched while another is computed; its bias is read once for all.
-MAX_RUN = 8
+# Windows that a threadgroup goes through, one being fetched while another is computed. Reading a bias once for all of
+# them costs a tenth of their own bytes at head_dim 32; more of them would leave few rounds of threadgroups.
+MAX_RUN = 5
 # Threadgroups for every one that is needed to keep the GPU busy, before they go through more than one window.
 WAVES = 4
 
