@@ -66,12 +66,13 @@ class Row:
     spec: Spec | None = None
 
 
-def window(size: int, dtype: str, *, keys: int = 0, extent: int = 0, heads: int = HEADS, dim: int = HEAD_DIM) -> Row:
+def window(
+    size: int, dtype: str, name: str = "", *, keys: int = 0, extent: int = 0, heads: int = HEADS, dim: int = HEAD_DIM
+) -> Row:
     """Shifted windows of `size` a side with bias and mask; with `keys`, unshifted ones whose keys overlap.
 
     extent: of the map, some windows if 0. dim: of a head.
     """
-    name = f"-on-{extent}-dim-{dim}" if extent else ""
     extent = extent or size * (8 if size <= 8 else 2)
     geometry = WindowGeometry((extent, extent), (size, size), (0 if keys else size // 2,) * 2)
     key_tokens = size * size
@@ -82,10 +83,10 @@ def window(size: int, dtype: str, *, keys: int = 0, extent: int = 0, heads: int 
     spec = FlashWindowAttention(geometry, heads, dim**-0.5, None if keys else -100.0)
     operands = _maps((1, extent, extent, heads * dim), dtype)
     operands["bias"] = _random((1, heads, size * size, key_tokens), dtype)
-    return op_row(f"window-{size}" + (f"-keys-{keys}" if keys else "") + name, spec, operands)
+    return op_row(name or f"window-{size}" + (f"-keys-{keys}" if keys else ""), spec, operands)
 
 
-def relative(size: int, extent: int, dtype: str) -> Row:
+def sam(size: int, extent: int, dtype: str) -> Row:
     """The image encoder of SAM: a table per axis that all heads share; one window where size and extent are equal."""
     heads, dim = 2, 64
     spec = FlashWindowAttention(WindowGeometry((extent, extent), (size, size), (0, 0)), heads, dim**-0.5)
@@ -93,7 +94,7 @@ def relative(size: int, extent: int, dtype: str) -> Row:
     if extent % size:
         operands |= {name: _random((heads * dim,), dtype) for name in ("key_padding", "value_padding")}
     operands["relative_position"] = _random((1, 2 * size * size, dim), dtype)
-    return op_row(f"relative-{size}-on-{extent}", spec, operands)
+    return op_row(f"sam-{size}", spec, operands)
 
 
 def slide(size: int, dtype: str) -> Row:
@@ -115,12 +116,12 @@ def learned(extent: int, dtype: str) -> Row:
     return op_row(f"learned-{extent}", spec, operands)
 
 
-def outlook(dtype: str) -> Row:
+def volo(dtype: str) -> Row:
     """VOLO's outlook attention: 3 x 3 blocks with predicted logits, every other pixel, added up."""
     geometry = NeighborhoodGeometry((14, 14), (3, 3), (1, 1), stride=(2, 2), key_size=(28, 28))
     spec = SlideAttention(geometry, 6, HEAD_DIM**-0.5, predicted="logits", overlap_add=True)
     operands = {"value": _random((1, 6 * HEAD_DIM, 28, 28), dtype), "logits": _random((1, 6 * 81, 14, 14), dtype)}
-    return op_row("outlook", spec, operands)
+    return op_row("volo", spec, operands)
 
 
 def gemm(tokens: int, inner: int, outer: int, dtype: str) -> Row:
@@ -134,20 +135,16 @@ def gemm(tokens: int, inner: int, outer: int, dtype: str) -> Row:
 ROWS: dict[str, Callable[[str], Row]] = {
     **{f"window-{size}": lambda dtype, size=size: window(size, dtype) for size in (4, 6, 7, 8, 12, 16, 24)},
     "window-16-keys-24": lambda dtype: window(16, dtype, keys=24),
-    # SwinIR and SwinIR-light, HAT.
-    **{
-        f"window-8-on-64-dim-{dim}": lambda dtype, dim=dim: window(8, dtype, extent=64, heads=6, dim=dim)
-        for dim in (10, 30)
-    },
-    "window-16-on-64-dim-30": lambda dtype: window(16, dtype, extent=64, heads=6, dim=30),
-    "window-16-keys-24-on-64-dim-30": lambda dtype: window(16, dtype, keys=24, extent=64, heads=6, dim=30),
-    **{
-        f"relative-{size}-on-{extent}": lambda dtype, size=size, extent=extent: relative(size, extent, dtype)
-        for size, extent in ((14, 64), (32, 32), (64, 64))
-    },
+    "swinir-light": lambda dtype: window(8, dtype, "swinir-light", extent=64, heads=6, dim=10),
+    "swinir": lambda dtype: window(8, dtype, "swinir", extent=64, heads=6, dim=30),
+    "hat": lambda dtype: window(16, dtype, "hat", extent=64, heads=6, dim=30),
+    "hat-keys-24": lambda dtype: window(16, dtype, "hat-keys-24", keys=24, extent=64, heads=6, dim=30),
+    "sam-14": lambda dtype: sam(14, 64, dtype),
+    "sam-32": lambda dtype: sam(32, 32, dtype),
+    "sam-64": lambda dtype: sam(64, 64, dtype),
     **{f"slide-{size}": lambda dtype, size=size: slide(size, dtype) for size in (3, 7)},
     **{f"learned-{extent}": lambda dtype, extent=extent: learned(extent, dtype) for extent in (56, 28, 14, 7)},
-    "outlook": outlook,
+    "volo": volo,
     **{
         f"gemm-{tokens}x{inner}x{outer}": lambda dtype, shape=(tokens, inner, outer): gemm(*shape, dtype)
         for tokens, inner, outer in SWIN_TINY
@@ -217,7 +214,8 @@ def op_row(name: str, spec: Spec, operands: Operands) -> Row:
     names = [operand if operand in operands else "" for operand in spec.operands]
     while not names[-1]:
         names.pop()
-    node = helper.make_node(spec.op_type, names, ["output"], name="op", domain=DOMAIN, **spec.attributes())
+    outputs = ["output", "output_1"] if "extra_query" in operands else ["output"]
+    node = helper.make_node(spec.op_type, names, outputs, name="op", domain=DOMAIN, **spec.attributes())
     return Row(name, to_model(read(_model([node], operands))), operands, spec)
 
 
@@ -227,8 +225,8 @@ def _model(nodes: list[onnx.NodeProto], operands: Operands) -> onnx.ModelProto:
         for name, array in operands.items()
     ]
     kind = helper.np_dtype_to_tensor_dtype(next(iter(operands.values())).dtype)
-    output = helper.make_tensor_value_info("output", kind, None)
-    graph = helper.make_graph(nodes, "row", inputs, [output])
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name in nodes[-1].output]
+    graph = helper.make_graph(nodes, "row", inputs, outputs)
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 

@@ -19,7 +19,7 @@ def test_a_linear_layer_moves_at_least_its_operands() -> None:
 
 def test_rows_are_chosen_by_the_beginnings_of_their_names() -> None:
     names = [row.name for row in metal_traffic.rows_named(["slide", "window-16-keys"], "float16")]
-    assert names == ["window-16-keys-24", "window-16-keys-24-on-64-dim-30", "slide-3", "slide-7"]
+    assert names == ["window-16-keys-24", "slide-3", "slide-7"]
 
 
 @pytest.mark.slow
