@@ -53,6 +53,14 @@ def test_products_keep_the_numbers(name: str, tensor_cores: list[Any]) -> None:
     assert tensor_cores
 
 
+def test_warps_share_a_long_reduction(tensor_cores: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = test_schedules.CASES["matmul-bias-residual"][1]
+    monkeypatch.setitem(test_schedules.CASES, "long", ([(1, 20, 1030), (1030, 24), (24,), (1, 20, 24)], compute))
+    test_schedules.compare("long", "float16", test_schedules.FLOAT16)
+    (product,) = tensor_cores
+    assert product.tile.groups_z > 1
+
+
 @pytest.mark.parametrize(("chip", "dtype", "sizes"), [
     ("sm_80", "float32", (64, 64, 64)),  # exact: never rounded to fewer bits
     ("sm_70", "float16", (64, 64, 64)),  # the chip has other instructions

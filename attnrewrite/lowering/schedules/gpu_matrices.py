@@ -7,7 +7,9 @@ that each thread has runs of columns to apply the epilogue to and store.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
 
 from tvm import tirx
@@ -73,14 +75,16 @@ class MatrixProduct:
         self.contraction, self.epilogue, self.tile, self.thread = contraction, epilogue, tile, thread
         self.dtype = operand_type(contraction) or ACCUMULATOR
         word = lanes_of_word(self.dtype)
-        self.depth = STAGED_BYTES // 16 * word
+        self.steps = STAGED_BYTES // 16 * word
+        self.depth = self.steps * tile.groups_z
         self.chunks = ceil_div(count(contraction.stage.reduction), self.depth)
         left = read_operand(contraction, contraction.left, contraction.rows, word)
         right = read_operand(contraction, contraction.right, contraction.columns, word)
         left_bytes = stages * staged_bytes(left, self.depth, tile.rows, self.dtype)
         operand_bytes = left_bytes + stages * staged_bytes(right, self.depth, tile.columns, self.dtype)
         self.rows_at_once = self._rows_at_once(max(operand_bytes, device.limits.shared_bytes // 2))
-        results = TileShape(self.rows_at_once * tile.groups_y * tile.unit.rows, tile.columns)
+        self.height = self.rows_at_once * tile.groups_y * tile.unit.rows
+        results = TileShape(self.height * tile.groups_z, tile.columns)
         self.memory = SharedMemory(max(operand_bytes, results.size_bytes))
 
         def staged(operand: Operand, places: int, first_byte: int) -> StagedOperand:
@@ -106,7 +110,9 @@ class MatrixProduct:
         raise NotImplementedError
 
     def hand_over(self, first: int) -> None:
-        """Writes `rows_at_once` rows of matrices of every SIMD group, from `first` on, to `results`."""
+        """Writes `rows_at_once` rows of matrices of every SIMD group, from `first` on, to `results`: `height` rows of
+        them for all groups along rows, and as many once more for each of the next groups along the steps.
+        """
         raise NotImplementedError
 
     def emit(self, batch: Bound, first_row: Expr, first_column: Expr) -> None:
@@ -121,12 +127,17 @@ class MatrixProduct:
     def row_of(self, matrix: int) -> Expr:
         """Where in the tile a row of matrices of this SIMD group begins."""
         tile = self.tile
-        return (matrix * tile.groups_y + self.thread.y // tile.groups_x) * tile.unit.rows
+        return (matrix * tile.groups_y + self.thread.y // tile.groups_x % tile.groups_y) * tile.unit.rows
+
+    @property
+    def group_z(self) -> Expr:
+        """This SIMD group's place along the steps."""
+        return self.thread.y // (self.tile.groups_x * self.tile.groups_y)
 
     def _rows_at_once(self, most_bytes: int) -> int:
         """Rows of matrices of each SIMD group whose sums fit into so much memory."""
         tile = self.tile
-        row_bytes = TileShape(tile.groups_y * tile.unit.rows, tile.columns).size_bytes
+        row_bytes = TileShape(tile.groups_z * tile.groups_y * tile.unit.rows, tile.columns).size_bytes
         return max(n for n in range(1, tile.matrices_y + 1) if tile.matrices_y % n == 0 and n * row_bytes <= most_bytes)
 
     def finish(self, batch: Bound, first_row: Expr, first_column: Expr) -> None:
@@ -155,7 +166,7 @@ class MatrixProduct:
     def store_rows(self, batch: Bound, first_row: Expr, column: Expr, at: Sequence[Bound]) -> None:
         """What was handed over, at this thread's neighbouring columns."""
         tile, contraction = self.tile, self.contraction
-        height, rows = self.results.shape.rows, count(contraction.rows)
+        height, rows = self.height, count(contraction.rows)
         threads = prod(tile.launch_size) // (tile.columns // LANES)
         with T.serial(ceil_div(height, threads)) as round_:
             own_row = keep(round_ * threads + self.thread.index // (tile.columns // LANES))
@@ -163,7 +174,6 @@ class MatrixProduct:
             with when(every([below(own_row, height, threads), below(row, rows, tile.rows)])):
                 own = {**batch, **bind_axes(contraction.rows, row)}
                 lanes = len(at)
-                store(
-                    self.run, [0 if lanes == 1 else tirx.Ramp(0, 1, lanes)], self.results.load(own_row, column, lanes)
-                )
+                planes = [self.results.load(own_row + z * height, column, lanes) for z in range(tile.groups_z)]
+                store(self.run, [0 if lanes == 1 else tirx.Ramp(0, 1, lanes)], reduce(operator.add, planes))
                 self.epilogue.store_row([{**own, **a} for a in at], [load(self.run, [lane]) for lane in range(lanes)])

@@ -12,7 +12,7 @@ import itertools
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from attnrewrite.lowering.kernels.gpu_builder import barrier, fill, load, when
+from attnrewrite.lowering.kernels.gpu_builder import TileShape, barrier, fill, load, when
 from attnrewrite.lowering.kernels.tensor_core import (
     ELEMENT_TYPES,
     TensorCore,
@@ -32,6 +32,9 @@ from attnrewrite.lowering.schedules.stages import Expr
 # for every copy as it makes it, the second one saves a barrier.
 MOST_STAGES, STAGES_WITHOUT_COPIES = 4, 2
 
+# Warps along the reduction of a product of few tiles, and the steps from which on it is worth to add their sums.
+GROUPS_Z, MIN_DIVIDED = (1, 2, 4), 512
+
 # Words that a thread holds of a fragment of the left and of the right operand, and sums of a matrix of them.
 LEFT_WORDS, RIGHT_WORDS, SUMS = 4, 2, 4
 
@@ -41,17 +44,23 @@ def choose_tile(contraction: Contraction, sizes: Sizes, device: Device) -> Matri
     dtype = operand_type(contraction)
     if dtype not in ELEMENT_TYPES or not has_tensor_cores(device.target, dtype) or not sizes.suits_matrices:
         return None
-    # Fragments of the right operand are loaded in pairs.
+    groups_z = GROUPS_Z if sizes.depth is None or sizes.depth >= MIN_DIVIDED else (1,)
     tiles = [
-        tile for tile in matrix_tiles(TENSOR_CORE, device) if tile.matrices_x % 2 == 0 and _stages(tile, device) > 1
+        tile
+        for tile in matrix_tiles(TENSOR_CORE, device, groups_z)
+        # Fragments of the right operand are loaded in pairs; warps share a reduction only where tiles are too few.
+        if tile.matrices_x % 2 == 0 and (tile.groups_z == 1 or sizes.tiles(tile) <= device.concurrent)
     ]
-    return choose(tiles, sizes, device)
+    return choose([tile for tile in tiles if _stages(tile, device) > 1], sizes, device)
 
 
 def _stages(tile: MatrixTile, device: Device) -> int:
-    """How many tiles of both operands fit into shared memory, rows of a word more than they hold."""
+    """How many tiles of both operands fit into shared memory, whichever way they lie there."""
+    steps = STAGED_BYTES // 2 * tile.groups_z
+    sides = ((TileShape(steps, n, "float16"), TileShape(n, steps, "float16")) for n in (tile.rows, tile.columns))
+    size = sum(max(shape.size_bytes for shape in shapes) for shapes in sides)
     most = MOST_STAGES if copies_asynchronously(device.target) else STAGES_WITHOUT_COPIES
-    return min(most, device.limits.shared_bytes // ((tile.rows + tile.columns) * (STAGED_BYTES + 16)))
+    return min(most, device.limits.shared_bytes // size)
 
 
 class TensorCoreProduct(MatrixProduct):
@@ -82,8 +91,8 @@ class TensorCoreProduct(MatrixProduct):
             with when(coming < self.chunks):
                 self.fetch(batch, first_row, first_column, coming)
             self.core.commit()
-            with T.serial(self.depth // TENSOR_CORE.steps) as step:
-                self.multiply_add(step * TENSOR_CORE.steps, chunk % self.stages)
+            with T.serial(self.steps // TENSOR_CORE.steps) as step:
+                self.multiply_add(self.group_z * self.steps + step * TENSOR_CORE.steps, chunk % self.stages)
             with when(coming < self.chunks):
                 self.left.put_fetched(coming % self.stages)
                 self.right.put_fetched(coming % self.stages)
@@ -138,6 +147,7 @@ class TensorCoreProduct(MatrixProduct):
             for half in range(2):
                 index = SUMS * ((first + i) * tile.matrices_x + j) + 2 * half
                 row, column = self.row_of(i) + lane // 4 + 8 * half, self.column_of(j) + lane % 4 * 2
+                row = row + self.group_z * self.height
                 self.results.store(row, column, load(self.sums, [tirx.Ramp(index, 1, 2)]), 2)
 
     def column_of(self, matrix: int) -> Expr:

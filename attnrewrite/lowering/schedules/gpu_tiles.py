@@ -94,7 +94,8 @@ TENSOR_CORE = MatrixUnit(16, 8, 16, most=16, multiply=8, load_rows=16, load_colu
 
 @dataclass(frozen=True)
 class MatrixTile:
-    """SIMD groups (warps) along columns (x) and rows (y) of a threadgroup, and matrices of sums in each of them.
+    """SIMD groups (warps) along columns (x), rows (y) and steps (z) of a threadgroup, and matrices of sums in each of
+    them. Groups along the steps share what is staged of the reduction; their sums are added in the end.
 
     Neighbouring matrices belong to neighbouring groups: matrix i of group y covers the unit's rows from
     (i * groups_y + y) * unit.rows on.
@@ -105,6 +106,7 @@ class MatrixTile:
     groups_y: int
     matrices_y: int
     matrices_x: int
+    groups_z: int = 1
 
     @property
     def rows(self) -> int:
@@ -116,12 +118,13 @@ class MatrixTile:
 
     @property
     def launch_size(self) -> tuple[int, int]:
-        return SIMD, self.groups_x * self.groups_y
+        return SIMD, self.groups_x * self.groups_y * self.groups_z
 
     @property
     def work(self) -> float:
         r, c, unit = self.matrices_y, self.matrices_x, self.unit
-        return (unit.multiply * r * c + unit.load_rows * r + unit.load_columns * c + 4) / unit.steps
+        instruction = unit.multiply * r * c + unit.load_rows * r + unit.load_columns * c + 4
+        return instruction / (unit.steps * self.groups_z)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,10 @@ class Sizes:
         enough = all(size is None or size >= MIN_PLACES for size in places)
         return enough and (self.depth is None or self.depth >= MIN_STEPS)
 
+    def tiles(self, tile: Tile) -> int:
+        """How many of these tiles make the product."""
+        return (self.batch or 16) * -(-(self.rows or 4096) // tile.rows) * -(-(self.columns or 4096) // tile.columns)
+
 
 _Tile = TypeVar("_Tile", bound=Tile)
 
@@ -156,10 +163,9 @@ def choose(tiles: Iterable[_Tile], sizes: Sizes, device: Device) -> _Tile:
         return -(-n // tile.columns) * m + -(-m // tile.rows) * n
 
     def cost(tile: Tile) -> float:
-        count = images * -(-m // tile.rows) * -(-n // tile.columns)
         threads = prod(tile.launch_size)
         at_a_time = device.concurrent * 256 // threads
-        arithmetic = -(-count // at_a_time) * at_a_time * tile.work * threads
+        arithmetic = -(-sizes.tiles(tile) // at_a_time) * at_a_time * tile.work * threads
         return arithmetic + PER_BYTE * sizes.element_bytes * images * moved(tile)
 
     def traffic(tile: Tile) -> float:
@@ -173,8 +179,8 @@ def thread_tiles() -> list[ThreadTile]:
     return [ThreadTile(x, y, r, c) for x, y, r, c in itertools.product((8, 16), (8, 16), (1, 2, 4, 8), (1, 2, 4, 8))]
 
 
-def matrix_tiles(unit: MatrixUnit, device: Device) -> list[MatrixTile]:
+def matrix_tiles(unit: MatrixUnit, device: Device, groups_z: Iterable[int] = (1,)) -> list[MatrixTile]:
     """Of at least four SIMD groups; runs of four columns divide a row of the tile evenly among its threads."""
-    counts = itertools.product((1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8))
-    tiles = [MatrixTile(unit, x, y, r, c) for x, y, r, c in counts if r * c <= unit.most]
+    counts = itertools.product((1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), groups_z)
+    tiles = [MatrixTile(unit, x, y, r, c, z) for x, y, r, c, z in counts if r * c <= unit.most]
     return [tile for tile in tiles if 4 * SIMD <= prod(tile.launch_size) <= device.limits.threads]
