@@ -34,7 +34,7 @@ CASES = {
     name: WINDOWS[name]
     for name in (
         "shifted", "padded-then-shifted", "shifted-then-padded", "mask-tensor", "keys-in-tiles", "halo", "shared-query",
-        "shifts-of-heads", "heads-of-64-half", "logit-bias",
+        "shifts-of-heads", "heads-of-64-half", "logit-bias", "relative", "relative-half",
     )
 }  # fmt: skip
 
@@ -203,7 +203,8 @@ def test_what_it_takes_and_what_not() -> None:
     assert not takes_case(plain, "float16", "sm_70")  # other matrix instructions
     assert not takes_case(window((8, 8), (4, 4), (0, 0), 2, 5), "float16", "sm_90")  # heads begin at odd channels
     assert not takes_case(WINDOWS["channels-in-chunks"], "float16", "sm_90")  # 130 channels
-    assert not takes_case(WINDOWS["relative"], "float16", "sm_90")  # an operand that only window_gpu has
+    assert not takes_case(WINDOWS["relative-pairs"], "float16", "sm_90")  # a table row for each logit
+    assert not takes_case(WINDOWS["extra-keys"], "float16", "sm_90")  # operands that only window_gpu has
     shapes = {name: operand.shape for name, operand in plain.operands.items()}
     assert not takes(plain.spec, shapes, "float16", metal_target())
 
@@ -238,7 +239,7 @@ def test_tilings_keep_to_the_limits(head_dim: int) -> None:
         shapes = dict.fromkeys(("query", "key", "value"), (1, side, side, heads * head_dim))
         tiling = tiling_of(spec, shapes, "float16", target)
         assert tiling is not None
-        assert 2 * tiling.shared_elements <= shared
+        assert tiling.shared_bytes <= shared
         assert math.prod(tiling.threads) <= 256
         assert heads % tiling.heads == 0
         # 7 x 7 tokens are padded to 64, which makes 1.7 times as many products.

@@ -224,12 +224,18 @@ class SharedTile:
     """
 
     def __init__(
-        self, shape: TileShape, memory: SharedMemory | None = None, first_byte: int = 0, lanes: Sequence[int] = (1,)
+        self,
+        shape: TileShape,
+        memory: SharedMemory | tirx.Buffer | None = None,
+        first_byte: int = 0,
+        lanes: Sequence[int] = (1,),
     ) -> None:
         self.shape = shape
         self._first = first_byte // DataType(shape.dtype).itemsize
         last = self._first + shape.rows * shape.stride
-        buffer = T.alloc_buffer((last,), shape.dtype, scope="shared") if memory is None else memory.buffer
+        if memory is None:
+            memory = T.alloc_buffer((last,), shape.dtype, scope="shared")
+        buffer = memory.buffer if isinstance(memory, SharedMemory) else memory
         self._views = {n: Flat(buffer, n, shape.dtype, last) for n in lanes}
 
     def load(self, row: Expr, column: Expr, lanes: int = 1) -> Expr:

@@ -42,6 +42,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Frame,
     KernelBuilder,
     Limits,
+    SharedTile,
     barrier,
     ceil_div,
     choose,
@@ -56,6 +57,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
 from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
 from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
+from attnrewrite.lowering.kernels.window_gpu_relative import RelativeProducts, RelativeTable
 from attnrewrite.lowering.kernels.window_tensor_plan import (
     COLUMNS,
     STEP,
@@ -104,8 +106,18 @@ class _TensorKernel:
         self.held = {
             name: registers(count // 2, "uint32") if self.is_narrow(name) else registers(count) for name in added
         }
+        self.products = self.relative_products()
         # origin: of the exponents, -maximum in powers of 2.
         self.maximum, self.origin, self.total, self.rescale = (registers(2) for _ in range(4))
+
+    def relative_products(self) -> RelativeProducts | None:
+        """Of a tile of queries with the tables of relative positions."""
+        operand, tiling = self.frame.operands.get("relative_position"), self.tiling
+        if operand is None:
+            return None
+        table = RelativeTable(operand, self.head, tiling.head_pitch)
+        sizes, tile = tiling.sizes, SharedTile(tiling.product_tile)
+        return RelativeProducts(self.frame, table, sizes.relative, sizes.queries, tile)
 
     def is_narrow(self, name: str) -> bool:
         """Whether two elements of an operand fit into a register."""
@@ -143,6 +155,9 @@ class _TensorKernel:
             self.hold(name, self.unit(step), first_key)
         cores.wait(1)
         barrier()
+        if self.products is not None:
+            with when(True if tiling.key_tiles == 1 else step == 0):
+                self.products.multiply(self.staging.queries(), self.first_query, self.spec.relative_scale)
         self.multiply_query_key()
         barrier()
         if several:
@@ -289,9 +304,21 @@ class _TensorKernel:
                 value = value + self.held_term(name, number)
             inside = self.is_key(self.key_token(first_key, tile, column), tile)
             store(self.logits, [number], choose(inside, value, tirx.const(_START, ACCUMULATOR)))
+        if self.products is not None:
+            self.add_relative(self.products, first_key)
         if spec.mask_value is not None and any(any(g.shift_size) for _, g in spec.runs_of_heads()):
             with when(window.crosses_regions()):
                 self.penalise(window, first_key, spec.mask_value)
+
+    def add_relative(self, products: RelativeProducts, first_key: Expr) -> None:
+        """Adds what queries have for the coordinates of the keys."""
+        for tile, column in itertools.product(range(self.tiling.tile_keys // COLUMNS), (0, 1)):
+            products.choose_key(self.key_token(first_key, tile, column))
+            for half in _HALVES:
+                number, row = tile * 4 + half * 2 + column, self.own_row + self.frame.thread_x // 4 + half * 8
+                is_query = self.is_query(self.query_token(half))
+                relative = choose(is_query, products.of(row), tirx.const(0.0, ACCUMULATOR))
+                store(self.logits, [number], self.logits[number] + relative)
 
     def penalise(self, window: Window, first_key: Expr, mask_value: float) -> None:
         """Adds mask_value to the logits of queries and keys in different regions."""

@@ -39,7 +39,9 @@ MAX_RUN = 5
 # Threadgroups for every one that is needed to keep the GPU busy, before they go through more than one window.
 WAVES = 4
 
-OPERANDS = frozenset({"query", "key", "value", "bias", "mask", "logit_bias", "key_padding", "value_padding"})
+OPERANDS = frozenset(
+    {"query", "key", "value", "bias", "mask", "logit_bias", "relative_position", "key_padding", "value_padding"}
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,18 @@ class TensorTiling:
         return TileShape(self.tile_keys, self.heads * self.value_pitch, "float16")
 
     @property
+    def product_tile(self) -> TileShape:
+        """Products of the queries with relative positions, float32."""
+        return TileShape(self.tile_queries, sum(axis.length for axis in self.sizes.relative))
+
+    @property
+    def shared_bytes(self) -> int:
+        products = self.product_tile.size_bytes if self.sizes.relative else 0
+        return self.shared_elements * ELEMENT_BYTES + products
+
+    @property
     def shared_elements(self) -> int:
+        """Of query, key and value."""
         return sum(tile.size_bytes for tile in (self.query_tile, self.key_tile, self.value_tile)) // ELEMENT_BYTES
 
     @property
@@ -111,22 +124,22 @@ class TensorTiling:
 def choose_tiling(sizes: Sizes, num_heads: int, limits: Limits) -> TensorTiling | None:
     """The least padding, then the fewest readings of keys, then the fewest tiles; None where nothing fits.
 
-    num_heads: that may share a threadgroup, 1 where they read different pixels. Small windows leave warps for several
-    heads: as many as make up a piece of memory, and four warps.
+    num_heads: that may share a threadgroup, 1 where they read different pixels or have products of their own. Small
+    windows leave warps for several heads: as many as make up a piece of memory, and four warps.
     """
     rows = ceil_div(sizes.queries, STEP)
     fewest, most = min(rows, MAX_WARPS // 2), min(rows, MAX_WARPS)
     candidates = []
     for warps, tile_keys in itertools.product(range(1, most + 1), range(STEP, MAX_TILE_KEYS + 1, STEP)):
         tiling = TensorTiling(sizes, 1, warps, tile_keys)
-        if tiling.shared_elements * ELEMENT_BYTES <= limits.shared_bytes:
+        if tiling.shared_bytes <= limits.shared_bytes:
             candidates.append(tiling)
     if not candidates:
         return None
     best = min(candidates, key=lambda t: (t.warps < fewest, t.padded_products(), t.query_tiles, t.key_tiles))
     for heads in range(1, num_heads + 1):
         wider = TensorTiling(sizes, heads, best.warps, best.tile_keys)
-        fits = wider.shared_elements * ELEMENT_BYTES <= limits.shared_bytes and heads * best.warps <= MAX_WARPS
+        fits = wider.shared_bytes <= limits.shared_bytes and heads * best.warps <= MAX_WARPS
         if not fits:
             break
         if num_heads % heads == 0:
@@ -141,7 +154,7 @@ def tiling_of(
 ) -> TensorTiling | None:
     """The tiling of an op; shapes of its operands by name."""
     sizes = Sizes.of(spec, shapes, dtype)
-    heads = spec.num_heads if len(spec.runs_of_heads()) == 1 else 1
+    heads = spec.num_heads if len(spec.runs_of_heads()) == 1 and not sizes.relative else 1
     return choose_tiling(sizes, heads, Limits.of(target))
 
 
@@ -149,14 +162,15 @@ def takes(spec: FlashWindowAttention, shapes: Mapping[str, Sequence[Any]], dtype
     """Whether the tensor-core kernel computes this op; else `window_gpu` does.
 
     It does for float16 from sm_75 on, and bfloat16 from sm_80 on; with heads of an even number of channels, at most
-    128; and none of the operands that only `window_gpu` has.
+    128; relative positions with a table for each axis; and none of the operands that only `window_gpu` has.
     """
     if not (OPERANDS.issuperset(shapes) and has_tensor_cores(target, dtype)):
         return False
     widths = [int(shapes[name][-1]) // spec.num_heads for name in ("query", "value")]
     if any(width % 2 or width > MAX_HEAD_DIM for width in widths):
         return False
-    return tiling_of(spec, shapes, dtype, target) is not None
+    tiling = tiling_of(spec, shapes, dtype, target)
+    return tiling is not None and len(tiling.sizes.relative) != 1
 
 
 def choose_run(tiling: TensorTiling, num_windows: int, heads: int, batch: int | None, limits: Limits) -> int:

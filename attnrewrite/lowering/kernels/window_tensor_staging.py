@@ -19,6 +19,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Expr,
     Flat,
     Frame,
+    SharedTile,
     TileShape,
     barrier,
     ceil_div,
@@ -31,6 +32,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
 )
 from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
 from attnrewrite.lowering.kernels.window_gpu_pixels import Pixel
+from attnrewrite.lowering.kernels.window_gpu_relative import STEP as RELATIVE_STEP
 from attnrewrite.lowering.kernels.window_tensor_plan import ELEMENT_BYTES, TensorTiling
 
 _WORD = WORD_BYTES // ELEMENT_BYTES
@@ -104,6 +106,12 @@ class Staging:
 
     def pointer(self, staged: Staged, row: Expr, column: Expr) -> Expr:
         return at(self.memory, staged.at(row, column))
+
+    def queries(self) -> SharedTile:
+        """The tile of queries, of one head, for loads of four channels."""
+        tiling = self._tiling
+        shape = TileShape(tiling.tile_queries, tiling.head_pitch, self._cores.dtype)
+        return SharedTile(shape, self.memory, lanes=(RELATIVE_STEP,))
 
     def clear(self) -> None:
         """Zeros in all of the shared memory: copies of nothing."""
