@@ -40,7 +40,6 @@ LEVELS = ("op", "map", "neighbourhood", "model")
 # Models that `--build` compiles whole; the others take part in PyTorch alone.
 BUILT = ("swin_tiny, batch 1", "swin_tiny, batch 32", "slide_swin_tiny, batch 32", "unfold_k3_8, batch 1")
 CACHE, MODELS, SITE = "cache", "models", "site"
-WEIGHTS = "weights.bin"
 # What of TVM is Python of its compiler's only, or of no use without the sources.
 NOT_CARRIED = ("3rdparty", "include", "src", "cmake", "licenses", "web", "libtvm_compiler.so", "__pycache__")
 
@@ -114,23 +113,21 @@ def build_model(site: Any, folder: Path, architecture: str) -> list[str]:
 
 
 def keep(done: Any, target: Path) -> None:
-    """What a compiled model needs to run, its weights compressed."""
+    """What a compiled model needs to run; its weights, which lie in the library or beside it, compress well."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         done.save(Path(scratch, "out"))
-        for name in ("model.so", "manifest.json"):
-            shutil.copy(Path(scratch, "out", name), target / name)
-        weights = Path(scratch, "out", WEIGHTS)
-        if weights.exists():
-            (target / f"{WEIGHTS}.xz").write_bytes(lzma.compress(weights.read_bytes()))
+        for file in (Path(scratch, "out", name) for name in ("manifest.json", "model.so", "weights.bin")):
+            if file.exists():
+                (target / f"{file.name}.xz").write_bytes(lzma.compress(file.read_bytes(), preset=1))
 
 
 def unpack(folder: Path) -> None:
-    """The weights of compiled models, where they came compressed."""
-    for packed in folder.glob(f"{MODELS}/*/{WEIGHTS}.xz"):
-        weights = packed.with_suffix("")
-        if not weights.exists():
-            weights.write_bytes(lzma.decompress(packed.read_bytes()))
+    """The files of compiled models, as they were."""
+    for packed in folder.glob(f"{MODELS}/*/*.xz"):
+        file = packed.with_suffix("")
+        if not file.exists():
+            file.write_bytes(lzma.decompress(packed.read_bytes()))
 
 
 def carry(folder: Path, python: str) -> None:
