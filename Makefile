@@ -11,7 +11,7 @@ MODEL := $(OUT)/swin_tiny_patch4_window7_224.onnx
 # Exported test models, kept between runs and shared by the workers.
 export ATTNREWRITE_TEST_CACHE ?= $(CURDIR)/build/test-models
 
-.PHONY: setup demo test test-slow property zoo coverage bench lint format clean
+.PHONY: setup demo test test-slow test-gpu property zoo coverage bench lint format clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
+
+# On a machine with an NVIDIA GPU; without one every test is skipped.
+test-gpu: setup
+	$(BIN)/python -m pytest tests/cuda -m gpu
 
 # Random spellings and near misses, many: minutes. tests/property/RESULTS.md records a run.
 property: setup

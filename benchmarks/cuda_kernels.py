@@ -11,7 +11,6 @@ A register count is of a thread, shared memory of a block. The command fails whe
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import onnx
 from attnrewrite.lowering.cuda_resources import KernelResources
 from attnrewrite.lowering.targets import CUDA_PRESETS, parse_target
 from benchmarks.metal_traffic import ROWS, op_row
-from benchmarks.tables import table
+from benchmarks.tables import line, table
 from tests.metal.cases import SLIDES, WINDOWS, Case
 
 
@@ -103,10 +102,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options = parser.parse_args(None if arguments is None else list(arguments))
     presets = options.presets.split(",")
     found: list[Kernel] = []
+    print(table(["row", "kernel", "shared, KB", *presets], []))
     for row, model in models(options.rows, "float16" if options.half else "float32").items():
-        found += kernels_of(row, model, presets)
-        print(f"{row}: {len(found)} kernels so far", file=sys.stderr)
-    print(table(["row", "kernel", "shared, KB", *presets], (cells(kernel, presets) for kernel in found)))
+        kernels = kernels_of(row, model, presets)
+        found += kernels
+        for kernel in kernels:
+            print(line(cells(kernel, presets)), flush=True)
     spilling = [k for k in found if any(r.spills for r in k.resources.values())]
     if spilling:
         raise SystemExit(f"{len(spilling)} of {len(found)} kernels spill registers: {', '.join(_names(spilling))}")

@@ -34,8 +34,12 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def line(row: Sequence[str]) -> str:
+    """Of a table."""
+    return "| " + " | ".join(row) + " |"
 
 
 def speed(rows: Sequence[Row]) -> str:

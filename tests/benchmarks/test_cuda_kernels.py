@@ -25,12 +25,9 @@ def nvcc() -> Iterator[None]:
 
 
 def test_rows_are_chosen_by_the_beginnings_of_their_names() -> None:
-    assert list(cuda_kernels.models(["window-1", "tried-slide-k7-d"], "float16")) == [
-        "window-12",
-        "window-16",
-        "window-16-keys-24",
-        "tried-slide-k7-dilated",
-    ]
+    names = list(cuda_kernels.models(["slide-", "tried-slide-k7-d"], "float16"))
+    assert {"slide-3", "slide-7", "tried-slide-k7-dilated"} <= set(names)
+    assert all(name.startswith(("slide-", "tried-slide-k7-d")) for name in names)
 
 
 @pytest.mark.usefixtures("nvcc")
