@@ -209,11 +209,11 @@ WINDOWS = {
     "relative-three-axes": window((4, 5, 6), (2, 5, 3), (1, 1, 0), 2, 8, relative="axes"),
     "relative-chunks": window((6, 8), (3, 4), (0, 0), 1, 600, batch=1, relative="axes"),
     "relative-pairs": window((6, 10), (3, 5), (1, 2), 2, 6, relative="pairs"),
-    "relative-one-axis": window((40,), (20,), (5,), 2, 16, relative="axes"),
     "logit-bias": window((8, 12), (4, 4), (1, 2), 2, 8, bias="shared", logit_bias=(2, 6, 2, 16, 16), symbolic=True),
-    "logit-bias-of-keys": window((8, 12), (4, 4), (0, 0), 2, 8, logit_bias=(2, 1, 1, 1, 16)),
     "logit-bias-of-all": window((16, 28), (4, 4), (0, 0), 4, 8, logit_bias=(1, 1, 4, 16, 16), mask=True),
-    "extra-keys": window((9, 10), (4, 5), (0, 0), 2, 6, 10, bias="own", extra_keys=(2, 6, 3), padding=True, batch=2),
+    "extra-keys": window(
+        (9, 10), (4, 5), (0, 0), 2, 6, 10, bias="own", extra_keys=(2, 6, 3), padding=True, logit_bias=(2, 1, 1, 1, 23)
+    ),
     "extra-queries": window(
         (8, 12),
         (4, 4),
@@ -250,7 +250,7 @@ SLIDES = {
     "k7-half": slide((16, 24), (7, 7), (1, 1), 1, 32, bias=True, batch=1, dtype="float16"),
     "k3-wide": slide((64, 64), (3, 3), (1, 1), 4, 4, bias=True, key_kernel=4, value_kernel=8),
     "exclude": slide((9, 12), (3, 5), (1, 2), 2, 6, border="exclude", bias=True, bias_of_pixels=True),
-    "exclude-inward": slide((9, 12), (3, 5), (1, 2), 2, 6, border="exclude,inward"),
+    "exclude-inward": slide((9, 12), (3, 5), (1, 2), 2, 6, border="exclude,inward", bias=True, one_bias=True),
     "inward": slide((14, 16), (7, 5), (1, 1), 2, 8, border="inward", bias=True, symbolic=True),
     "inward-dilated": slide((17, 23), (3, 5), (3, 4), 1, 4, border="inward", dtype="float16"),
     "replicate": slide((8, 9), (5, 3), (1, 3), 1, 6, border="replicate"),
@@ -265,16 +265,13 @@ SLIDES = {
         geometry=NeighborhoodGeometry((6, 8), (4, 3), (1, 1), "zero", (2, 2), (12, 16), (-1, 0)),
     ),
     "halo-too-large": slide((60, 60), (3, 13), (20, 20), 1, 2, batch=1),
-    "one-bias-of-all-heads": slide((9, 12), (3, 5), (1, 2), 2, 6, bias=True, one_bias=True),
     **{
         f"predicted-{name}": Case(PREDICTED[name].spec, PREDICTED[name].operands())
         for name in (
             "weights",
-            "replicate",
             "strided",
             "overlap-add-scaled-with-bias",
             "overlap-add-strided-uneven",
-            "overlap-add-of-three-axes",
             "upsampling-uneven-with-bias",
         )
     },
