@@ -98,3 +98,10 @@ def test_layers_compile_without_spills(layer: tuple[int, int, int], chips: tuple
         assert kernel.stack_bytes == 0
         if chips != TURING:  # which copies through registers
             assert 2 * threads_of(function) * kernel.registers <= REGISTERS
+
+
+def test_bfloat16_compiles() -> None:
+    """Numbers: the instructions' own, in test_tensor_core.py; the rest is what float16 has."""
+    function = scheduled(cuda_target("sm_80"), 100, 96, 288, "bfloat16")
+    assert "mma_bfloat16" in str(function)
+    assert [kernel.spills for kernel in resources(function, "sm_80")] == [False]

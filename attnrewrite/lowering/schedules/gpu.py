@@ -14,7 +14,7 @@ from attnrewrite.lowering.schedules.gpu_contraction import emit_contraction, wor
 from attnrewrite.lowering.schedules.gpu_emit import Device, rebuild
 from attnrewrite.lowering.schedules.gpu_parts import operands as read_by
 from attnrewrite.lowering.schedules.gpu_rows import emit_rows, emit_stage, rows_fit
-from attnrewrite.lowering.schedules.products import Contraction, match_contraction
+from attnrewrite.lowering.schedules.products import DTYPES, Contraction, match_contraction
 from attnrewrite.lowering.schedules.stages import Stage, inline, parse, reads
 
 MADE_BY = "attnrewrite.schedule"
@@ -61,7 +61,7 @@ def schedule_function(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
 
 def _emit(stages: list[Stage], operands: list[tirx.Buffer], device: Device) -> str:
     """Kernels for all stages of one function, in order; returns what they are."""
-    matched = {stage.buffer: match_contraction(stage) for stage in stages}
+    matched = {stage.buffer: match_contraction(stage, (*DTYPES, "bfloat16")) for stage in stages}
     contractions = {buffer: c for buffer, c in matched.items() if c is not None and worth_tiling(c)}
     if not contractions and (shared := rows_fit(stages, operands, device)):
         emit_rows(stages, operands, shared, device)

@@ -20,7 +20,9 @@ from attnrewrite.lowering.schedules.stages import Axis, Expr, product, simplify
 
 UNLIMITED = 1 << 16
 
-# Intrinsics of float16 arguments are evaluated in float32: some have no half-precision form, and none is exact enough.
+_HALVES = ("float16", "bfloat16")
+
+# Intrinsics of such arguments are evaluated in float32: some have no half-precision form, and none is exact enough.
 _TRANSCENDENTAL = frozenset(
     f"tirx.{name}" for name in ("exp", "exp2", "erf", "tanh", "sigmoid", "pow", "log", "sin", "cos", "sqrt", "rsqrt")
 )
@@ -122,7 +124,7 @@ def _device_intrinsics(device: Device, value: Expr) -> Expr:
         dtype = str(call.ty.dtype) if isinstance(call.ty, ir.PrimType) else ""
         if name == "tirx.erf" and not device.has_erf:
             return as_type(_erf(as_type(call.args[0], "float32")), dtype)
-        if name in _TRANSCENDENTAL and dtype == "float16":
+        if name in _TRANSCENDENTAL and dtype in _HALVES:
             single = tirx.call_intrin("float32", name, *(as_type(argument, "float32") for argument in call.args))
             return as_type(single, dtype)
         return call
@@ -159,7 +161,7 @@ def as_type(value: Expr, dtype: str) -> Expr:
 
 def accumulator_type(buffer: tirx.Buffer) -> str:
     """Sums of half-precision numbers are kept in single precision."""
-    return "float32" if str(buffer.dtype) == "float16" else str(buffer.dtype)
+    return "float32" if str(buffer.dtype) in _HALVES else str(buffer.dtype)
 
 
 def count(axes: Sequence[Axis]) -> Expr:

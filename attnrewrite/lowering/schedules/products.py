@@ -28,6 +28,9 @@ from attnrewrite.lowering.schedules.stages import (
     variables,
 )
 
+# Of results: those that every schedule of products takes.
+DTYPES = ("float32", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -58,7 +61,7 @@ class Contraction:
     def dtype(self) -> str:
         """Of the accumulators: half-precision products are summed in single precision."""
         dtype = str(self.stage.buffer.dtype)
-        return "float32" if dtype == "float16" else dtype
+        return "float32" if dtype in ("float16", "bfloat16") else dtype
 
     @property
     def packed_columns(self) -> int | None:
@@ -117,9 +120,9 @@ def ranked_tiles(rows: int | None, columns: int | None, unit: VectorUnit, vector
     return [tile for _, tile in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def match_contraction(stage: Stage) -> Contraction | None:
-    """The stage as a matrix product, or None where it is not one worth a register tile."""
-    if stage.combine != "sum" or not stage.axes or str(stage.buffer.dtype) not in ("float32", "float16", "float64"):
+def match_contraction(stage: Stage, dtypes: Sequence[str] = DTYPES) -> Contraction | None:
+    """The stage as a matrix product with a result of these types, or None where it is not one worth a register tile."""
+    if stage.combine != "sum" or not stage.axes or str(stage.buffer.dtype) not in dtypes:
         return None
     operands = _factors(stage.value)
     if operands is None:
