@@ -184,6 +184,7 @@ WINDOWS = {
     "mask-tensor": window((8, 12), (4, 4), (0, 0), 3, 16, mask=True),
     "keys-in-tiles": window((24, 24), (24, 24), (0, 0), 1, 30, batch=1),
     "channels-in-chunks": window((9,), (3,), (1,), 2, 130, mask_value=-1.0),
+    "window-beyond-map": window((2, 5), (4, 6), (3, 4), 1, 8, mask_value=-1.0),
     "three-axes": window((4, 5, 6), (2, 3, 2), (1, 1, 0), 1, 8, mask_value=-1.0, padding=True),
     # Bias held over a run of windows, the last of which is shorter; then over the images of one window.
     "run": window((26, 28), (4, 4), (1, 2), 2, 6, bias="shared", mask_value=-100.0, padding=True, symbolic=True),

@@ -97,7 +97,8 @@ class Window:
         return pixel, every(inside)
 
     def _moved(self, position: Expr, shift: Expr | int, around: int) -> Expr:
-        """(position + shift) mod around, for 0 <= shift < around; positions from `around` on come out past the map."""
+        """(position + shift) mod around; positions from `around` on come out past the map."""
+        shift = shift % around  # a window that is larger than the map may be shifted by more than that
         if _is_zero(shift):
             return position
         moved = position + shift
