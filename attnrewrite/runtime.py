@@ -6,9 +6,11 @@ model.run({"x": array}, threads=1)["logits"]
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 
 _POOL_VARIABLE = "TVM_NUM_THREADS"
+_CUDA_RUNTIME = "nvidia/*/lib/libcudart.so.13"  # of the release that TVM's wheel is built with
 
 # Bytes: what compiled code expects of an address.
 ALIGNMENT = 64
@@ -283,6 +286,8 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 
 def _devices(manifest: Manifest) -> list[Any]:
+    if manifest.device == "cuda":
+        _load_cuda_runtime()
     import tvm
 
     size_thread_pool()
@@ -292,6 +297,14 @@ def _devices(manifest: Manifest) -> list[Any]:
             f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device"
         )
     return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
+
+
+def _load_cuda_runtime() -> None:
+    """Load CUDA's runtime from where pip puts it: TVM, when it is imported, looks for it by name alone."""
+    if "tvm" not in sys.modules:
+        for library in (found for entry in sys.path for found in Path(entry).glob(_CUDA_RUNTIME)):
+            ctypes.CDLL(str(library))
+            break
 
 
 def _weights(directory: Path, manifest: Manifest, device: Any) -> tuple[Any, ...]:

@@ -324,3 +324,18 @@ def test_other_tvm_version_is_refused(monkeypatch):
 def test_unknown_precision(tmp_path):
     with pytest.raises(UserError, match="unknown precision 'int3'; known are fp32, fp16"):
         artifact(small_network(), tmp_path, "cpu", precision="int3")
+
+
+def test_the_cuda_runtime_of_pip_is_loaded_before_tvm_is(monkeypatch, tmp_path):
+    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    loaded = []
+    monkeypatch.setattr("ctypes.CDLL", loaded.append)
+    monkeypatch.setattr("sys.path", [str(tmp_path / "nothing"), str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "tvm", object())
+    runtime._load_cuda_runtime()
+    assert loaded == []  # too late
+    monkeypatch.delitem(sys.modules, "tvm")
+    runtime._load_cuda_runtime()
+    assert loaded == [str(library)]
