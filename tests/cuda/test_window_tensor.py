@@ -233,7 +233,7 @@ def test_models_in_half_precision_get_this_kernel(dtype: str, on_tensor_cores: b
 @pytest.mark.parametrize("head_dim", [6, 16, 30, 32, 64, 128])
 def test_tilings_keep_to_the_limits(head_dim: int) -> None:
     for (target, shared), side, heads in itertools.product(
-        ((metal_target(), 32768), (cuda_target("sm_75"), 49152)), (4, 7, 8, 10, 12, 16, 24), (1, 3, 4)
+        ((metal_target(), 32768), (cuda_target("sm_75"), 49152)), (4, 7, 8, 10, 12, 14, 16, 24), (1, 3, 4)
     ):
         spec = window((side, side), (side, side), (0, 0), heads, head_dim, batch=1).spec
         shapes = dict.fromkeys(("query", "key", "value"), (1, side, side, heads * head_dim))
@@ -264,7 +264,7 @@ def test_it_compiles_without_spills() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [4, 7, 8, 12, 16, 24])
+@pytest.mark.parametrize("size", [4, 7, 8, 12, 14, 16, 24])
 @pytest.mark.parametrize("head_dim", [6, 16, 30, 32, 64, 128])
 def test_no_geometry_spills_on_any_preset(size: int, head_dim: int) -> None:
     kernels = compiled(size, 4, head_dim, *CUDA_PRESETS, bias="shared", mask_value=-100.0)

@@ -27,6 +27,8 @@ MAX_WARPS = 8
 
 # Keys of a tile: their logits take half as many registers of a thread. Windows of 64 tokens are one tile.
 MAX_TILE_KEYS = 64
+# What a tile of keys costs beside its keys, in keys: barriers, maxima, rescaling.
+TILE_COST = 16
 # The results of a value this wide take half as many registers.
 MAX_HEAD_DIM = 128
 
@@ -119,16 +121,21 @@ class TensorTiling:
         """Logits that are computed for one head of one window."""
         return self.query_tiles * self.tile_queries * self.key_tiles * self.tile_keys
 
+    def work(self) -> int:
+        """The same, and what tiles of keys cost beside."""
+        return self.query_tiles * self.tile_queries * self.key_tiles * (self.tile_keys + TILE_COST)
+
 
 @functools.cache
 def choose_tiling(sizes: Sizes, num_heads: int, limits: Limits) -> TensorTiling | None:
-    """The least padding, then the fewest readings of keys, then the fewest tiles; None where nothing fits.
+    """The least work, then the fewest readings of keys, then the fewest tiles; None where nothing fits.
 
     num_heads: that may share a threadgroup, 1 where they read different pixels or have products of their own. Small
     windows leave warps for several heads: as many as make up a piece of memory, and four warps.
     """
     rows = ceil_div(sizes.queries, STEP)
-    fewest, most = min(rows, MAX_WARPS // 2), min(rows, MAX_WARPS)
+    # Products with relative positions take registers: half as many warps leave room for more threadgroups.
+    fewest, most = min(rows, MAX_WARPS // 2), min(rows, MAX_WARPS // 2 if sizes.relative else MAX_WARPS)
     candidates = []
     for warps, tile_keys in itertools.product(range(1, most + 1), range(STEP, MAX_TILE_KEYS + 1, STEP)):
         tiling = TensorTiling(sizes, 1, warps, tile_keys)
@@ -136,7 +143,7 @@ def choose_tiling(sizes: Sizes, num_heads: int, limits: Limits) -> TensorTiling 
             candidates.append(tiling)
     if not candidates:
         return None
-    best = min(candidates, key=lambda t: (t.warps < fewest, t.padded_products(), t.query_tiles, t.key_tiles))
+    best = min(candidates, key=lambda t: (t.warps < fewest, t.work(), t.query_tiles, t.key_tiles))
     for heads in range(1, num_heads + 1):
         wider = TensorTiling(sizes, heads, best.warps, best.tile_keys)
         fits = wider.shared_bytes <= limits.shared_bytes and heads * best.warps <= MAX_WARPS
