@@ -6,6 +6,7 @@ model.run({"x": array}, threads=1)["logits"]
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -287,7 +288,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 def _devices(manifest: Manifest) -> list[Any]:
     if manifest.device == "cuda":
-        _load_cuda_runtime()
+        load_cuda()
     import tvm
 
     size_thread_pool()
@@ -299,12 +300,18 @@ def _devices(manifest: Manifest) -> list[Any]:
     return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
 
 
-def _load_cuda_runtime() -> None:
-    """Load CUDA's runtime from where pip puts it: TVM, when it is imported, looks for it by name alone."""
+def load_cuda() -> None:
+    """Load CUDA's runtime from where pip puts it, which TVM looks for by name alone, and TVM's own part for CUDA, which
+    TVM leaves out where it is installed without its compiler. Where there is no CUDA nothing is loaded.
+    """
     if "tvm" not in sys.modules:
         for library in (found for entry in sys.path for found in Path(entry).glob(_CUDA_RUNTIME)):
             ctypes.CDLL(str(library))
             break
+    import tvm
+
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
 
 
 def _weights(directory: Path, manifest: Manifest, device: Any) -> tuple[Any, ...]:

@@ -51,12 +51,14 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def load_kernel(library: Path, entry: str) -> Callable[..., Any]:
-    """A library's function, which takes tensors that speak DLPack."""
+def load_kernel(library: Path, entry: str, on_gpu: bool = False) -> Callable[..., Any]:
+    """A library's function, which takes tensors that speak DLPack. on_gpu: whether it launches CUDA kernels."""
+    from attnrewrite.runtime import load_cuda, size_thread_pool
+
+    if on_gpu:
+        load_cuda()
     import tvm  # noqa: F401 - its runtime is what the library finds its threads in
     import tvm_ffi
-
-    from attnrewrite.runtime import size_thread_pool
 
     # Between two kernels the caller's own threads need the cores that TVM's would spin on.
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")

@@ -378,7 +378,7 @@ def _load(kernel: Kernel) -> bool:
     library = _folder() / f"{_name(kernel)}.so"
     try:
         lanes = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))["lanes"]
-        _state.ready[kernel] = Loaded(load_kernel(library, ENTRY), int(lanes))
+        _state.ready[kernel] = Loaded(load_kernel(library, ENTRY, kernel.device != CPU), int(lanes))
     except Exception:  # whatever a damaged file makes the loader raise; it is compiled again
         return False
     return True

@@ -326,16 +326,21 @@ def test_unknown_precision(tmp_path):
         artifact(small_network(), tmp_path, "cpu", precision="int3")
 
 
-def test_the_cuda_runtime_of_pip_is_loaded_before_tvm_is(monkeypatch, tmp_path):
+def test_cuda_is_loaded_from_where_pip_puts_it(monkeypatch, tmp_path):
+    """CUDA's runtime before TVM is imported, TVM's part for it afterwards."""
     library = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
     library.parent.mkdir(parents=True)
     library.touch()
+    package = tmp_path / "tvm"
+    package.mkdir()
+    (package / "__init__.py").touch()
     loaded = []
     monkeypatch.setattr("ctypes.CDLL", loaded.append)
     monkeypatch.setattr("sys.path", [str(tmp_path / "nothing"), str(tmp_path)])
-    monkeypatch.setitem(sys.modules, "tvm", object())
-    runtime._load_cuda_runtime()
-    assert loaded == []  # too late
-    monkeypatch.delitem(sys.modules, "tvm")
-    runtime._load_cuda_runtime()
-    assert loaded == [str(library)]
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    del sys.modules["tvm"]  # put back, or deleted again, afterwards
+    own = str(package / "lib" / "libtvm_runtime_cuda.so")
+    runtime.load_cuda()
+    assert loaded == [str(library), own]
+    runtime.load_cuda()  # TVM is imported by now
+    assert loaded == [str(library), own, own]
