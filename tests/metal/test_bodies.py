@@ -20,8 +20,9 @@ from tests.lowering.compiling import relative_error
 from tests.lowering.test_predicted_weights import TOLERANCE
 
 
-def test_blocks_that_move_inward_and_overlap() -> None:
-    case = Case(op((6, 7), (3, 3), overlap_add=True, border="inward"))
+@pytest.mark.parametrize(("feature_size", "kernel_size"), [((6, 7), (3, 3)), ((9,), (3,))])
+def test_blocks_that_move_inward_and_overlap(feature_size: tuple[int, ...], kernel_size: tuple[int, ...]) -> None:
+    case = Case(op(feature_size, kernel_size, overlap_add=True, border="inward"))
     model = case.model()
     write_out(model, partial(covers, device="metal"))
     assert not any(node.domain == DOMAIN for node in model.graph.node)

@@ -99,7 +99,7 @@ def launch(blocks: Expr, size: tuple[int, int]) -> Iterator[Thread]:
 
 def bind_axes(axes: Sequence[Axis], flat: Expr) -> dict[tirx.Var, Expr]:
     """The axes' variables at a row-major flat position, each in a variable of the kernel."""
-    places = unravel(flat, [axis.extent for axis in axes])
+    places = unravel(as_type(flat, "int64"), [axis.extent for axis in axes])
     return {axis.var: keep(place) for axis, place in zip(axes, places, strict=True)}
 
 

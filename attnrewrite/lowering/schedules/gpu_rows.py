@@ -322,7 +322,7 @@ class _RowStage:
         stage, thread, lanes = self.stage, self.thread, self.thread.size[0]
         total = registers(1, accumulator_type(stage.buffer))
         with T.serial(prod(axis.size or 1 for axis in self.own)) as output:
-            at = {**bound, **bind_axes(self.own, output * const(1))}
+            at = {**bound, **bind_axes(self.own, output)}
             _reduce_part(stage, at, thread.x, lanes, total, self.device)
             _combine_parts(stage, thread.index, thread.x, lanes, 1, total)
             with when(thread.x == 0):
