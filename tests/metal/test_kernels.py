@@ -10,6 +10,7 @@ import pytest
 
 tvm = pytest.importorskip("tvm")
 
+import tvm_ffi  # noqa: E402
 from tvm.target import Target  # noqa: E402
 
 from attnrewrite.emulator import MetalDevice, metal_device, metal_target  # noqa: E402
@@ -17,7 +18,8 @@ from attnrewrite.errors import CompilerError  # noqa: E402
 from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
 from attnrewrite.localattention.geometry import NeighborhoodGeometry  # noqa: E402
 from attnrewrite.lowering import limits  # noqa: E402
-from attnrewrite.lowering.kernels import reference, slide_gpu, slide_gpu_predicted, window_gpu  # noqa: E402
+from attnrewrite.lowering.kernels import gpu_builder, reference, slide_gpu, slide_gpu_predicted, window_gpu  # noqa: E402
+from attnrewrite.lowering.kernels.gpu import attention_kernel  # noqa: E402
 from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
 from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
 
@@ -104,6 +106,35 @@ def test_a_symbolic_batch_is_read_from_the_query(device: MetalDevice, windows: A
     operands = {name: np.repeat(value[:1], batch, axis=0) for name, value in case.operands.items()}
     operands["bias"] = case.operands["bias"]
     check(device, windows, "shifted", Case(case.spec, operands, symbolic=True))
+
+
+@pytest.mark.parametrize("name", ["shifted", "k3"])
+def test_a_batch_whose_indices_have_more_than_32_bits_is_refused(
+    device: MetalDevice, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    case = {**WINDOWS, **SLIDES}[name]
+    shapes = {operand: (1 << 24, *array.shape[1:]) for operand, array in case.operands.items() if operand != "bias"}
+    with pytest.raises(CompilerError, match=r"a tensor has \d+ elements; kernels of GPUs take fewer than 2\*\*31"):
+        attention_kernel(case.spec, shapes, dict.fromkeys(shapes, "float32"), metal_target(), "large")
+    monkeypatch.setattr(gpu_builder, "INDEXED", case.operands["query"].size)
+    module = emulated({name: case})
+    one = {operand: array if operand == "bias" else array[:1] for operand, array in case.operands.items()}
+    check(device, module, name, Case(case.spec, one))
+    with pytest.raises(ValueError, match="a batch of more than 1 has tensors of 2"):
+        check(device, module, name, case)
+
+
+@pytest.mark.parametrize("name", ["shifted", "k3"])
+def test_a_grid_is_one_row(name: str) -> None:
+    """CUDA has at most 65535 threadgroups along its other axes, whatever the batch."""
+    tags: set[str] = set()
+
+    def note(node: Any) -> None:
+        if node.attr_key == "thread_extent":
+            tags.add(str(node.node.thread_tag))
+
+    tvm_ffi.structural_walk(kernel({**WINDOWS, **SLIDES}[name], CUDA, "run").body, (tvm.tirx.AttrStmt, note))
+    assert {tag for tag in tags if tag.startswith("blockIdx")} == {"blockIdx.x"}
 
 
 def test_a_row_that_is_masked_altogether_gives_nan(windows: Any) -> None:

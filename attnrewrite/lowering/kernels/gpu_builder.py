@@ -18,10 +18,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
+from attnrewrite.errors import CompilerError
+
 Expr = Any  # tvm.ir.Expr; its operators are not typed
 
 ACCUMULATOR = "float32"
 WORD_BYTES = 16  # the widest access to memory
+INDEXED = 2**31  # a buffer has fewer elements
 LOWEST = -3.402823e38  # finite on purpose: GPU compilers in fast-math mode may assume that no infinity is compared
 
 
@@ -75,8 +78,8 @@ class Frame:
         return self.output.shape[0]
 
 
-Grid = Callable[[Expr], tuple[Expr, Expr, Expr]]
-"""Extent of the batch -> threadgroups along x, y and z."""
+Grid = Callable[[Expr], tuple[int, int, Expr]]
+"""Extent of the batch -> threadgroups along x, y and z, launched as one row: CUDA has at most 65535 along y and z."""
 
 
 @contextlib.contextmanager
@@ -107,14 +110,26 @@ def _kernel_frame(
         )
         x, y, z = grid(batch)
         with (
-            T.launch_thread("blockIdx.z", z) as block_z,
-            T.launch_thread("blockIdx.y", y) as block_y,
-            T.launch_thread("blockIdx.x", x) as block_x,
+            _indices_fit([*operands.values(), *outputs], batch),
+            T.launch_thread("blockIdx.x", z * (x * y)) as block,
             T.launch_thread("threadIdx.y", threads[1]) as thread_y,
             T.launch_thread("threadIdx.x", threads[0]) as thread_x,
         ):
-            at = [T.bind(tirx.Cast("int32", block)) for block in (block_x, block_y, block_z)]
-            yield Frame(operands, outputs, at[0], at[1], at[2], thread_x, thread_y, threads)
+            at_z, at_y, at_x = map(T.bind, unflatten(tirx.Cast("int32", block), (0, y, x)))
+            yield Frame(operands, outputs, at_x, at_y, at_z, thread_x, thread_y, threads)
+
+
+def _indices_fit(buffers: Sequence[tirx.Buffer], batch: Expr) -> contextlib.AbstractContextManager[Any]:
+    """A check by the host that 32 bits hold every index. Raises CompilerError where extents that are known say no."""
+    known = [math.prod(int(e) for e in buffer.shape if isinstance(e, tirx.IntImm)) for buffer in buffers]
+    batched = [any(not isinstance(e, tirx.IntImm) for e in buffer.shape) for buffer in buffers]
+    if (largest := max((n for n, varies in zip(known, batched, strict=True) if not varies), default=0)) >= INDEXED:
+        raise CompilerError(f"a tensor has {largest} elements; kernels of GPUs take fewer than 2**31")
+    if isinstance(batch, int):
+        return contextlib.nullcontext()
+    most = (INDEXED - 1) // max(n for n, varies in zip(known, batched, strict=True) if varies)
+    sentence = f"a batch of more than {most} has tensors of 2**31 elements; kernels of GPUs take fewer"
+    return T.Assert(batch <= most, sentence, "ValueError")
 
 
 class KernelBuilder:
@@ -154,7 +169,7 @@ class Flat:
     """A buffer as one row of elements, `lanes` of them moved at once.
 
     No GPU language here has a vector of eight halves: those move as words of four 32-bit integers, which keeps the
-    bits but cannot be computed with. Indices are 32-bit: a buffer holds fewer than 2**31 elements.
+    bits but cannot be computed with.
     """
 
     def __init__(self, buffer: tirx.Buffer, lanes: int, dtype: str | None = None, elements: Expr = None) -> None:

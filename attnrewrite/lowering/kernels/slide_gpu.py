@@ -476,7 +476,7 @@ def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments
     present, shapes, dtype, target, name, dtypes = arguments
     tiling, heads, value_dim = choose_tiling(work, Limits.of(target)), spec.num_heads, work.value_dim
 
-    def grid(images: Expr) -> tuple[Expr, Expr, Expr]:
+    def grid(images: Expr) -> tuple[int, int, Expr]:
         blocks = value_dim // tiling.value_block
         return math.prod(r.tiles for r in tiling.reaches), heads // tiling.heads * blocks, images
 

@@ -464,7 +464,7 @@ def flash_window_attention(
     )
     run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), in_windows, in_images, limits)
 
-    def grid(batch: Expr) -> tuple[Expr, Expr, Expr]:
+    def grid(batch: Expr) -> tuple[int, int, Expr]:
         return ceil_div(windows, run.windows) * tiling.query_tiles, heads, ceil_div(batch, run.images)
 
     output_shape = [*spec.geometry.feature_size, heads * sizes.value_dim]

@@ -83,7 +83,7 @@ class _TensorKernel:
     ) -> None:
         self.spec, self.frame, self.tiling, self.run, self.cores = spec, frame, tiling, run, cores
         groups = spec.num_heads // tiling.heads
-        block = frame.x
+        block = frame.z
         self.query_tile = tirx.const(0, "int32") if tiling.query_tiles == 1 else T.bind(block % tiling.query_tiles)
         block = block if tiling.query_tiles == 1 else block // tiling.query_tiles
         self.first_head = tirx.const(0, "int32") if groups == 1 else T.bind(block % groups * tiling.heads)
@@ -462,8 +462,8 @@ def flash_window_attention(
     assert tiling is not None
     run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), limits)
 
-    def grid(batch: Expr) -> tuple[Expr, Expr, Expr]:
-        return ceil_div(batch * windows, run) * (heads // tiling.heads) * tiling.query_tiles, 1, 1
+    def grid(batch: Expr) -> tuple[int, int, Expr]:
+        return 1, 1, ceil_div(batch * windows, run) * (heads // tiling.heads) * tiling.query_tiles
 
     output_shape = [*spec.geometry.feature_size, heads * tiling.sizes.value_dim]
     builder = KernelBuilder()
