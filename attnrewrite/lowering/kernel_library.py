@@ -58,7 +58,7 @@ def gpu_kernel(request: Mapping[str, Any], target: Any) -> Any:
     batch = tirx.Var("batch", "int64")
     shapes = {n: tuple(batch if e is None else e for e in shape) for n, shape in request["shapes"].items()}
     spec = SPECS[request["op"]].from_attributes(request["attributes"])
-    return attention_kernel(spec, shapes, request["dtypes"], target, ENTRY)
+    return attention_kernel(spec, shapes, request["dtypes"], target, ENTRY, request["steps"])
 
 
 def _cpu_kernel(request: Mapping[str, Any], target: Any, lanes: int) -> Any:

@@ -190,8 +190,11 @@ def _call_on_gpu(kernel: Kernel, loaded: Loaded, shapes: Shapes, operands: Mappi
     value = operands["value"]
     results = tuple(torch.empty(shape, dtype=value.dtype, device=value.device) for shape in shapes)
     if results[0].numel():
-        dtypes = dict(kernel.dtypes)
-        given = [as_read_by_gpu(t.detach(), getattr(torch, dtypes[n])) for n, t in operands.items()]
+        dtypes, steps = dict(kernel.dtypes), dict(kernel.steps)
+        given = [
+            as_read_by_gpu(kernel.spec, t.detach(), getattr(torch, dtypes[n]), steps.get(n))
+            for n, t in operands.items()
+        ]
         loaded.function(*given, *results)  # which tells TVM of the stream
     return results
 

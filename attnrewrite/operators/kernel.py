@@ -66,7 +66,9 @@ def kernel_of(spec: Spec, operands: Mapping[str, Tensor], device: str | None = N
     if device is None or device == CPU or len({operands[n].dtype for n in MAPS if n in operands}) > 1:
         return None
     dtype = _gpu_dtype(operands["value"].dtype, int(device.removeprefix("sm_")))
-    return None if dtype is None else Kernel(spec, _shapes(operands, _BATCHED), (), device, _dtypes(operands, dtype))
+    if dtype is None:
+        return None
+    return Kernel(spec, _shapes(operands, _BATCHED), _steps(spec, operands), device, _dtypes(operands, dtype))
 
 
 def _device_of(device: torch.device) -> str | None:

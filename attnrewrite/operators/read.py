@@ -12,12 +12,20 @@ from torch import Tensor
 from attnrewrite.functions.spec import FlashWindowAttention, Spec
 from attnrewrite.operators.kernel import Step
 
-# Bytes: the widest load of a GPU kernel, of whose multiples its operands begin.
+# Bytes: the widest load of a GPU kernel, of whose multiples its operands begin unless they are parts of wider maps.
 _WORD = 16
 
 
-def as_read_by_gpu(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, aligned and of this dtype; numbers beyond its range are its last, infinities stay."""
+def as_read_by_gpu(spec: Spec, operand: Tensor, dtype: torch.dtype, step: Step = None) -> Tensor:
+    """Contiguous, aligned and of this dtype; numbers beyond its range are its last, infinities stay. A part of a wider
+    map as `as_read_by_cpu` gives it, aligned to the loads that its kernel makes.
+    """
+    if step is not None:
+        # The kernel's loads are of channels of a head of a pixel, or of pixels of a row.
+        is_window = isinstance(spec, FlashWindowAttention)
+        run = math.gcd(operand.shape[-1] // spec.num_heads, step) if is_window else operand.shape[-1]
+        numbers = _from_first_to_last(spec, operand, step)
+        return numbers.clone() if operand.data_ptr() % math.gcd(run * operand.itemsize, _WORD) else numbers
     if operand.dtype != dtype:
         limits = torch.finfo(dtype)
         operand = torch.where(operand.isinf(), operand, operand.clamp(limits.min, limits.max)).to(dtype)
@@ -28,18 +36,23 @@ def as_read_by_gpu(operand: Tensor, dtype: torch.dtype) -> Tensor:
 def as_read_by_cpu(spec: Spec, name: str, operand: Tensor, step: Step, lanes: int) -> Tensor:
     """A part of a wider map as that map's numbers from its first to its last; biases and masks laid out for vectors."""
     if step is not None:
-        shape = operand.shape
-        if isinstance(spec, FlashWindowAttention):
-            count = (math.prod(shape[:-1]) - 1) * step + shape[-1]
-        else:
-            count = (shape[0] - 1) * step * math.prod(shape[2:]) + math.prod(shape[1:])
-        return operand.as_strided((count,), (1,))
+        return _from_first_to_last(spec, operand, step)
     if isinstance(spec, FlashWindowAttention):
         if name in ("bias", "mask"):
             return _laid_out_before(operand, lanes)
         if name == "relative_position":
             return _laid_out_positions(operand, spec, lanes)
     return operand.contiguous()
+
+
+def _from_first_to_last(spec: Spec, part: Tensor, step: int) -> Tensor:
+    """A vector of the wider map's numbers from the first of a part to its last, where they lie."""
+    shape = part.shape
+    if isinstance(spec, FlashWindowAttention):
+        count = (math.prod(shape[:-1]) - 1) * step + shape[-1]
+    else:
+        count = (shape[0] - 1) * step * math.prod(shape[2:]) + math.prod(shape[1:])
+    return part.as_strided((count,), (1,))
 
 
 # Bytes of biases and masks that are kept in the kernels' layout.

@@ -117,6 +117,26 @@ def test_windows_in_a_row_share_a_bias(monkeypatch: pytest.MonkeyPatch, bias: st
     assert error(case, output) <= 1
 
 
+@pytest.mark.parametrize("name", ["shifted", "heads-of-64-half", "padded-then-shifted"])
+def test_parts_of_wider_maps(name: str) -> None:
+    """All that lies between their pixels is NaN. Copies of the key's are narrower than those of query and value."""
+    case = in_dtype(CASES[name], "float16")
+    steps = {"key": case.operands["key"].shape[-1] + 2, "value": 3 * case.operands["value"].shape[-1]}
+    operands = dict(case.operands)
+    for operand, step in steps.items():
+        *pixels, channels = operands[operand].shape
+        wider = np.full((*pixels, step), np.nan, np.float16)
+        wider[..., :channels] = operands[operand]
+        operands[operand] = wider.reshape(-1)[: channels - step]
+    shapes = case.shapes(tvm.tirx.Var("n", "int64"))
+    function = window_tensor.flash_window_attention(
+        case.spec, list(operands), shapes, "float16", metal_target(), "run", steps=steps
+    )
+    done = run_function(function, list(operands.values()), [(output_shape(case), "float16")])
+    assert done.findings == ()
+    assert error(case, done.outputs[0]) <= 1
+
+
 def test_bfloat16() -> None:
     case = in_dtype(window((11, 15), (4, 5), (0, 0), 1, 24, 40, bias="own", keys=HALO, batch=1), "bfloat16")
     output, findings = run(case)

@@ -19,10 +19,13 @@ pytest.importorskip("tvm")
 from attnrewrite.emulator import metal_target  # noqa: E402
 from attnrewrite.emulator.run import run_function  # noqa: E402
 from attnrewrite.errors import CompilerError  # noqa: E402
+from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
 from attnrewrite.lowering import cuda_compiler  # noqa: E402
 from attnrewrite.lowering.kernel_library import gpu_kernel  # noqa: E402
 from attnrewrite.operators import compiled, general, kernel  # noqa: E402
+from attnrewrite.operators.read import as_read_by_gpu  # noqa: E402
 from attnrewrite.operators.schema import call  # noqa: E402
+from tests.metal.cases import slide, window  # noqa: E402
 from tests.metal.conftest import emulator_cache  # noqa: E402, F401
 from tests.operators.test_schema import CASES, tensors  # noqa: E402
 from tests.running import error  # noqa: E402
@@ -35,10 +38,11 @@ FLOAT16 = 4 * 2.0**-11
 
 @dataclass
 class Emulated:
-    """What was asked to be compiled, and the dtypes of each call."""
+    """What was asked to be compiled, the dtypes of each call, and where its operands lay."""
 
     kernels: list[Any] = field(default_factory=list)
     calls: list[list[Any]] = field(default_factory=list)
+    places: list[list[int]] = field(default_factory=list)
     fails: str = ""
 
     def load(self, wanted: Any) -> bool:
@@ -51,6 +55,7 @@ class Emulated:
         def launch(*arguments: Any) -> None:
             self.calls.append([a.dtype for a in arguments])
             *operands, result = arguments
+            self.places.append([t.data_ptr() for t in operands])
             shape, dtype = tuple(result.shape), str(result.dtype).removeprefix("torch.")
             run = run_function(function, [t.numpy() for t in operands], [(shape, dtype)])
             assert run.findings == ()
@@ -95,15 +100,60 @@ def test_the_operator_launches_a_kernel_on_the_first_call(gpu: Emulated, name: s
     assert (len(gpu.kernels), len(gpu.calls)) == (1, 2)
 
 
-def test_a_map_that_is_a_part_of_another_is_read_as_itself(gpu: Emulated) -> None:
-    spec = CASES["shifted-with-mask"].spec
-    operands = tensors(CASES["shifted-with-mask"])
-    wide = torch.cat([operands["query"], operands["query"]], -1)
-    found = compiled.results_of(spec, operands | {"query": wide[..., : operands["query"].shape[-1]]})
-    expected = compiled.results_of(spec, operands)
+PARTS = {
+    "windows": window((8, 12), (4, 4), (1, 2), 2, 8, bias="own", mask_value=-100.0),
+    "windows-half": window((8, 12), (4, 4), (1, 2), 2, 8, dtype="float16"),
+    "heads-of-an-odd-width": window((7, 10), (4, 5), (0, 0), 3, 5, 7, padding=True, dtype="float16"),
+    "extra-keys": window((8, 8), (4, 4), (0, 0), 2, 4, extra_keys=(1, 1, 3)),
+    "neighbours": slide((6, 8), (3, 3), (1, 1), 2, 4, bias=True),
+    "neighbours-half": slide((5, 9), (3, 3), (1, 2), 2, 5, dtype="float16"),
+}
+
+
+def part(tensor: Any, axis: int, before: int, after: int) -> Any:
+    """The same numbers in a map that has so many more along an axis, all of them NaN."""
+    shape = list(tensor.shape)
+    shape[axis] += before + after
+    return torch.full(shape, torch.nan, dtype=tensor.dtype).narrow(axis, before, tensor.shape[axis]).copy_(tensor)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_wider_maps_are_read_where_they_lie(gpu: Emulated, name: str) -> None:
+    """First, second and third part of a map that a projection wrote; the next call has another batch."""
+    spec, operands = PARTS[name].spec, {n: torch.from_numpy(a) for n, a in PARTS[name].operands.items()}
+    axis = -1 if isinstance(spec, FlashWindowAttention) else 1
+    for batch in (2, 1):
+        alone = {n: t[:batch] if n in kernel.MAPS else t for n, t in operands.items()}
+        width = {n: t.shape[axis] for n, t in alone.items()}
+        parts = alone | {n: part(alone[n], axis, i * width[n], (2 - i) * width[n]) for i, n in enumerate(kernel.MAPS)}
+        found, expected = (compiled.results_of(spec, given) for given in (parts, alone))
+        assert found is not None and expected is not None
+        assert torch.equal(found[0], expected[0])
+        assert gpu.places[-2][:3] == [parts[n].data_ptr() for n in kernel.MAPS]
+    assert [dict(k.steps) for k in gpu.kernels] == [{n: 3 * width[n] for n in kernel.MAPS}, {}]
+
+
+def test_a_part_that_loads_are_not_aligned_to_is_moved(gpu: Emulated) -> None:
+    spec, operands = PARTS["windows"].spec, {n: torch.from_numpy(a) for n, a in PARTS["windows"].operands.items()}
+    moved = operands | {"key": part(operands["key"], -1, 1, 15)}
+    found, expected = (compiled.results_of(spec, given) for given in (moved, operands))
     assert found is not None and expected is not None
     assert torch.equal(found[0], expected[0])
-    assert len(gpu.kernels) == 1
+    assert gpu.places[0][1] != moved["key"].data_ptr()
+    assert gpu.places[0][1] % 16 == 0
+
+
+@pytest.mark.parametrize("step", [48, 33])
+def test_parts_that_tensor_cores_cannot_copy_have_the_other_kernel(step: int) -> None:
+    """They copy pairs of channels."""
+    from tests.cuda.compiling import cuda_target
+
+    operands = {n: torch.from_numpy(a) for n, a in PARTS["windows-half"].operands.items()}
+    operands["key"] = part(operands["key"], -1, 0, step - operands["key"].shape[-1])
+    wanted = kernel.kernel_of(PARTS["windows-half"].spec, operands, "sm_80")
+    assert wanted is not None
+    source = gpu_kernel(wanted.request(), cuda_target("sm_80")).script()
+    assert ("mma" in source) == (step % 2 == 0)
 
 
 def test_any_batch_has_the_same_kernel(gpu: Emulated) -> None:
@@ -148,20 +198,16 @@ def test_bfloat16_is_left_to_torch_before_ampere() -> None:
 
 
 def test_numbers_beyond_a_dtype_are_its_last_and_infinities_stay() -> None:
-    from attnrewrite.operators.read import as_read_by_gpu
-
     term = torch.tensor([-torch.inf, -1e9, 1.0, 1e9])
-    assert as_read_by_gpu(term, torch.float16).tolist() == [-torch.inf, -65504.0, 1.0, 65504.0]
+    assert as_read_by_gpu(CASES["k3"].spec, term, torch.float16).tolist() == [-torch.inf, -65504.0, 1.0, 65504.0]
 
 
 def test_operands_begin_at_multiples_of_a_word() -> None:
-    from attnrewrite.operators.read import as_read_by_gpu
-
-    whole = torch.arange(16.0)
-    assert as_read_by_gpu(whole, torch.float32) is whole
-    part = as_read_by_gpu(whole[1:], torch.float32)
-    assert part.data_ptr() % 16 == 0
-    assert torch.equal(part, whole[1:])
+    spec, whole = CASES["k3"].spec, torch.arange(16.0)
+    assert as_read_by_gpu(spec, whole, torch.float32) is whole
+    moved = as_read_by_gpu(spec, whole[1:], torch.float32)
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, whole[1:])
 
 
 def test_without_a_compiler_torch_computes_and_one_warning_says_so(gpu: Emulated) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,22 @@ from attnrewrite.lowering.kernels.window_tensor_plan import takes
 
 
 def attention_kernel(
-    spec: Spec, shapes: Mapping[str, tuple[Any, ...]], dtypes: Mapping[str, str], target: Target, name: str
+    spec: Spec,
+    shapes: Mapping[str, tuple[Any, ...]],
+    dtypes: Mapping[str, str],
+    target: Target,
+    name: str,
+    steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
-    """The kernel for operands of these shapes and dtypes; an extent that is no number is the batch."""
+    """The kernel for operands of these shapes and dtypes; an extent that is no number is the batch. steps: of those of
+    query, key and value that are parts of wider maps, as the kernels take them.
+    """
     present, extents, dtype = [*shapes], [*shapes.values()], dtypes["value"]
     if isinstance(spec, FlashWindowAttention):
-        window_kernel = window_tensor if takes(spec, shapes, dtype, target) else window_gpu
-        return window_kernel.flash_window_attention(spec, present, extents, dtype, target, name, dtypes)
+        # Tensor cores' operands are copied two channels at a time or more.
+        in_pairs = all(step % 2 == 0 for step in steps.values())
+        window_kernel = window_tensor if in_pairs and takes(spec, shapes, dtype, target) else window_gpu
+        return window_kernel.flash_window_attention(spec, present, extents, dtype, target, name, dtypes, steps)
     if spec.predicted:
-        return slide_gpu_predicted.predicted_attention(spec, present, extents, dtype, target, name, dtypes)
-    return slide_gpu.slide_attention(spec, present, extents, dtype, target, name, dtypes)
+        return slide_gpu_predicted.predicted_attention(spec, present, extents, dtype, target, name, dtypes, steps)
+    return slide_gpu.slide_attention(spec, present, extents, dtype, target, name, dtypes, steps)

@@ -93,6 +93,7 @@ def _kernel_frame(
     threads: tuple[int, int],
     *,
     dtypes: Mapping[str, str] = types.MappingProxyType({}),
+    wider: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
     more_outputs: Sequence[Sequence[int]] = (),
 ) -> Iterator[Frame]:
     batch = shapes[0][0] if isinstance(shapes[0][0], int) else tirx.Var("batch", "int64")
@@ -102,12 +103,17 @@ def _kernel_frame(
         operands = {}
         for operand, shape in zip(present, shapes, strict=True):
             own_shape = [extent if isinstance(extent, int) else batch for extent in shape]
+            if operand in wider:
+                own_shape = [tirx.Var(f"{operand}_numbers", "int64")]
             operands[operand] = T.arg(operand, T.buffer(own_shape, dtypes.get(operand, dtype)))
         names = ("output", *(f"output_{count}" for count in range(1, len(more_outputs) + 1)))
         outputs = tuple(
             T.arg(own, T.buffer([batch, *shape], dtype))
             for own, shape in zip(names, (output_shape, *more_outputs), strict=True)
         )
+        for operand, extents in wider.items():
+            part = operands[operand]
+            operands[operand] = T.decl_buffer([batch, *extents], part.dtype, data=part.data)
         x, y, z = grid(batch)
         with (
             _indices_fit([*operands.values(), *outputs], batch),
@@ -146,7 +152,9 @@ class KernelBuilder:
     def kernel(self, *arguments: Any, **more: Any) -> Iterator[Frame]:
         """Arguments: name, present, shapes, output_shape (without batch), dtype, grid, (threads x, y).
 
-        more: dtypes, by name, of operands that are not of `dtype`; more_outputs, the shapes of those after the first.
+        more: dtypes, by name, of operands that are not of `dtype`; more_outputs, the shapes of those after the first;
+        wider, the shapes (without batch) of the maps that operands are parts of. A part is passed as a vector of the
+        numbers from its first to its last, and is in the frame as if the wider map began with it.
         """
         with self._builder, _kernel_frame(*arguments, **more) as frame:
             yield frame

@@ -441,13 +441,15 @@ def slide_attention(
     target: Target,
     name: str,
     dtypes: Mapping[str, str] = types.MappingProxyType({}),
+    steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
     """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the output.
 
     present: names of the operands given. shapes: theirs, the batch an int or a symbolic variable (one variable of the
     kernel's own then stands for it, matched from the query). dtype: float32 or float16, of the output and all operands
     but those that `dtypes` names, which are bias and logits. Logits, softmax and sums are float32 whatever
-    spec.softmax_dtype says, which is never less exact.
+    spec.softmax_dtype says, which is never less exact. steps: of query, key and value, how many channels one image lies
+    behind another, for those that are parts of wider maps (`KernelBuilder.kernel`).
     """
     by_name = dict(zip(present, shapes, strict=True))
     heads = spec.num_heads
@@ -463,7 +465,7 @@ def slide_attention(
     instances = instances_of(spec, by_name["query"])
     bytes_ = DataType(dtype).itemsize
     work = Work(spec.geometry, head_dim, value_dim, bytes_, instances, parameters, alike=heads if alike else 1)
-    return build(SlideKernel, spec, work, (present, shapes, dtype, target, name, dtypes))
+    return build(SlideKernel, spec, work, (present, shapes, dtype, target, name, dtypes, steps))
 
 
 def instances_of(spec: SlideAttention, shape: Sequence[Any]) -> int:
@@ -473,7 +475,7 @@ def instances_of(spec: SlideAttention, shape: Sequence[Any]) -> int:
 
 def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments: tuple[Any, ...]) -> tirx.PrimFunc:
     """The function of a kernel; arguments: those of `slide_attention` behind the spec."""
-    present, shapes, dtype, target, name, dtypes = arguments
+    present, shapes, dtype, target, name, dtypes, steps = arguments
     tiling, heads, value_dim = choose_tiling(work, Limits.of(target)), spec.num_heads, work.value_dim
 
     def grid(images: Expr) -> tuple[int, int, Expr]:
@@ -483,6 +485,8 @@ def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments
     threads = (tiling.threads[-1], tiling.heads * math.prod(tiling.threads[:-1]))
     builder = KernelBuilder()
     output_shape = [heads * value_dim, *spec.output_size]
-    with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes) as frame:
+    by_name = dict(zip(present, shapes, strict=True))
+    wider = {operand: [step, *by_name[operand][2:]] for operand, step in steps.items()}
+    with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes, wider=wider) as frame:
         kernel(spec, frame, tiling).emit()
     return builder.prim_func()

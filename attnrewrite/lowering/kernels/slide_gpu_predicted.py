@@ -130,6 +130,7 @@ def predicted_attention(
     target: Target,
     name: str,
     dtypes: Mapping[str, str] = types.MappingProxyType({}),
+    steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
     """The kernel of a spec with `predicted`; arguments as of `slide_gpu.slide_attention`."""
     value = dict(zip(present, shapes, strict=True))["value"]
@@ -146,4 +147,4 @@ def predicted_attention(
         )
         work = Work(on_output, 0, value_dim, bytes_, instances, upsampling=spec.upsampling)
     emitter = OverlapAddKernel if spec.overlap_add else PredictedKernel
-    return build(emitter, spec, work, (present, shapes, dtype, target, name, dtypes))
+    return build(emitter, spec, work, (present, shapes, dtype, target, name, dtypes, steps))

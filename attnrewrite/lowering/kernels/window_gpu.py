@@ -83,7 +83,8 @@ class _WindowKernel:
         dtype = str(frame.output.dtype)
         first_query, first_key, first_weight, first_value, end = tiling.first_bytes(dtype)
         memory = SharedMemory(end)
-        staged = sorted({lanes_of(dtype, n) for n in (self.staged_run("query"), self.staged_run("value"))} | {1, STEP})
+        runs = {self.staged_run(operand) for operand in ("query", "key", "value")}
+        staged = sorted({lanes_of(dtype, run) for run in runs} | {1, STEP})
         self.tiles = {
             "query": SharedTile(tiling.query_tile(dtype), memory, first_query, staged),
             "key": SharedTile(tiling.key_tile(dtype), memory, first_key, staged),
@@ -159,8 +160,9 @@ class _WindowKernel:
         return self.sizes.value_dim if operand == "value" else self.sizes.head_dim
 
     def staged_run(self, operand: str) -> int:
-        """What the start of every head and chunk of an operand is a multiple of, in elements."""
-        return math.gcd(self.channels_of(operand), self.tiling.chunk)
+        """What the start of every pixel, head and chunk of an operand is a multiple of, in elements."""
+        step = int(self.frame.operands[operand].shape[-1])
+        return math.gcd(step, self.channels_of(operand), self.tiling.chunk)
 
     def stage_query(self, chunk_start: Expr | int) -> None:
         self.stage("query", self.window.query_source, self.first_query, self.sizes.queries, chunk_start)
@@ -194,8 +196,9 @@ class _WindowKernel:
                 flat = flat * extent + at
             value = choose(on_map, source.load(flat * extents[-1] + position), outside)
             if extra is not None and beside is not None:
-                first_extra = self.first_extra(extra.shape) * extents[-1] + position
-                value = choose(token < own, value, beside.load(first_extra + (token - own) * extents[-1]))
+                channels = int(extra.shape[-1])
+                first_extra = self.first_extra(extra.shape) * channels + position
+                value = choose(token < own, value, beside.load(first_extra + (token - own) * channels))
             in_window = True if tokens % rows == 0 else token < tokens
             whole = head_dim % tile.shape.columns == 0 and tile.shape.columns <= self.tiling.chunk
             in_head = True if whole else channel < head_dim
@@ -437,6 +440,11 @@ def int_or_none(extent: Any) -> int | None:
     return int(extent) if isinstance(extent, int | tirx.IntImm) else None
 
 
+def wider_maps(shapes: Mapping[str, Sequence[Any]], steps: Mapping[str, int]) -> dict[str, list[int]]:
+    """Shapes, without batch, of the maps that operands are parts of. shapes: of the operands."""
+    return {operand: [*shapes[operand][1:-1], step] for operand, step in steps.items()}
+
+
 def flash_window_attention(
     spec: FlashWindowAttention,
     present: Sequence[str],
@@ -445,13 +453,16 @@ def flash_window_attention(
     target: Target,
     name: str,
     dtypes: Mapping[str, str] = types.MappingProxyType({}),
+    steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
     """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the outputs.
 
     present: names of the operands given. shapes: theirs, the batch an int or a symbolic variable (one variable of the
     kernel's own then stands for it, matched from the query). dtype: float32 or float16, of the outputs and all operands
     but those that `dtypes` names, which are terms of the logits. Logits, softmax and sums are float32 whatever
-    spec.softmax_dtype says, which is never less exact.
+    spec.softmax_dtype says, which is never less exact. steps: of query, key and value, how many numbers one pixel lies
+    behind another, for those that are parts of wider maps (`KernelBuilder.kernel`); their first number is aligned to
+    the widest access, up to a word, of which steps and heads are multiples.
     """
     by_name = dict(zip(present, shapes, strict=True))
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
@@ -470,10 +481,10 @@ def flash_window_attention(
     output_shape = [*spec.geometry.feature_size, heads * sizes.value_dim]
     asking = by_name.get("extra_query")
     more = [] if asking is None else [(windows, int(asking[2]), heads * sizes.value_dim)]
-    threads = tiling.columns, tiling.rows
+    threads, wider = (tiling.columns, tiling.rows), wider_maps(by_name, steps)
     builder = KernelBuilder()
     with builder.kernel(
-        name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes, more_outputs=more
+        name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes, wider=wider, more_outputs=more
     ) as frame:
         _WindowKernel(spec, frame, tiling, run).emit()
     return builder.prim_func()

@@ -55,7 +55,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
-from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
+from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared, wider_maps
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
 from attnrewrite.lowering.kernels.window_gpu_relative import RelativeProducts, RelativeTable
 from attnrewrite.lowering.kernels.window_tensor_plan import (
@@ -450,11 +450,12 @@ def flash_window_attention(
     target: Target,
     name: str,
     dtypes: Mapping[str, str] = types.MappingProxyType({}),
+    steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tirx.PrimFunc:
     """The kernel as a scheduled PrimFunc, as `window_gpu.flash_window_attention` gives it, for operands it `takes`.
 
     dtype: float16 or bfloat16, of the output and of all operands; `dtypes` may say otherwise of bias and mask. For a
-    metal target the kernel calls functions that only the emulator has.
+    metal target the kernel calls functions that only the emulator has. steps: as there, even numbers.
     """
     by_name = dict(zip(present, shapes, strict=True))
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
@@ -466,7 +467,9 @@ def flash_window_attention(
         return 1, 1, ceil_div(batch * windows, run) * (heads // tiling.heads) * tiling.query_tiles
 
     output_shape = [*spec.geometry.feature_size, heads * tiling.sizes.value_dim]
-    builder = KernelBuilder()
-    with builder.kernel(name, present, shapes, output_shape, dtype, grid, tiling.threads, dtypes=dtypes) as frame:
+    builder, wider = KernelBuilder(), wider_maps(by_name, steps)
+    with builder.kernel(
+        name, present, shapes, output_shape, dtype, grid, tiling.threads, dtypes=dtypes, wider=wider
+    ) as frame:
         _TensorKernel(spec, frame, tiling, run, TensorCore(target, dtype)).emit()
     return builder.prim_func()

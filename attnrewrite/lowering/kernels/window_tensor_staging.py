@@ -43,7 +43,8 @@ _NOWHERE = -1
 class Staged:
     """An operand's tile, in shared memory from the element `first` on.
 
-    pitch: channels from head to head there. channels: of a head. tokens: of a window.
+    pitch: channels from head to head there. channels: of a head. tokens: of a window. step: from pixel to pixel in
+    device memory.
     """
 
     operand: str
@@ -52,11 +53,12 @@ class Staged:
     pitch: int
     channels: int
     tokens: int
+    step: int
 
     @property
     def lanes(self) -> int:
         """Channels of one copy."""
-        return math.gcd(self.channels, _WORD)
+        return math.gcd(self.channels, self.step, _WORD)
 
     @property
     def rows(self) -> int:
@@ -87,15 +89,18 @@ class Staging:
         sizes, pitch = tiling.sizes, tiling.head_pitch
         first_key = tiling.query_tile.size_bytes // ELEMENT_BYTES
         first_value = first_key + tiling.key_tile.size_bytes // ELEMENT_BYTES
-        self.query = Staged("query", tiling.query_tile, 0, pitch, sizes.head_dim, sizes.queries)
-        self.key = Staged("key", tiling.key_tile, first_key, pitch, sizes.head_dim, sizes.keys)
-        self.value = Staged("value", tiling.value_tile, first_value, tiling.value_pitch, sizes.value_dim, sizes.keys)
+        query, key, value = (int(frame.operands[name].shape[-1]) for name in ("query", "key", "value"))
+        self.query = Staged("query", tiling.query_tile, 0, pitch, sizes.head_dim, sizes.queries, query)
+        self.key = Staged("key", tiling.key_tile, first_key, pitch, sizes.head_dim, sizes.keys, key)
+        self.value = Staged(
+            "value", tiling.value_tile, first_value, tiling.value_pitch, sizes.value_dim, sizes.keys, value
+        )
         self.memory = cores.shared(tiling.shared_elements)
         own_queries = spec.shared_query or spec.geometry.keys is not None
         one_tile = tiling.query_tiles == tiling.key_tiles == 1
-        # Queries of a window that is one tile are its keys' pixels.
-        self.query_is_key = one_tile and not own_queries
-        self.value_is_key = sizes.head_dim == sizes.value_dim
+        # Queries of a window that is one tile are its keys' pixels. The same pixels are those of the same copies.
+        self.query_is_key = one_tile and not own_queries and self.query.lanes == self.key.lanes
+        self.value_is_key = sizes.head_dim == sizes.value_dim and self.value.lanes == self.key.lanes
         alike = {"query": self.query_is_key, "value": self.value_is_key, "key": False}
         pixels = {
             staged.operand: registers(ceil_div(self._copies(staged), self._threads), "int32")
@@ -116,7 +121,7 @@ class Staging:
     def clear(self) -> None:
         """Zeros in all of the shared memory: copies of nothing."""
         words = self._tiling.shared_elements // _WORD
-        source = Flat(self._frame.operands["query"], 1).pointer(0)
+        source = Flat(self._frame.output, 1).pointer(0)  # begins at a word, as parts of wider maps may not
         for start in range(0, words, self._threads):
             index = self._frame.thread + start
             with when(True if start + self._threads <= words else index < words):
@@ -135,8 +140,7 @@ class Staging:
         """Begins to copy what was located. Tokens outside the map are key_padding or value_padding, or zero."""
         operand, lanes = self._frame.operands[staged.operand], staged.lanes
         padding = self._frame.operands.get(f"{staged.operand}_padding")
-        source, channels = Flat(operand, 1), int(operand.shape[-1])
-        size, per_head = lanes * ELEMENT_BYTES, staged.channels // lanes
+        source, size, per_head = Flat(operand, 1), lanes * ELEMENT_BYTES, staged.channels // lanes
         for turn, (inside, row, number) in enumerate(self._turns(staged)):
             pixel = load(self._pixels[staged.operand], [turn])
             column = number * lanes
@@ -146,7 +150,7 @@ class Staging:
             position = self._first_head * staged.channels + number * lanes
             is_token = True if staged.tokens % staged.rows == 0 else first + row < staged.tokens
             with when(every([inside, is_token])):
-                here = source.pointer(tirx.max(pixel, 0) * channels + position)
+                here = source.pointer(tirx.max(pixel, 0) * staged.step + position)
                 if padding is None:
                     self._cores.copy_async(target, here, size, pixel >= 0)
                     continue
