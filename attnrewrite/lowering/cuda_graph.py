@@ -64,18 +64,21 @@ class _Plan:
 
     def __init__(self, mod: IRModule, function: relax.Function, weights: int) -> None:
         self._function = function
-        self._fixed: set[Any] = set(function.params[len(function.params) - weights :])
+        self._constant: set[Any] = set(function.params[len(function.params) - weights :])
+        self._memory_parts: set[Any] = set()
         self._kept: list[Any] = []
         self._rest: list[Any] = []
         regions: list[list[Any]] = [[]]
         (block,) = function.body.blocks
         for binding in block.bindings:
-            if self._is_kept(binding.value):
-                self._fixed.add(binding.var)
+            if _is_allocation(binding.value) or _is_view(binding.value, self._memory_parts):
+                self._memory_parts.add(binding.var)
                 self._kept.append(binding)
                 continue
             self._rest.append(binding)
-            if self._is_captured(mod, binding.value):
+            if _is_view(binding.value, self._constant):
+                self._constant.add(binding.var)
+            elif self._is_captured(mod, binding.value):
                 regions[-1].append(binding)
             elif not _calls(binding.value, _OUTPUT):
                 regions.append([])
@@ -83,27 +86,17 @@ class _Plan:
         used = {v for binding in self._rest for v in free_vars(binding.value)}
         self.shared = [binding.var for binding in self._kept if binding.var in used]
 
-    def _is_kept(self, value: Any) -> bool:
-        if isinstance(value, ir.Var):
-            return value in self._fixed
-        if _calls(value, _ALLOCATE):
-            return all(isinstance(size, tirx.IntImm) for size in value.args[0].values)
-        return _calls(value, *_VIEWS) and self._are_fixed(value.args)
-
     def _is_captured(self, mod: IRModule, value: Any) -> bool:
         if not isinstance(value, relax.Call) or not isinstance(value.op, ir.GlobalVar):
             return False
-        return isinstance(mod[value.op], tirx.PrimFunc) and self._are_fixed(value.args)
-
-    def _are_fixed(self, arguments: Any) -> bool:
-        return all(not isinstance(argument, ir.Var) or argument in self._fixed for argument in arguments)
+        return isinstance(mod[value.op], tirx.PrimFunc) and _are_among(value.args, self._constant, self._memory_parts)
 
     @property
     def returns_kept_memory(self) -> bool:
         """Whether an output, or a tuple of them, lies in memory that the next run would write to."""
         tuples = [binding.value for binding in self._rest if not isinstance(binding.value, relax.Call)]
-        kept = {binding.var for binding in self._kept}
-        return any(v in kept for value in [*tuples, self._function.body.body] for v in free_vars(value))
+        returned = [*tuples, self._function.body.body]
+        return any(v in self._memory_parts for value in returned for v in free_vars(value))
 
     def allocation(self) -> relax.Function:
         """What is shared, as a tuple."""
@@ -153,6 +146,23 @@ class _Plan:
     def _weights(self, region: list[Any]) -> list[Any]:
         shared = set(self.shared)
         return [variable for variable in _operands(region) if variable not in shared]
+
+
+def _is_allocation(value: Any) -> bool:
+    """Whether it is memory of a size known now."""
+    return _calls(value, _ALLOCATE) and all(isinstance(size, tirx.IntImm) for size in value.args[0].values)
+
+
+def _is_view(value: Any, variables: set[Any]) -> bool:
+    """Whether it is one of these, or only says how one is to be read."""
+    if isinstance(value, ir.Var):
+        return value in variables
+    return _calls(value, *_VIEWS) and _are_among(value.args, variables)
+
+
+def _are_among(arguments: Any, *variables: set[Any]) -> bool:
+    """Whether every argument that is a variable is in one of these sets."""
+    return all(any(a in those for those in variables) for a in arguments if isinstance(a, ir.Var))
 
 
 def _operands(region: list[Any]) -> list[Any]:

@@ -120,6 +120,18 @@ def of_any_batch(x: Any, w: Any) -> Any:
     return x
 
 
+def test_views_of_weights_are_none_of_memory(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one is left that could have been computed at once."""
+    monkeypatch.setattr(build.transform, "FoldConstant", lambda: tvm.transform.Sequential([]))
+    compiled = built(lambda x, w: chain(x, op.reshape(relax.const(WEIGHT.reshape(24, 96)), (48, 48))))
+    assert compiled.replayed
+    machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
+    x = tvm.runtime.tensor(np.random.default_rng(0).standard_normal((3, 6, 48)).astype(np.float32))
+    for _ in range(2):
+        plain, replayed = (as_arrays(machine[name](x, *compiled.weights)) for name in ENTRIES)
+        np.testing.assert_array_equal(replayed[0], plain[0])
+
+
 NOTHING_TO_CAPTURE = {
     "two kernels, of the input and of the output": (short, 3),
     "a symbolic batch": (of_any_batch, tirx.Var("batch", "int64")),
