@@ -6,7 +6,6 @@ model.run({"x": array}, threads=1)["logits"]
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import math
@@ -26,6 +25,7 @@ FORMAT = 1
 
 _POOL_VARIABLE = "TVM_NUM_THREADS"
 _CUDA_RUNTIME = "nvidia/*/lib/libcudart.so.13"  # of the release that TVM's wheel is built with
+_CUDA_NEEDS = "the GPU's driver and CUDA 13's runtime (pip install nvidia-cuda-runtime)"
 
 # Bytes: what compiled code expects of an address.
 ALIGNMENT = 64
@@ -178,7 +178,7 @@ class LoadedModel:
         """Outputs, in order, for inputs that lie on the model's device: tensors of TVM's, or of torch's.
 
         Nothing is copied, waited for, or checked beyond shapes and dtypes. Launches are on the current stream of the
-        inputs' framework; outputs speak DLPack.
+        inputs' framework, which is to be the same in all calls: they share memory. Outputs speak DLPack.
         """
         results = self._function(*tensors, *self._weights)
         return (results,) if hasattr(results, "numpy") else tuple(results)
@@ -287,8 +287,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 
 def _devices(manifest: Manifest) -> list[Any]:
-    if manifest.device == "cuda":
-        load_cuda()
+    missing = load_cuda() if manifest.device == "cuda" else None
     import tvm
 
     size_thread_pool()
@@ -296,22 +295,33 @@ def _devices(manifest: Manifest) -> list[Any]:
     if not device.exist:
         raise UserError(
             f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device"
+            + (f": {missing}" if missing else "")
         )
     return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
 
 
-def load_cuda() -> None:
-    """Load CUDA's runtime from where pip puts it, which TVM looks for by name alone, and TVM's own part for CUDA, which
-    TVM leaves out where it is installed without its compiler. Where there is no CUDA nothing is loaded.
+def load_cuda() -> str | None:
+    """Load TVM's part for CUDA, which TVM leaves out where it is installed without its compiler. It needs CUDA's
+    runtime, which is loaded from where pip puts it unless it is found by name. Returns what is missing,
+    None where nothing is.
     """
-    if "tvm" not in sys.modules:
-        for library in (found for entry in sys.path for found in Path(entry).glob(_CUDA_RUNTIME)):
-            ctypes.CDLL(str(library))
-            break
     import tvm
 
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
+    own = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    reason = _load_library(own)
+    found = next((library for entry in sys.path for library in Path(entry).glob(_CUDA_RUNTIME)), None)
+    if reason is not None and found is not None:
+        reason = _load_library(found) or _load_library(own)
+    return None if reason is None else f"TVM's part for CUDA cannot be loaded ({reason}); it needs {_CUDA_NEEDS}"
+
+
+def _load_library(path: Path) -> str | None:
+    """Why it cannot be loaded, None where it is."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _weights(directory: Path, manifest: Manifest, device: Any) -> tuple[Any, ...]:
@@ -333,6 +343,7 @@ def _weights(directory: Path, manifest: Manifest, device: Any) -> tuple[Any, ...
         content = tvm.runtime.from_dlpack(file[weight.offset : weight.offset + size])
         tensor = content._create_view(weight.shape, weight.dtype)
         tensors.append(tensor if manifest.device == "cpu" else tensor.copyto(device))
+    device.sync()  # for streams that do not wait for the default one
     return tuple(tensors)
 
 

@@ -7,7 +7,8 @@ All that no kernel computes is left to torch: other dtypes and devices, other sp
 through use prepared kernels alone, so that a training run does not depend on when one is ready.
 
 CUDA kernels are launched on torch's current stream. While that is captured as a CUDA graph, only those are used that
-were launched before: loading one may not be captured.
+were launched on that device before: loading one may not be captured. Sites whose kernel a device refuses are left to
+torch as those are whose kernel cannot be compiled.
 
 ATTNREWRITE_KERNELS=off, or `use_kernels(False)`, leaves everything to torch.
 """
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrewrite.errors import CompilerError
+from attnrewrite.errors import CompilerError, last_line
 from attnrewrite.functions.spec import Spec
 from attnrewrite.operators.kernel import CPU, MAPS, Kernel, kernel_of
 from attnrewrite.operators.read import as_read_by_cpu, as_read_by_gpu
@@ -69,7 +70,7 @@ class Prepared:
 
 class _State:
     """enabled: None until it is asked for. ready: of each kernel asked for, the loaded one; None: left to torch, for
-    good or while it is among `making`. plans: of the kinds of calls seen. launched: those made on a CUDA device before.
+    good or while it is among `making`. plans: of the kinds of calls seen. launched: what ran on CUDA devices before.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class _State:
         self.making: set[Kernel] = set()
         self.prepared: set[Kernel] = set()
         self.plans: dict[Any, Plan] = {}
-        self.launched: set[Kernel] = set()
+        self.launched: set[tuple[Kernel, torch.device]] = set()
         self.pending: list[Kernel] = []
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
@@ -143,9 +144,6 @@ def results_of(spec: Spec, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]
         return None
     if plan.kernel.device == CPU:
         return _call_on_cpu(plan.kernel, plan.loaded, plan.shapes, operands)
-    if plan.kernel not in _state.launched and _is_capturing():
-        return None
-    _state.launched.add(plan.kernel)
     return _call_on_gpu(plan.kernel, plan.loaded, plan.shapes, operands)
 
 
@@ -185,17 +183,32 @@ def _call_on_cpu(kernel: Kernel, loaded: Loaded, shapes: Shapes, operands: Mappi
     return results
 
 
-def _call_on_gpu(kernel: Kernel, loaded: Loaded, shapes: Shapes, operands: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """On torch's current stream, without waiting, and with no memory but torch's."""
+def _call_on_gpu(
+    kernel: Kernel, loaded: Loaded, shapes: Shapes, operands: Mapping[str, Tensor]
+) -> tuple[Tensor, ...] | None:
+    """On torch's current stream, without waiting, and with no memory but torch's. None where the device cannot."""
     value = operands["value"]
+    launch = (kernel, value.device)
+    is_first = launch not in _state.launched
+    if is_first and _is_capturing():
+        return None
     results = tuple(torch.empty(shape, dtype=value.dtype, device=value.device) for shape in shapes)
-    if results[0].numel():
-        dtypes, steps = dict(kernel.dtypes), dict(kernel.steps)
-        given = [
-            as_read_by_gpu(kernel.spec, t.detach(), getattr(torch, dtypes[n]), steps.get(n))
-            for n, t in operands.items()
-        ]
-        loaded.function(*given, *results)  # which tells TVM of the stream
+    if not results[0].numel():
+        return results
+    dtypes, steps = dict(kernel.dtypes), dict(kernel.steps)
+    given = [
+        as_read_by_gpu(kernel.spec, t.detach(), getattr(torch, dtypes[n]), steps.get(n)) for n, t in operands.items()
+    ]
+    try:
+        with torch.cuda.device_of(value):  # type: ignore[no-untyped-call]  # TVM changes the current device
+            loaded.function(*given, *results)  # which tells TVM of the stream
+    except RuntimeError as error:  # of the driver; what is wrong with operands is a ValueError
+        if not is_first:
+            raise
+        _state.plans.clear()
+        _left_to_torch([kernel], f"the GPU does not take a kernel: {last_line(error)}")
+        return None
+    _state.launched.add(launch)
     return results
 
 
@@ -249,7 +262,7 @@ def compile_for(architecture: str, sites: Iterable[tuple[Spec, Mapping[str, Tens
 
 def launched_kernels() -> int:
     """How many kernels were launched on CUDA devices so far."""
-    return len(_state.launched)
+    return len({kernel for kernel, _ in _state.launched})
 
 
 def _ask(kernel: Kernel) -> None:
@@ -329,9 +342,13 @@ def _left_to_torch(kernels: Sequence[Kernel], reason: str) -> Prepared:
 
 def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     """Libraries and what is to be known of them, in the cache; the reasons of those that failed."""
+    from attnrewrite.runtime import load_cuda
+
     failed: dict[Kernel, str] = {}
     for device in dict.fromkeys(kernel.device for kernel in kernels):
-        failed |= _compile_for(device, [kernel for kernel in kernels if kernel.device == device])
+        wanted = [kernel for kernel in kernels if kernel.device == device]
+        missing = None if device == CPU else load_cuda()
+        failed |= _compile_for(device, wanted) if missing is None else dict.fromkeys(wanted, missing)
     return failed
 
 

@@ -22,6 +22,7 @@ _BATCHED = (*MAPS, "logits", "logit_bias")
 _ADDED_TO_LOGITS = ("bias", "mask", "logit_bias")
 
 CPU = "cpu"
+_META = torch.device("meta")
 _HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _BFLOAT16_SINCE = 80
 
@@ -56,9 +57,9 @@ class Kernel:
 
 def kernel_of(spec: Spec, operands: Mapping[str, Tensor], device: str | None = None) -> Kernel | None:
     """The kernel for these operands (of which only device, dtypes, shapes and strides are read); None where there is
-    none for their dtypes or their device. device: of `Kernel`; None: the operands' own.
+    none for their dtypes or their device, or where they are on several. device: of `Kernel`; None: the operands' own.
     """
-    if spec.softmax_dtype not in (0, 1):
+    if spec.softmax_dtype not in (0, 1) or len({t.device for t in operands.values()} - {_META}) > 1:
         return None
     device = device or _device_of(operands["value"].device)
     if device == CPU and all(t.dtype == torch.float32 for t in operands.values()):

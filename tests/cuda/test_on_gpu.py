@@ -102,6 +102,17 @@ def test_a_call_waits_for_its_stream_alone() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_call_on_another_device_leaves_the_current_one() -> None:
+    spec, operands = CASES["shifted-with-mask"].spec, on_gpu("shifted-with-mask", torch.float16)
+    expected = compiled.results_of(spec, operands)
+    found = compiled.results_of(spec, {n: t.to("cuda:1") for n, t in operands.items()})
+    assert torch.cuda.current_device() == 0
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found[0].cpu(), expected[0].cpu())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_compiled_model_gives_the_same_with_graphs_and_without(tmp_path: Path, precision: str) -> None:
     major, minor = torch.cuda.get_device_capability()

@@ -327,20 +327,36 @@ def test_unknown_precision(tmp_path):
 
 
 def test_cuda_is_loaded_from_where_pip_puts_it(monkeypatch, tmp_path):
-    """CUDA's runtime before TVM is imported, TVM's part for it afterwards."""
+    """Also where TVM was imported before, and could not load its part for CUDA then."""
     library = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
     library.parent.mkdir(parents=True)
     library.touch()
-    package = tmp_path / "tvm"
-    package.mkdir()
-    (package / "__init__.py").touch()
     loaded = []
-    monkeypatch.setattr("ctypes.CDLL", loaded.append)
+
+    def load(path):
+        loaded.append(Path(path).name)
+        if loaded == ["libtvm_runtime_cuda.so"]:
+            raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", load)
     monkeypatch.setattr("sys.path", [str(tmp_path / "nothing"), str(tmp_path)])
-    monkeypatch.setitem(sys.modules, "tvm", None)
-    del sys.modules["tvm"]  # put back, or deleted again, afterwards
-    own = str(package / "lib" / "libtvm_runtime_cuda.so")
-    runtime.load_cuda()
-    assert loaded == [str(library), own]
-    runtime.load_cuda()  # TVM is imported by now
-    assert loaded == [str(library), own, own]
+    assert runtime.load_cuda() is None
+    assert loaded == ["libtvm_runtime_cuda.so", "libcudart.so.13", "libtvm_runtime_cuda.so"]
+    assert runtime.load_cuda() is None
+    assert loaded[3:] == ["libtvm_runtime_cuda.so"]
+
+
+def test_what_is_missing_for_cuda_is_said(monkeypatch, on_cpu, tmp_path):
+    def load(path):
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    missing = runtime.load_cuda()
+    assert "(libcudart.so.13: cannot open shared object file)" in missing
+    assert "pip install nvidia-cuda-runtime" in missing
+    shutil.copytree(on_cpu[0], tmp_path / "model")
+    manifest = json.loads((tmp_path / "model" / runtime.MANIFEST_NAME).read_text())
+    (tmp_path / "model" / runtime.MANIFEST_NAME).write_text(json.dumps(manifest | {"device": "cuda"}))
+    with pytest.raises(UserError, match="no cuda device: TVM's part for CUDA cannot be loaded"):
+        runtime.load(tmp_path / "model")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from attnrewrite import runtime  # noqa: E402
 from attnrewrite.emulator import metal_target  # noqa: E402
 from attnrewrite.emulator.run import run_function  # noqa: E402
 from attnrewrite.errors import CompilerError  # noqa: E402
@@ -31,6 +35,7 @@ from tests.operators.test_schema import CASES, tensors  # noqa: E402
 from tests.running import error  # noqa: E402
 
 ARCHITECTURE = "sm_80"
+COMPILE = compiled._compile
 FLOAT32 = 1e-5
 # The kernels round to float16 once, and read maps and biases that were rounded once before.
 FLOAT16 = 4 * 2.0**-11
@@ -191,6 +196,15 @@ def test_torch_computes_what_no_kernel_does(gpu: Emulated, why: str) -> None:
     assert gpu.kernels == []
 
 
+def test_torch_says_what_is_wrong_with_operands_on_several_devices() -> None:
+    operands = operands_of("k3", torch.float16)
+    assert kernel.kernel_of(CASES["k3"].spec, operands, "sm_80") is not None
+    with FakeTensorMode() as mode:
+        apart = {n: mode.from_tensor(t) for n, t in operands.items()}
+        apart["query"] = torch.empty(apart["query"].shape, dtype=torch.float16, device="cuda")
+    assert kernel.kernel_of(CASES["k3"].spec, apart, "sm_80") is None
+
+
 def test_bfloat16_is_left_to_torch_before_ampere() -> None:
     operands = operands_of("k3", torch.bfloat16)
     assert kernel.kernel_of(CASES["k3"].spec, operands, "sm_80") is not None
@@ -218,6 +232,54 @@ def test_without_a_compiler_torch_computes_and_one_warning_says_so(gpu: Emulated
     assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is None
+
+
+def test_launches_leave_the_current_device_as_it_was(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+
+    @contextmanager
+    def device_of(tensor: Any) -> Iterator[None]:
+        steps.append(len(gpu.calls))
+        yield
+        steps.append(len(gpu.calls))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is not None
+    assert steps == [0, 1]
+
+
+def test_a_launch_that_the_driver_refuses_is_left_to_torch(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, operands = CASES["k3"].spec, tensors(CASES["k3"])
+    expected = compiled.results_of(spec, operands)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("stack\nno kernel image is available for execution on the device")
+
+    def load(wanted: Any) -> bool:
+        compiled._state.ready[wanted] = compiled.Loaded(refuse, 1)
+        return True
+
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    monkeypatch.setattr(compiled, "_load", load)
+    compiled.use_kernels(True)
+    overload, args, keywords = call(spec, operands)
+    with pytest.warns(UserWarning, match="in torch .*: the GPU does not take a kernel: no kernel image is available"):
+        found = overload(*args, **keywords)
+    assert expected is not None
+    assert error(found.numpy(), expected[0].numpy()) <= FLOAT32
+    assert compiled.launched_kernels() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled.results_of(spec, operands) is None
+
+
+def test_nothing_is_compiled_that_could_not_be_loaded(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.fails = "not asked for"
+    monkeypatch.setattr(compiled, "_compile", COMPILE)
+    monkeypatch.setattr(compiled, "_compile_for", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(runtime, "load_cuda", lambda: "TVM's part for CUDA cannot be loaded")
+    with pytest.warns(UserWarning, match="its kernels would: TVM's part for CUDA cannot be loaded"):
         assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is None
 
 
