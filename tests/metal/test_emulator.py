@@ -122,6 +122,11 @@ FAULTS = {
         "if (i == 3) target_ptr[0] = source_ptr[5]; if (i == 4) target_ptr[1] = target_ptr[0];",
         "reads target[0] in thread (4, 0, 0) of threadgroup (0, 0, 0), with no barrier since thread (3, 0, 0) wrote it",
     ),
+    "barrier-of-threadgroup-memory-alone": (
+        f"if (i == 3) target_ptr[0] = source_ptr[5]; {BARRIER} if (i == 4) target_ptr[1] = target_ptr[0];",
+        "reads target[0] in thread (4, 0, 0) of threadgroup (0, 0, 0), with no barrier that orders device memory since "
+        "another thread wrote it",
+    ),
     "two-threads-write": (
         f"{BARRIER} if (i == 1) target_ptr[0] = 1.0f; if (i == 0) target_ptr[0] = 2.0f;",
         f"writes target[0] {AT}with no barrier since thread (1, 0, 0) wrote it",
@@ -151,6 +156,10 @@ NO_FAULTS = {
     "neighbouring-halves-of-a-float": (
         f"((threadgroup half*)tile)[i] = half(source_ptr[i]); {BARRIER} "
         "target_ptr[i] = float(((threadgroup half*)tile)[i ^ 1]);"
+    ),
+    "barrier-of-device-memory": (
+        "target_ptr[i] = source_ptr[i]; threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); "
+        "float other = target_ptr[63 - i]; threadgroup_barrier(mem_flags::mem_device); target_ptr[i] = other;"
     ),
     "unchosen-side-of-a-condition": "target_ptr[i] = (i < 0) ? source_ptr[100] : 0.0f;",
 }

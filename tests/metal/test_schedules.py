@@ -10,10 +10,11 @@ import pytest
 
 tvm = pytest.importorskip("tvm")
 
-from tvm import relax, tirx  # noqa: E402
+from tvm import relax, te, tirx  # noqa: E402
 from tvm.relax import op  # noqa: E402
 
-from attnrewrite.emulator import run_model  # noqa: E402
+from attnrewrite.emulator import metal_target, run_function, run_model  # noqa: E402
+from attnrewrite.lowering.schedules.gpu import schedule_function  # noqa: E402
 
 Builder = Callable[..., Any]
 BATCH = tirx.Var("batch", "int64")
@@ -182,6 +183,22 @@ HALF = [
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_sums_in_single(name: str) -> None:
     compare(name, "float16", FLOAT16)
+
+
+def test_a_row_that_is_an_output_is_not_read_back() -> None:
+    """Barriers order shared memory alone."""
+    x = te.placeholder((9, 64), name="x")
+    doubled = te.compute((9, 64), lambda i, j: x[i, j] * 2.0, name="doubled")
+    step = te.reduce_axis((0, 64), name="step")
+    total = te.compute((9,), lambda i: te.sum(doubled[i, step], axis=step), name="total")
+    result = te.compute((9, 64), lambda i, j: doubled[i, 63 - j] - total[i], name="result")
+    func = schedule_function(te.create_prim_func([x, doubled, result]), metal_target())
+    array = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
+    ran = run_function(func.with_attr("global_symbol", "run"), [array], [((9, 64), "float32")] * 2)
+    assert ran.findings == ()
+    np.testing.assert_array_equal(ran.outputs[0], array * 2)
+    expected = array[:, ::-1] * 2 - array.sum(1, keepdims=True) * 2
+    np.testing.assert_allclose(ran.outputs[1], expected, atol=FLOAT32 * np.abs(expected).max())
 
 
 def test_rows_share_their_parameters() -> None:

@@ -47,6 +47,8 @@ struct Group {
   int current, size;
   int64_t barriers;
   uint32_t random;
+  uint32_t device_epoch;  // of the last barrier that orders device memory as well
+  bool orders_device;     // so far, the barrier that threads are arriving at
   Body body;
   void* arguments;
   Index3 block, threads;
@@ -69,7 +71,10 @@ inline void yield(State state) {
   swapcontext(&self.context, &g.scheduler);
 }
 
-inline void barrier() { yield(State::kAtBarrier); }
+inline void barrier(bool orders_device) {
+  group().orders_device &= orders_device;
+  yield(State::kAtBarrier);
+}
 inline void simd_barrier() { yield(State::kAtSimdBarrier); }
 
 inline int lane() { return group().current % kSimdWidth; }
@@ -143,6 +148,8 @@ inline int release(Group& g) {
     for (int i = 0; i < g.size; ++i) g.fibers[i].state = State::kReady;
     memset(g.simd_epochs, 0, sizeof(g.simd_epochs));
     ++attnrewrite_emulator_session.epoch;
+    if (g.orders_device) g.device_epoch = attnrewrite_emulator_session.epoch;
+    g.orders_device = true;
     ++g.barriers;
     released = g.size;
   }
@@ -177,6 +184,8 @@ inline const char* run_group(Group& g) {
   memset(g.shared, 0xff, kSharedBytes);
   memset(g.simd_epochs, 0, sizeof(g.simd_epochs));
   attnrewrite_emulator_session.group_epoch = ++attnrewrite_emulator_session.epoch;
+  g.device_epoch = attnrewrite_emulator_session.epoch;
+  g.orders_device = true;
   for (int i = 0; i < g.size; ++i) {
     Fiber& fiber = g.fibers[i];
     getcontext(&fiber.context);

@@ -119,6 +119,8 @@ inline void note_read(Memory& memory, int64_t offset) {
   const uint16_t simd_epoch = g.simd_epochs[g.current / kSimdWidth];
   if (unordered(cell.write_epoch, cell.writer, cell.write_simd_epoch))
     report_race(memory, kReadRace, offset, "reads", cell.writer, "wrote");
+  else if (memory.traffic && cell.write_epoch >= g.device_epoch && cell.writer != g.current)
+    report(memory, kReadRace, offset, "reads", "with no barrier that orders device memory since another thread wrote it");
   else if (foreign(memory, cell.write_epoch))
     report(memory, kReadForeign, offset, "reads", "which another threadgroup wrote in the same launch");
   if (memory.traffic ? !memory.written[offset] : cell.write_epoch < session.group_epoch)

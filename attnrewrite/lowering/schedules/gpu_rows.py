@@ -37,7 +37,7 @@ from attnrewrite.lowering.schedules.gpu_runs import RunStage, may_run
 from attnrewrite.lowering.schedules.gpu_vectors import LANES
 from attnrewrite.lowering.schedules.loops import const
 from attnrewrite.lowering.schedules.rows import agreed_axes, combine, lanes_along_output
-from attnrewrite.lowering.schedules.stages import Axis, Expr, Stage, loads_of, substitute
+from attnrewrite.lowering.schedules.stages import Axis, Expr, Stage, loads_of, reads, substitute
 
 THREADS = 256
 SIMD = 32
@@ -131,8 +131,9 @@ def _combine_parts(stage: Stage, slot: Expr, part: Expr, parts: int, stride: int
 
 
 def rows_fit(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], device: Device) -> int:
-    """How many leading axes the stages share; 0 where they share none, or where a row does not fit into shared memory
-    or one kernel cannot take all their tensors.
+    """How many leading axes the stages share; 0 where they share none, or where a row does not fit into shared memory,
+    one kernel cannot take all their tensors, or what it stores in device memory is read again: barriers are of shared
+    memory alone.
     """
     shared = _shared_axes(stages)
     if len(stages) < 2 or shared == 0 or len(kept) > device.buffers:
@@ -142,7 +143,10 @@ def rows_fit(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], device: Devic
         size = count(stage.axes[shared:])
         if not isinstance(size, int) or not isinstance(count(stage.reduction), int):
             return 0
-        if not any(stage.buffer.same_as(k) for k in kept):
+        if any(stage.buffer.same_as(k) for k in kept):
+            if any(reads(other.value, stage.buffer) for other in stages):
+                return 0
+        else:
             row_bytes += size * DataType(str(stage.buffer.dtype)).itemsize
     return shared if row_bytes <= device.limits.shared_bytes // 2 else 0
 
@@ -203,15 +207,15 @@ def _read_once(stages: Sequence[Stage], kept: Sequence[tirx.Buffer], shared: int
     made = {stage.buffer for stage in stages}
     own = [buffer for buffer in made if not any(buffer.same_as(k) for k in kept)]
     room = most_bytes - sum(_row_bytes(buffer, shared) or most_bytes for buffer in own)
-    reads: dict[tirx.Buffer, list[bool]] = {}  # of each tensor: whether they are of the stage's own row
+    found: dict[tirx.Buffer, list[bool]] = {}  # of each tensor: whether they are of the stage's own row
     for stage in stages:
         for read in loads_of(stage.value):
             if read.source not in made:
                 along = zip(read.indices[:shared], stage.indices[:shared], strict=False)
                 of_row = len(read.indices) > shared and all(index.same_as(own) for index, own in along)
-                reads.setdefault(read.source, []).append(of_row)
+                found.setdefault(read.source, []).append(of_row)
     copies: dict[tirx.Buffer, Stage] = {}
-    for source, at_row in reads.items():
+    for source, at_row in found.items():
         size = _row_bytes(source, shared)
         if len(at_row) > 1 and all(at_row) and size is not None and size <= room:
             room -= size
