@@ -36,7 +36,7 @@ from torch import Tensor
 
 from attnrewrite.errors import CompilerError, last_line
 from attnrewrite.functions.spec import Spec
-from attnrewrite.operators.kernel import CPU, MAPS, Kernel, kernel_of
+from attnrewrite.operators.kernel import CPU, MAPS, Kernel, indices_fit, kernel_of
 from attnrewrite.operators.read import as_read_by_cpu, as_read_by_gpu
 from attnrewrite.operators.schema import result_shapes
 
@@ -151,7 +151,7 @@ def _plan(spec: Spec, operands: Mapping[str, Tensor], trained: bool) -> Plan | N
     """The plan of a call; None where its kernel is not there yet."""
     shapes = tuple(tuple(map(int, shape)) for shape in result_shapes(spec, operands))
     kernel = kernel_of(spec, operands)
-    if kernel is None:
+    if kernel is None or not indices_fit(kernel, operands, shapes):
         return Plan(None, None, shapes, False)
     if kernel not in _state.ready:
         if trained or (kernel.device != CPU and _is_capturing()):

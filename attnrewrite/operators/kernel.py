@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -70,6 +70,13 @@ def kernel_of(spec: Spec, operands: Mapping[str, Tensor], device: str | None = N
     if dtype is None:
         return None
     return Kernel(spec, _shapes(operands, _BATCHED), _steps(spec, operands), device, _dtypes(operands, dtype))
+
+
+def indices_fit(kernel: Kernel, operands: Mapping[str, Tensor], results: Sequence[Sequence[int]]) -> bool:
+    """Whether indices of 32 bits, which GPU kernels have, reach all elements. results: their shapes."""
+    steps, axis = dict(kernel.steps), -1 if isinstance(kernel.spec, FlashWindowAttention) else 1
+    counts = [t.numel() // t.shape[axis] * steps[n] if n in steps else t.numel() for n, t in operands.items()]
+    return kernel.device == CPU or max(*counts, *map(math.prod, results)) < 2**31
 
 
 def _device_of(device: torch.device) -> str | None:

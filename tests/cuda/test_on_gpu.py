@@ -14,7 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tvm")
 
 import attnrewrite  # noqa: E402
+from attnrewrite.functions.spec import FlashWindowAttention  # noqa: E402
 from attnrewrite.operators import compiled, general  # noqa: E402
+from attnrewrite.operators.kernel import MAPS  # noqa: E402
 from attnrewrite.operators.schema import call  # noqa: E402
 from examples.models.swin import Swin  # noqa: E402
 from tests.models.build import CACHE_VARIABLE  # noqa: E402
@@ -65,6 +67,18 @@ def test_a_kernel_computes_what_the_op_means(name: str, dtype: Any) -> None:
     exact = general.run(CASES[name].spec, {n: t.double().cpu() for n, t in operands.items()})
     for result, expected in zip(found, exact, strict=True):
         assert error(result.double().cpu().numpy(), expected.numpy()) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("name", ["shifted-with-mask", "k3"])
+def test_parts_of_one_map_are_read_where_they_lie(name: str) -> None:
+    spec, operands = CASES[name].spec, on_gpu(name, torch.float16)
+    axis = -1 if isinstance(spec, FlashWindowAttention) else 1
+    maps = {n: operands[n] for n in MAPS}
+    parts = torch.cat([*maps.values()], axis).split([t.shape[axis] for t in maps.values()], axis)
+    found = compiled.results_of(spec, operands | dict(zip(maps, parts, strict=True)))
+    expected = compiled.results_of(spec, operands)
+    assert found is not None and expected is not None
+    assert torch.equal(found[0], expected[0])
 
 
 def operator(name: str) -> tuple[Any, Any]:

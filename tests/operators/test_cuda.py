@@ -148,6 +148,16 @@ def test_a_part_that_loads_are_not_aligned_to_is_moved(gpu: Emulated) -> None:
     assert gpu.places[0][1] % 16 == 0
 
 
+@pytest.mark.parametrize(("batch", "wider", "fits"), [(2**15, 1, True), (2**16, 1, False), (2**15, 2, False)])
+def test_torch_computes_what_indices_do_not_reach(gpu: Emulated, batch: int, wider: int, fits: bool) -> None:
+    """Maps of 16 channels; at the batch that fits they have just under 2**31 elements, the wider one that and more."""
+    spec = window((63, 65), (9, 13), (0, 0), 2, 8, batch=1).spec
+    maps = {n: torch.empty(batch, 63, 65, 16 * wider, device="meta")[..., :16] for n in kernel.MAPS}
+    plan = compiled._plan(spec, maps, False)
+    assert plan is not None
+    assert (plan.kernel is not None) == fits
+
+
 @pytest.mark.parametrize("step", [48, 33])
 def test_parts_that_tensor_cores_cannot_copy_have_the_other_kernel(step: int) -> None:
     """They copy pairs of channels."""
