@@ -243,11 +243,14 @@ def _checked(spec: Spec, shapes: tuple[tuple[str, torch.Size], ...]) -> None:
 
 
 def check_shapes(spec: Spec, shapes: Mapping[str, Sequence[Any]]) -> None:
-    """Raises ValueError naming the operand that has no shape of docs/ops.md; the batch is not looked at."""
+    """Raises ValueError naming the operand that has no shape of docs/ops.md, or the maps where their batches differ."""
     for name, wanted in _wanted(spec, _head_dims(spec, shapes), _extra(shapes)).items():
         if name in shapes and not any(_fits(shapes[name], form) for form in wanted):
             forms = " or ".join(f"[{', '.join('any' if e is None else _extent(e) for e in form)}]" for form in wanted)
             raise ValueError(f"{name} must have the shape {forms}, got {tuple(shapes[name])}")
+    batches = {name: shapes[name][0] for name in ("query", "key", "value", "logits") if name in shapes}
+    if all(isinstance(batch, int) for batch in batches.values()) and len(set(batches.values())) > 1:
+        raise ValueError(f"{', '.join(batches)} must have one batch, got {tuple(batches.values())}")
 
 
 # An extent of a form: an int, several that are all right, or None for any.

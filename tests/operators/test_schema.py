@@ -138,6 +138,17 @@ def test_a_wrong_shape_is_told(name: str) -> None:
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("case", "name"), [("shifted-with-mask", "value"), ("k3", "key"), ("predicted-logits", "logits")]
+)
+def test_maps_of_several_batches_are_told(case: str, name: str) -> None:
+    """Kernels would read beyond the end of one that is a part of a wider map."""
+    operands = tensors(CASES[case])
+    overload, args, keywords = call(CASES[case].spec, operands | {name: operands[name][:1]})
+    with pytest.raises(ValueError, match="must have one batch, got "):
+        overload(*args, **keywords)
+
+
 def test_an_operand_of_another_form_is_told() -> None:
     with pytest.raises(ValueError, match="slide_attention_predicted has no operand 'query'"):
         call(CASES["predicted-logits"].spec, {"query": 0, "value": 0, "logits": 0})
