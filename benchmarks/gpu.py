@@ -183,7 +183,7 @@ def figures(name: str, row: Any, make: Any, exact: Any, clock: Any) -> dict[str,
     try:
         run = make()
         run()
-        clock.poison(exact.to(run().dtype))
+        clock.poison(run())
         result = run()[: len(exact)]
         error = float((result.to(exact.dtype) - exact).abs().max() / exact.abs().max())
         tolerance = (MODEL_TOLERANCES if row.level == "model" else TOLERANCES)[row.dtype]

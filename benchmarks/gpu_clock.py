@@ -74,10 +74,10 @@ class Clock:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
-    def poison(self, like: torch.Tensor) -> None:
-        """Leave NaN where the next result of this size will lie: an element that is not written shows."""
-        for tensor in [torch.full_like(like, torch.nan) for _ in range(4)]:
-            del tensor
+    def poison(self, result: torch.Tensor) -> None:
+        """Leave NaN where the next result will lie, which may be where this one lay: an element not written shows."""
+        for tensor in [result, *(torch.empty_like(result) for _ in range(4))]:
+            tensor.fill_(torch.nan)
 
     def copy_bandwidth(self) -> float | None:
         """Bytes read and written in a second, by copying."""

@@ -80,6 +80,7 @@ class _State:
         self.prepared: set[Kernel] = set()
         self.plans: dict[Any, Plan] = {}
         self.launched: set[tuple[Kernel, torch.device]] = set()
+        self.launches = 0
         self.pending: list[Kernel] = []
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
@@ -209,6 +210,7 @@ def _call_on_gpu(
         _left_to_torch([kernel], f"the GPU does not take a kernel: {last_line(error)}")
         return None
     _state.launched.add(launch)
+    _state.launches += 1
     return results
 
 
@@ -261,8 +263,8 @@ def compile_for(architecture: str, sites: Iterable[tuple[Spec, Mapping[str, Tens
 
 
 def launched_kernels() -> int:
-    """How many kernels were launched on CUDA devices so far."""
-    return len({kernel for kernel, _ in _state.launched})
+    """How many times kernels were launched on CUDA devices so far."""
+    return _state.launches
 
 
 def _ask(kernel: Kernel) -> None:

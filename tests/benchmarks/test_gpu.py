@@ -45,6 +45,15 @@ def test_a_wrong_result_is_no_figure() -> None:
     assert unwritten["failed"] == "off by nan of the largest result"
 
 
+def test_no_result_that_was_right_before_is_left_in_memory() -> None:
+    site = dry("neighbourhood", "fp32")
+    row = gpu_rows.row_of(site, "cpu", None)
+    exact = row.exact()
+    kept = torch.cat([exact, exact]).float()  # larger than what it is compared with
+    found = gpu.figures("unfold", row, lambda: lambda: kept, exact, Clock(dry=True))
+    assert found["failed"] == "off by nan of the largest result"
+
+
 def test_a_contestant_that_fails_says_why() -> None:
     def missing() -> Any:
         raise gpu_rows.Missing("no natten here")
