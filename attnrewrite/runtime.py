@@ -129,8 +129,8 @@ def read_manifest(directory: Path) -> Manifest:
 class LoadedModel:
     """A compiled model in memory. Calls of one instance must not overlap; the thread count is the process's.
 
-    cuda_graph: whether to replay launches where the library can. What lies between inputs and outputs then stays in
-    GPU memory from the first run on.
+    It runs on the first of several GPUs. cuda_graph: whether to replay launches where the library can. What lies
+    between inputs and outputs then stays in GPU memory from the first run on.
     """
 
     def __init__(self, directory: Path, cuda_graph: bool = True) -> None:
@@ -177,8 +177,9 @@ class LoadedModel:
     def run_on_device(self, *tensors: Any) -> tuple[Any, ...]:
         """Outputs, in order, for inputs that lie on the model's device: tensors of TVM's, or of torch's.
 
-        Nothing is copied, waited for, or checked beyond shapes and dtypes. Launches are on the current stream of the
-        inputs' framework, which is to be the same in all calls: they share memory. Outputs speak DLPack.
+        Nothing is copied, waited for, or checked beyond shapes and dtypes: inputs are contiguous and begin at multiples
+        of 16 bytes. Launches are on the current stream of the inputs' framework, the same in all calls, since these
+        share memory. Outputs speak DLPack.
         """
         results = self._function(*tensors, *self._weights)
         return (results,) if hasattr(results, "numpy") else tuple(results)
