@@ -344,14 +344,24 @@ def _left_to_torch(kernels: Sequence[Kernel], reason: str) -> Prepared:
 
 def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     """Libraries and what is to be known of them, in the cache; the reasons of those that failed."""
-    from attnrewrite.runtime import load_cuda
-
     failed: dict[Kernel, str] = {}
     for device in dict.fromkeys(kernel.device for kernel in kernels):
         wanted = [kernel for kernel in kernels if kernel.device == device]
-        missing = None if device == CPU else load_cuda()
+        missing = None if device == CPU else _missing_for_cuda()
         failed |= _compile_for(device, wanted) if missing is None else dict.fromkeys(wanted, missing)
     return failed
+
+
+def _missing_for_cuda() -> str | None:
+    """Why no kernel can be compiled, or none be loaded: known at once, where a compiling process takes seconds."""
+    from attnrewrite.lowering.cuda_compiler import find_compiler
+    from attnrewrite.runtime import load_cuda
+
+    try:
+        find_compiler()
+    except CompilerError as error:
+        return str(error)
+    return load_cuda()
 
 
 def _compile_for(device: str, kernels: Sequence[Kernel]) -> dict[Kernel, str]:

@@ -284,12 +284,20 @@ def test_a_launch_that_the_driver_refuses_is_left_to_torch(gpu: Emulated, monkey
         assert compiled.results_of(spec, operands) is None
 
 
-def test_nothing_is_compiled_that_could_not_be_loaded(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["no CUDA compiler found", "TVM's part for CUDA cannot be loaded"])
+def test_no_process_compiles_what_could_not_be_used(
+    gpu: Emulated, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def find_compiler() -> None:
+        if "compiler" in missing:
+            raise CompilerError(missing)
+
     gpu.fails = "not asked for"
     monkeypatch.setattr(compiled, "_compile", COMPILE)
     monkeypatch.setattr(compiled, "_compile_for", lambda *_: pytest.fail("compiled"))
-    monkeypatch.setattr(runtime, "load_cuda", lambda: "TVM's part for CUDA cannot be loaded")
-    with pytest.warns(UserWarning, match="its kernels would: TVM's part for CUDA cannot be loaded"):
+    monkeypatch.setattr(cuda_compiler, "find_compiler", find_compiler)
+    monkeypatch.setattr(runtime, "load_cuda", lambda: missing)
+    with pytest.warns(UserWarning, match=f"its kernels would: {missing}"):
         assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is None
 
 
