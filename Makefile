@@ -6,6 +6,8 @@ BENCH_STAMP := $(VENV)/.installed-bench
 OUT := out
 # Two workers: what a small CI machine has. Override with `make test JOBS=8`.
 JOBS ?= 2
+# A worker keeps to neighbouring tests, which share what is compiled or exported for them.
+PARALLEL = -n $(JOBS) --dist worksteal
 THREADS ?= 2
 MODEL := $(OUT)/swin_tiny_patch4_window7_224.onnx
 # Exported test models, kept between runs and shared by the workers.
@@ -32,10 +34,10 @@ $(MODEL): $(STAMP)
 	$(BIN)/python examples/export_swin.py --timm -o $(MODEL)
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: setup
-	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 # On a machine with an NVIDIA GPU; without one every test is skipped.
 test-gpu: setup
@@ -47,7 +49,7 @@ property: setup
 
 # Real models of the packages that are installed: an hour at the first run. docs/coverage.md records one.
 zoo: setup
-	$(BIN)/python -m pytest tests/zoo -n $(JOBS) -m "slow or not slow"
+	$(BIN)/python -m pytest tests/zoo $(PARALLEL) -m "slow or not slow"
 
 coverage: setup
 	$(BIN)/python -m tests.zoo --jobs $(JOBS)
