@@ -14,6 +14,8 @@ from attnrewrite.operators.kernel import Step
 
 # Bytes: the widest load of a GPU kernel, of whose multiples its operands begin unless they are parts of wider maps.
 _WORD = 16
+# Bytes: what kernels of CPUs take for granted of operands that are no parts of wider maps, as torch allocates them.
+_LINE = 64
 
 
 def as_read_by_gpu(spec: Spec, operand: Tensor, dtype: torch.dtype, step: Step = None) -> Tensor:
@@ -29,12 +31,13 @@ def as_read_by_gpu(spec: Spec, operand: Tensor, dtype: torch.dtype, step: Step =
     if operand.dtype != dtype:
         limits = torch.finfo(dtype)
         operand = torch.where(operand.isinf(), operand, operand.clamp(limits.min, limits.max)).to(dtype)
-    operand = operand.contiguous()
-    return operand.clone() if operand.data_ptr() % _WORD else operand
+    return _aligned(operand, _WORD)
 
 
 def as_read_by_cpu(spec: Spec, name: str, operand: Tensor, step: Step, lanes: int) -> Tensor:
-    """A part of a wider map as that map's numbers from its first to its last; biases and masks laid out for vectors."""
+    """A part of a wider map as that map's numbers from its first to its last; biases and masks laid out for vectors;
+    other operands contiguous and aligned.
+    """
     if step is not None:
         return _from_first_to_last(spec, operand, step)
     if isinstance(spec, FlashWindowAttention):
@@ -42,7 +45,13 @@ def as_read_by_cpu(spec: Spec, name: str, operand: Tensor, step: Step, lanes: in
             return _laid_out_before(operand, lanes)
         if name == "relative_position":
             return _laid_out_positions(operand, spec, lanes)
-    return operand.contiguous()
+    return _aligned(operand, _LINE)
+
+
+def _aligned(operand: Tensor, boundary: int) -> Tensor:
+    """Contiguous, from a multiple of so many bytes on; a copy where it is not."""
+    operand = operand.contiguous()
+    return operand.clone() if operand.data_ptr() % boundary else operand
 
 
 def _from_first_to_last(spec: Spec, part: Tensor, step: int) -> Tensor:

@@ -78,6 +78,18 @@ def test_parts_of_a_map_are_read_where_they_are(name: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", NAMES)
+def test_operands_that_begin_at_any_number_are_read(name: str) -> None:
+    """As those made by NumPy, or indexed from the second element of a vector on."""
+    case = CASES[name]
+    moved = {n: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape) for n, t in tensors(case).items()}
+    assert all(t.data_ptr() % 64 == 4 for t in moved.values())
+    found = compiled.results_of(case.spec, moved)
+    assert found is not None
+    assert error(found[0].numpy(), expected(case)[0]) <= FLOAT32
+
+
+@pytest.mark.usefixtures("kernels")
 def test_the_operator_calls_the_kernel_with_gradients_as_without() -> None:
     case = CASES["shifted-with-mask"]
     operands = {n: t.requires_grad_() for n, t in tensors(case).items()}
