@@ -26,6 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -84,7 +85,7 @@ class _State:
         self.pending: list[Kernel] = []
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
-        self.child: subprocess.Popen[str] | None = None
+        self.children: list[subprocess.Popen[str]] = []
         self.ending = threading.Event()
         self.warned = False
 
@@ -259,7 +260,7 @@ def compile_for(architecture: str, sites: Iterable[tuple[Spec, Mapping[str, Tens
     kernels = dict.fromkeys(kernel_of(spec, operands, architecture) for spec, operands in sites)
     absent = [k for k in kernels if k is not None and not (_folder() / f"{_name(k)}.so").exists()]
     missing = _covered(absent)
-    return tuple(_compile_for(architecture, missing).values()) if missing else ()
+    return tuple(_compile_side_by_side(architecture, missing).values()) if missing else ()
 
 
 def launched_kernels() -> int:
@@ -347,9 +348,28 @@ def _compile(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     failed: dict[Kernel, str] = {}
     for device in dict.fromkeys(kernel.device for kernel in kernels):
         wanted = [kernel for kernel in kernels if kernel.device == device]
-        missing = None if device == CPU else _missing_for_cuda()
-        failed |= _compile_for(device, wanted) if missing is None else dict.fromkeys(wanted, missing)
+        if device == CPU:
+            failed |= _compile_for(device, wanted)
+        elif missing := _missing_for_cuda():
+            failed |= dict.fromkeys(wanted, missing)
+        else:
+            failed |= _compile_side_by_side(device, wanted)
     return failed
+
+
+# Of several hundred megabytes each.
+_MOST_PROCESSES = 8
+
+
+def _compile_side_by_side(device: str, kernels: Sequence[Kernel]) -> dict[Kernel, str]:
+    """In a process for each core: a GPU's compiler takes seconds for a kernel, and uses one."""
+    from attnrewrite.runtime import default_threads
+
+    count = min(len(kernels), default_threads(), _MOST_PROCESSES)
+    groups = [kernels[first::count] for first in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        found = pool.map(lambda group: _compile_for(device, group), groups)
+        return {kernel: why for failed in found for kernel, why in failed.items()}
 
 
 def _missing_for_cuda() -> str | None:
@@ -431,7 +451,7 @@ def _name(kernel: Kernel) -> str:
 
 
 def _remember_child(child: subprocess.Popen[str]) -> None:
-    _state.child = child
+    _state.children.append(child)
     if _state.ending.is_set():
         child.kill()
 
@@ -442,9 +462,10 @@ def _end_background() -> None:
     C++ (importing TVM, loading a library) aborts.
     """
     _state.ending.set()
-    child, worker = _state.child, _state.worker
-    if child is not None and child.poll() is None:
-        child.kill()
+    worker = _state.worker
+    for child in _state.children:
+        if child.poll() is None:
+            child.kill()
     if worker is not None:
         worker.join()
 

@@ -5,6 +5,7 @@ CPU tensors stand for those of a GPU, the emulator's Metal device for the GPU.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -299,6 +300,21 @@ def test_no_process_compiles_what_could_not_be_used(
     monkeypatch.setattr(runtime, "load_cuda", lambda: missing)
     with pytest.warns(UserWarning, match=f"its kernels would: {missing}"):
         assert compiled.results_of(CASES["k3"].spec, tensors(CASES["k3"])) is None
+
+
+def test_kernels_of_a_gpu_are_compiled_side_by_side(gpu: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [kernel.kernel_of(CASES[n].spec, tensors(CASES[n])) for n in ("k3", "shifted-with-mask", "k7")]
+    meeting = threading.Barrier(2, timeout=20)
+
+    def compile_for(device: str, group: Any) -> Any:
+        assert device == ARCHITECTURE
+        meeting.wait()
+        return dict.fromkeys(group[1:], "the second of its group")
+
+    monkeypatch.setattr(compiled, "_compile_for", compile_for)
+    monkeypatch.setattr(compiled, "_missing_for_cuda", lambda: None)
+    monkeypatch.setattr(runtime, "default_threads", lambda: 2)
+    assert COMPILE(wanted) == {wanted[2]: "the second of its group"}
 
 
 def test_what_is_compiled_for_a_gpu_holds_its_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
