@@ -188,7 +188,7 @@ def rewrite(
 
 
 def prepare_kernels(module: GraphModule) -> None:
-    """Compile the kernels of a graph's ops, all in one process. Without this it happens at the first calls: on CPUs in
+    """Compile the kernels of a graph's ops together. Without this it happens at the first calls: on CPUs in
     the background, while PyTorch's own operators compute.
     """
     if sites := sites_of(module):

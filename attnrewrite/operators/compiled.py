@@ -1,7 +1,7 @@
 """The operators by TVM's kernels: those of lowering/kernels, compiled once per site and kept on disk.
 
 A kernel is found by the spec, the operands present, their dtypes, their shapes without the batch, and the device
-(kernel.py). `prepare` compiles those of many sites in one process and waits. On CPUs a call whose kernel is not there
+(kernel.py). `prepare` compiles those of many sites together and waits. On CPUs a call whose kernel is not there
 yet has it compiled in the background and is computed in torch until then; on CUDA devices the first call waits for it.
 All that no kernel computes is left to torch: other dtypes and devices, other specs, gradients. Calls that gradients go
 through use prepared kernels alone, so that a training run does not depend on when one is ready.
@@ -232,7 +232,7 @@ def _follow_threads() -> None:
 
 
 def prepare(sites: Iterable[tuple[Spec, Mapping[str, Tensor]]]) -> Prepared:
-    """Compile the kernels of these sites, all in one process, and wait for them; later calls use them.
+    """Compile the kernels of these sites together, and wait for them; later calls use them.
 
     sites: spec and operands by name, of which only dtype, shape and strides are read (fake and meta tensors will do).
     Where TVM is missing or compiling fails the sites are left to torch, with one warning.
