@@ -20,7 +20,7 @@ from tests.lowering.compiling import relative_error
 from tests.lowering.test_predicted_weights import TOLERANCE
 
 
-@pytest.mark.parametrize(("feature_size", "kernel_size"), [((6, 7), (3, 3)), ((9,), (3,))])
+@pytest.mark.parametrize(("feature_size", "kernel_size"), [((6, 7), (3, 1)), ((9,), (3,))])
 def test_blocks_that_move_inward_and_overlap(feature_size: tuple[int, ...], kernel_size: tuple[int, ...]) -> None:
     case = Case(op(feature_size, kernel_size, overlap_add=True, border="inward"))
     model = case.model()
