@@ -15,6 +15,7 @@ from attnrewrite.emulator.kernels import MetalKernel, compile_kernels  # noqa: E
 from attnrewrite.lowering.kernels.gpu_builder import (  # noqa: E402
     Flat,
     KernelBuilder,
+    Operands,
     TileShape,
     barrier,
     fill,
@@ -91,11 +92,11 @@ def product(target: tvm.target.Target, dtype: str, fault: str = "") -> tvm.tirx.
     `fault` plants one of FAULTS. The second half of the output is packed, and transposed within quads.
     """
     builder = KernelBuilder()
-    shapes = [(1, 16, 16), (1, 16, 8), (1, 8, 16)]
-    with builder.kernel("run", ["a", "rows", "columns"], shapes, [3, 16, 8], dtype, lambda n: (1, 1, n), (32, 1)) as f:
+    shapes = {"a": (1, 16, 16), "rows": (1, 16, 8), "columns": (1, 8, 16)}
+    with builder.kernel("run", Operands(shapes, dtype), [(3, 16, 8)], lambda n: (1, 1, n), (32, 1)) as f:
         cores = TensorCore(target, dtype)
         tiles, first = {}, 0
-        for name, shape in zip(("a", "rows", "columns"), shapes, strict=True):
+        for name, shape in shapes.items():
             tiles[name] = (TileShape(shape[1], shape[2], dtype), first)
             first += tiles[name][0].size_bytes // 2
         shared, a, b, sums = cores.shared(first), cores.words(4), cores.words(4), cores.sums(8)

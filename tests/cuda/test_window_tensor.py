@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +17,7 @@ from attnrewrite.emulator import MetalDevice, metal_device, metal_target, run_fu
 from attnrewrite.lowering import build, importer, limits  # noqa: E402
 from attnrewrite.lowering.cuda_compiler import Compiled, embedded_cubins  # noqa: E402
 from attnrewrite.lowering.kernels import gpu_builder, reference, window_tensor  # noqa: E402
+from attnrewrite.lowering.kernels.gpu_builder import Operands  # noqa: E402
 from attnrewrite.lowering.kernels.tensor_core import TensorCore  # noqa: E402
 from attnrewrite.lowering.kernels.window_tensor_plan import takes, tiling_of  # noqa: E402
 from attnrewrite.lowering.targets import CUDA_PRESETS, parse_target  # noqa: E402
@@ -44,10 +45,12 @@ def in_dtype(case: Case, dtype: str) -> Case:
     return Case(case.spec, operands, case.symbolic)
 
 
+def operands_of(case: Case, **more: Mapping[str, Any]) -> Operands:
+    return Operands(case.shapes(tvm.tirx.Var("n", "int64")), str(case.operands["query"].dtype), **more)
+
+
 def kernel(case: Case, target: tvm.target.Target, name: str = "run", **dtypes: str) -> tvm.tirx.PrimFunc:
-    dtype = str(case.operands["query"].dtype)
-    shapes = case.shapes(tvm.tirx.Var("n", "int64"))
-    return window_tensor.flash_window_attention(case.spec, list(case.operands), shapes, dtype, target, name, dtypes)
+    return window_tensor.flash_window_attention(case.spec, operands_of(case, dtypes=dtypes), target, name)
 
 
 def error(case: Case, output: np.ndarray) -> float:
@@ -128,10 +131,7 @@ def test_parts_of_wider_maps(name: str) -> None:
         wider = np.full((*pixels, step), np.nan, np.float16)
         wider[..., :channels] = operands[operand]
         operands[operand] = wider.reshape(-1)[: channels - step]
-    shapes = case.shapes(tvm.tirx.Var("n", "int64"))
-    function = window_tensor.flash_window_attention(
-        case.spec, list(operands), shapes, "float16", metal_target(), "run", steps=steps
-    )
+    function = window_tensor.flash_window_attention(case.spec, operands_of(case, steps=steps), metal_target(), "run")
     done = run_function(function, list(operands.values()), [(output_shape(case), "float16")])
     assert done.findings == ()
     assert error(case, done.outputs[0]) <= 1
@@ -269,10 +269,11 @@ def test_tilings_keep_to_the_limits(head_dim: int) -> None:
 def compiled(size: int, heads: int, head_dim: int, *chips: str, **more: Any) -> list[Any]:
     """A kernel for 8 x 8 windows of a large batch."""
     case = in_dtype(window((8 * size,) * 2, (size,) * 2, (size // 2,) * 2, heads, head_dim, batch=1, **more), "float16")
-    shapes = [(64, *o.shape[1:]) if name in ("query", "key", "value") else o.shape for name, o in case.operands.items()]
-    target = cuda_target(chips[0])
-    present = list(case.operands)
-    return resources(window_tensor.flash_window_attention(case.spec, present, shapes, "float16", target, "run"), *chips)
+    shapes = {
+        name: (64, *o.shape[1:]) if name in ("query", "key", "value") else o.shape for name, o in case.operands.items()
+    }
+    given = Operands(shapes, "float16")
+    return resources(window_tensor.flash_window_attention(case.spec, given, cuda_target(chips[0]), "run"), *chips)
 
 
 def test_it_compiles_without_spills() -> None:

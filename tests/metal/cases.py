@@ -26,12 +26,12 @@ class Case:
     operands: Operands = field(repr=False)
     symbolic: bool = False
 
-    def shapes(self, batch: Any) -> list[tuple[Any, ...]]:
+    def shapes(self, batch: Any) -> dict[str, tuple[Any, ...]]:
         """The operands' shapes, with `batch` in place of the batched ones' first extent where it is symbolic."""
-        return [
-            (batch, *operand.shape[1:]) if self.symbolic and name in BATCHED else operand.shape
+        return {
+            name: (batch, *operand.shape[1:]) if self.symbolic and name in BATCHED else operand.shape
             for name, operand in self.operands.items()
-        ]
+        }
 
 
 def window(

@@ -20,7 +20,7 @@ from attnrewrite.localattention.geometry import NeighborhoodGeometry  # noqa: E4
 from attnrewrite.lowering import limits  # noqa: E402
 from attnrewrite.lowering.kernels import gpu_builder, reference, slide_gpu, slide_gpu_predicted, window_gpu  # noqa: E402
 from attnrewrite.lowering.kernels.gpu import attention_kernel  # noqa: E402
-from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
+from attnrewrite.lowering.kernels.gpu_builder import Limits, Operands  # noqa: E402
 from tests.metal.cases import SLIDES, WINDOWS, Case  # noqa: E402
 
 # float32 sums of up to about 600 products of order 1, against a reference in float64.
@@ -36,8 +36,8 @@ def kernel(case: Case, target: Target, name: str) -> Any:
         build = window_gpu.flash_window_attention
     else:
         build = slide_gpu_predicted.predicted_attention if case.spec.predicted else slide_gpu.slide_attention
-    shapes = case.shapes(tvm.tirx.Var("n", "int64"))
-    return build(case.spec, list(case.operands), shapes, str(case.operands["value"].dtype), target, name)
+    operands = Operands(case.shapes(tvm.tirx.Var("n", "int64")), str(case.operands["value"].dtype))
+    return build(case.spec, operands, target, name)
 
 
 def symbol(name: str) -> str:

@@ -11,6 +11,7 @@ from tvm.target import Target
 
 from attnrewrite.functions.spec import FlashWindowAttention, Spec
 from attnrewrite.lowering.kernels import slide_gpu, slide_gpu_predicted, window_gpu, window_tensor
+from attnrewrite.lowering.kernels.gpu_builder import Operands
 from attnrewrite.lowering.kernels.window_tensor_plan import takes
 
 
@@ -25,12 +26,12 @@ def attention_kernel(
     """The kernel for operands of these shapes and dtypes; an extent that is no number is the batch. steps: of those of
     query, key and value that are parts of wider maps, as the kernels take them.
     """
-    present, extents, dtype = [*shapes], [*shapes.values()], dtypes["value"]
+    operands = Operands(shapes, dtypes["value"], dtypes, steps)
     if isinstance(spec, FlashWindowAttention):
         # Tensor cores' operands are copied two channels at a time or more.
         in_pairs = all(step % 2 == 0 for step in steps.values())
-        window_kernel = window_tensor if in_pairs and takes(spec, shapes, dtype, target) else window_gpu
-        return window_kernel.flash_window_attention(spec, present, extents, dtype, target, name, dtypes, steps)
+        window_kernel = window_tensor if in_pairs and takes(spec, shapes, operands.dtype, target) else window_gpu
+        return window_kernel.flash_window_attention(spec, operands, target, name)
     if spec.predicted:
-        return slide_gpu_predicted.predicted_attention(spec, present, extents, dtype, target, name, dtypes, steps)
-    return slide_gpu.slide_attention(spec, present, extents, dtype, target, name, dtypes, steps)
+        return slide_gpu_predicted.predicted_attention(spec, operands, target, name)
+    return slide_gpu.slide_attention(spec, operands, target, name)

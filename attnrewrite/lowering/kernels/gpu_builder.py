@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import DataType, tirx
@@ -50,6 +49,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Operands:
+    """What a kernel is made for: shapes of its operands by name, in the op's order.
+
+    Batched ones begin with an int or a symbolic variable; one int64 variable of the kernel's own, matched from the
+    first operand, then stands for it. dtype: of the outputs, and of all operands but those that `dtypes` names. steps:
+    of those of query, key and value that are parts of wider maps, the channels of these. A part is passed as a vector
+    of the numbers from its first to its last.
+    """
+
+    shapes: Mapping[str, Sequence[Any]]
+    dtype: str
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Frame:
     """An open kernel: its operand buffers by name, its outputs, and where it stands in the grid of (x, y, z)."""
 
@@ -85,35 +100,31 @@ Grid = Callable[[Expr], tuple[int, int, Expr]]
 @contextlib.contextmanager
 def _kernel_frame(
     name: str,
-    present: Sequence[str],
-    shapes: Sequence[Sequence[Any]],
-    output_shape: Sequence[int],
-    dtype: str,
+    given: Operands,
+    output_shapes: Sequence[Sequence[int]],
     grid: Grid,
     threads: tuple[int, int],
-    *,
-    dtypes: Mapping[str, str] = types.MappingProxyType({}),
-    wider: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
-    more_outputs: Sequence[Sequence[int]] = (),
+    channel_axis: int,
 ) -> Iterator[Frame]:
-    batch = shapes[0][0] if isinstance(shapes[0][0], int) else tirx.Var("batch", "int64")
+    first = next(iter(given.shapes.values()))[0]
+    batch = first if isinstance(first, int) else tirx.Var("batch", "int64")
     with T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         operands = {}
-        for operand, shape in zip(present, shapes, strict=True):
+        for operand, shape in given.shapes.items():
             own_shape = [extent if isinstance(extent, int) else batch for extent in shape]
-            if operand in wider:
+            if operand in given.steps:
                 own_shape = [tirx.Var(f"{operand}_numbers", "int64")]
-            operands[operand] = T.arg(operand, T.buffer(own_shape, dtypes.get(operand, dtype)))
-        names = ("output", *(f"output_{count}" for count in range(1, len(more_outputs) + 1)))
+            operands[operand] = T.arg(operand, T.buffer(own_shape, given.dtypes.get(operand, given.dtype)))
         outputs = tuple(
-            T.arg(own, T.buffer([batch, *shape], dtype))
-            for own, shape in zip(names, (output_shape, *more_outputs), strict=True)
+            T.arg(f"output_{number}" if number else "output", T.buffer([batch, *shape], given.dtype))
+            for number, shape in enumerate(output_shapes)
         )
-        for operand, extents in wider.items():
-            part = operands[operand]
-            operands[operand] = T.decl_buffer([batch, *extents], part.dtype, data=part.data)
+        for operand, step in given.steps.items():
+            part, extents = operands[operand], [batch, *given.shapes[operand][1:]]
+            extents[channel_axis] = step
+            operands[operand] = T.decl_buffer(extents, part.dtype, data=part.data)
         x, y, z = grid(batch)
         with (
             _indices_fit([*operands.values(), *outputs], batch),
@@ -139,24 +150,26 @@ def _indices_fit(buffers: Sequence[tirx.Buffer], batch: Expr) -> contextlib.Abst
 
 
 class KernelBuilder:
-    """Opens a kernel and hands out its PrimFunc once the frame is closed.
-
-    `shapes` are the operands' shapes with an int or a symbolic first extent of the batched ones; every symbolic extent
-    becomes the one int64 variable matched from the query's buffer.
-    """
+    """Opens a kernel and hands out its PrimFunc once the frame is closed."""
 
     def __init__(self) -> None:
         self._builder = IRBuilder()
 
     @contextlib.contextmanager
-    def kernel(self, *arguments: Any, **more: Any) -> Iterator[Frame]:
-        """Arguments: name, present, shapes, output_shape (without batch), dtype, grid, (threads x, y).
-
-        more: dtypes, by name, of operands that are not of `dtype`; more_outputs, the shapes of those after the first;
-        wider, the shapes (without batch) of the maps that operands are parts of. A part is passed as a vector of the
-        numbers from its first to its last, and is in the frame as if the wider map began with it.
+    def kernel(
+        self,
+        name: str,
+        operands: Operands,
+        output_shapes: Sequence[Sequence[int]],
+        grid: Grid,
+        threads: tuple[int, int],
+        *,
+        channel_axis: int = -1,
+    ) -> Iterator[Frame]:
+        """output_shapes: without batch. threads: along x and y. channel_axis: of query, key and value; one of them that
+        is part of a wider map is in the frame as if that map began with it.
         """
-        with self._builder, _kernel_frame(*arguments, **more) as frame:
+        with self._builder, _kernel_frame(name, operands, output_shapes, grid, threads, channel_axis) as frame:
             yield frame
 
     def prim_func(self) -> tirx.PrimFunc:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +32,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Frame,
     KernelBuilder,
     Limits,
+    Operands,
     SharedMemory,
     barrier,
     ceil_div,
@@ -270,7 +270,8 @@ class SlideKernel:
         fill(self.logits, self.tiling.rows * count, 0.0)
         step = self.tiling.staged_channels or self.head_dim
         query, channels = Flat(operands["query"], 1), int(operands["query"].shape[1])
-        with T.serial(self.head_dim // step) as chunk:
+        # Compilers that unroll it hold the learned kernels of all chunks in registers, and run out of them.
+        with T.serial(self.head_dim // step, unroll=False) as chunk:
             first = self.head * self.head_dim + chunk * step
             with self.chunk("key", chunk * step, slots) as (neighbour, parameter), T.serial(step) as channel:
                 plane = self.image * channels + first + channel
@@ -354,7 +355,7 @@ class SlideKernel:
         block, threads = self.tiling.value_block, math.prod(self.tiling.threads)
         step = self.tiling.staged_channels or block
         output, channels = Flat(self.frame.output, 1), int(self.frame.output.shape[1])
-        with T.serial(block // step) as chunk:
+        with T.serial(block // step, unroll=False) as chunk:
             start = self.first_value + chunk * step
             first_row = self.head * self.value_dim + start
             with self.chunk("value", start, slots) as (neighbour, parameter), T.serial(step) as channel:
@@ -433,25 +434,13 @@ def flatten(at: Sequence[Expr], extents: Sequence[int]) -> Expr:
     return flat
 
 
-def slide_attention(
-    spec: SlideAttention,
-    present: Sequence[str],
-    shapes: Sequence[Sequence[Any]],
-    dtype: str,
-    target: Target,
-    name: str,
-    dtypes: Mapping[str, str] = types.MappingProxyType({}),
-    steps: Mapping[str, int] = types.MappingProxyType({}),
-) -> tirx.PrimFunc:
-    """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the output.
+def slide_attention(spec: SlideAttention, operands: Operands, target: Target, name: str) -> tirx.PrimFunc:
+    """The kernel as a scheduled PrimFunc; parameters are the operands, then the output.
 
-    present: names of the operands given. shapes: theirs, the batch an int or a symbolic variable (one variable of the
-    kernel's own then stands for it, matched from the query). dtype: float32 or float16, of the output and all operands
-    but those that `dtypes` names, which are bias and logits. Logits, softmax and sums are float32 whatever
-    spec.softmax_dtype says, which is never less exact. steps: of query, key and value, how many channels one image lies
-    behind another, for those that are parts of wider maps (`KernelBuilder.kernel`).
+    operands: of float32 or float16; `dtypes` may say otherwise of bias and logits. Logits, softmax and sums are float32
+    whatever spec.softmax_dtype says, which is never less exact.
     """
-    by_name = dict(zip(present, shapes, strict=True))
+    by_name = operands.shapes
     heads = spec.num_heads
     head_dim, value_dim = (int(by_name[operand][1]) // heads for operand in ("query", "value"))
     learned = {
@@ -463,9 +452,9 @@ def slide_attention(
     # A row for each channel of one head serves all heads.
     alike = parameters > 0 and all(dims[operand] % int(shape[0]) == 0 for (operand, _), shape in learned.items())
     instances = instances_of(spec, by_name["query"])
-    bytes_ = DataType(dtype).itemsize
+    bytes_ = DataType(operands.dtype).itemsize
     work = Work(spec.geometry, head_dim, value_dim, bytes_, instances, parameters, alike=heads if alike else 1)
-    return build(SlideKernel, spec, work, (present, shapes, dtype, target, name, dtypes, steps))
+    return build(SlideKernel, spec, work, operands, target, name)
 
 
 def instances_of(spec: SlideAttention, shape: Sequence[Any]) -> int:
@@ -473,9 +462,10 @@ def instances_of(spec: SlideAttention, shape: Sequence[Any]) -> int:
     return spec.num_heads * (shape[0] if isinstance(shape[0], int) else 1)
 
 
-def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments: tuple[Any, ...]) -> tirx.PrimFunc:
-    """The function of a kernel; arguments: those of `slide_attention` behind the spec."""
-    present, shapes, dtype, target, name, dtypes, steps = arguments
+def build(
+    kernel: type[SlideKernel], spec: SlideAttention, work: Work, operands: Operands, target: Target, name: str
+) -> tirx.PrimFunc:
+    """The function of a kernel that does this work."""
     tiling, heads, value_dim = choose_tiling(work, Limits.of(target)), spec.num_heads, work.value_dim
 
     def grid(images: Expr) -> tuple[int, int, Expr]:
@@ -485,8 +475,6 @@ def build(kernel: type[SlideKernel], spec: SlideAttention, work: Work, arguments
     threads = (tiling.threads[-1], tiling.heads * math.prod(tiling.threads[:-1]))
     builder = KernelBuilder()
     output_shape = [heads * value_dim, *spec.output_size]
-    by_name = dict(zip(present, shapes, strict=True))
-    wider = {operand: [step, *by_name[operand][2:]] for operand, step in steps.items()}
-    with builder.kernel(name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes, wider=wider) as frame:
+    with builder.kernel(name, operands, [output_shape], grid, threads, channel_axis=1) as frame:
         kernel(spec, frame, tiling).emit()
     return builder.prim_func()

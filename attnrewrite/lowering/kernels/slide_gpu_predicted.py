@@ -14,9 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import types
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tvm import DataType, tirx
 from tvm.target import Target
@@ -28,6 +25,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Expr,
     Flat,
     Frame,
+    Operands,
     choose,
     every,
     fill,
@@ -122,19 +120,14 @@ class OverlapAddKernel(PredictedKernel):
         fill(self.total, self.tiling.rows, 1.0)
 
 
-def predicted_attention(
-    spec: SlideAttention,
-    present: Sequence[str],
-    shapes: Sequence[Sequence[Any]],
-    dtype: str,
-    target: Target,
-    name: str,
-    dtypes: Mapping[str, str] = types.MappingProxyType({}),
-    steps: Mapping[str, int] = types.MappingProxyType({}),
-) -> tirx.PrimFunc:
+def predicted_attention(spec: SlideAttention, operands: Operands, target: Target, name: str) -> tirx.PrimFunc:
     """The kernel of a spec with `predicted`; arguments as of `slide_gpu.slide_attention`."""
-    value = dict(zip(present, shapes, strict=True))["value"]
-    instances, value_dim, bytes_ = instances_of(spec, value), int(value[1]) // spec.num_heads, DataType(dtype).itemsize
+    value = operands.shapes["value"]
+    instances, value_dim, bytes_ = (
+        instances_of(spec, value),
+        int(value[1]) // spec.num_heads,
+        DataType(operands.dtype).itemsize,
+    )
     own = spec.geometry
     if spec.overlap_add:
         kernel = tuple(2 * extent - 1 for extent in own.kernel_size)
@@ -147,4 +140,4 @@ def predicted_attention(
         )
         work = Work(on_output, 0, value_dim, bytes_, instances, upsampling=spec.upsampling)
     emitter = OverlapAddKernel if spec.overlap_add else PredictedKernel
-    return build(emitter, spec, work, (present, shapes, dtype, target, name, dtypes, steps))
+    return build(emitter, spec, work, operands, target, name)

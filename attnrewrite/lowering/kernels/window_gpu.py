@@ -21,8 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -38,6 +37,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Frame,
     KernelBuilder,
     Limits,
+    Operands,
     SharedMemory,
     SharedTile,
     barrier,
@@ -440,33 +440,16 @@ def int_or_none(extent: Any) -> int | None:
     return int(extent) if isinstance(extent, int | tirx.IntImm) else None
 
 
-def wider_maps(shapes: Mapping[str, Sequence[Any]], steps: Mapping[str, int]) -> dict[str, list[int]]:
-    """Shapes, without batch, of the maps that operands are parts of. shapes: of the operands."""
-    return {operand: [*shapes[operand][1:-1], step] for operand, step in steps.items()}
+def flash_window_attention(spec: FlashWindowAttention, operands: Operands, target: Target, name: str) -> tirx.PrimFunc:
+    """The kernel as a scheduled PrimFunc; parameters are the operands, then the outputs.
 
-
-def flash_window_attention(
-    spec: FlashWindowAttention,
-    present: Sequence[str],
-    shapes: Sequence[Sequence[Any]],
-    dtype: str,
-    target: Target,
-    name: str,
-    dtypes: Mapping[str, str] = types.MappingProxyType({}),
-    steps: Mapping[str, int] = types.MappingProxyType({}),
-) -> tirx.PrimFunc:
-    """The kernel as a scheduled PrimFunc; parameters are the present operands in the op's order, then the outputs.
-
-    present: names of the operands given. shapes: theirs, the batch an int or a symbolic variable (one variable of the
-    kernel's own then stands for it, matched from the query). dtype: float32 or float16, of the outputs and all operands
-    but those that `dtypes` names, which are terms of the logits. Logits, softmax and sums are float32 whatever
-    spec.softmax_dtype says, which is never less exact. steps: of query, key and value, how many numbers one pixel lies
-    behind another, for those that are parts of wider maps (`KernelBuilder.kernel`); their first number is aligned to
-    the widest access, up to a word, of which steps and heads are multiples.
+    operands: of float32 or float16; `dtypes` may say otherwise of terms of the logits. Logits, softmax and sums are
+    float32 whatever spec.softmax_dtype says, which is never less exact. Parts of wider maps begin at multiples of the
+    widest access, up to a word, of which steps and heads are multiples.
     """
-    by_name = dict(zip(present, shapes, strict=True))
+    by_name = operands.shapes
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
-    sizes = Sizes.of(spec, by_name, dtype)
+    sizes = Sizes.of(spec, by_name, operands.dtype)
     tiling = choose_tiling(sizes, limits)
     added = [operand for operand in ADDED if operand in by_name]
     in_windows, in_images = (
@@ -478,13 +461,10 @@ def flash_window_attention(
     def grid(batch: Expr) -> tuple[int, int, Expr]:
         return ceil_div(windows, run.windows) * tiling.query_tiles, heads, ceil_div(batch, run.images)
 
-    output_shape = [*spec.geometry.feature_size, heads * sizes.value_dim]
-    asking = by_name.get("extra_query")
-    more = [] if asking is None else [(windows, int(asking[2]), heads * sizes.value_dim)]
-    threads, wider = (tiling.columns, tiling.rows), wider_maps(by_name, steps)
+    output_shapes = [(*spec.geometry.feature_size, heads * sizes.value_dim)]
+    if "extra_query" in by_name:
+        output_shapes.append((windows, int(by_name["extra_query"][2]), heads * sizes.value_dim))
     builder = KernelBuilder()
-    with builder.kernel(
-        name, present, shapes, output_shape, dtype, grid, threads, dtypes=dtypes, wider=wider, more_outputs=more
-    ) as frame:
+    with builder.kernel(name, operands, output_shapes, grid, (tiling.columns, tiling.rows)) as frame:
         _WindowKernel(spec, frame, tiling, run).emit()
     return builder.prim_func()

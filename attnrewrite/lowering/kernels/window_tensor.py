@@ -24,9 +24,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import types
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -42,6 +39,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Frame,
     KernelBuilder,
     Limits,
+    Operands,
     SharedTile,
     barrier,
     ceil_div,
@@ -55,7 +53,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
-from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared, wider_maps
+from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
 from attnrewrite.lowering.kernels.window_gpu_relative import RelativeProducts, RelativeTable
 from attnrewrite.lowering.kernels.window_tensor_plan import (
@@ -442,34 +440,22 @@ def _as_words(buffer: tirx.Buffer) -> tirx.Buffer:
     return T.decl_buffer((elements // 2,), "uint32", data=buffer.data)
 
 
-def flash_window_attention(
-    spec: FlashWindowAttention,
-    present: Sequence[str],
-    shapes: Sequence[Sequence[Any]],
-    dtype: str,
-    target: Target,
-    name: str,
-    dtypes: Mapping[str, str] = types.MappingProxyType({}),
-    steps: Mapping[str, int] = types.MappingProxyType({}),
-) -> tirx.PrimFunc:
+def flash_window_attention(spec: FlashWindowAttention, operands: Operands, target: Target, name: str) -> tirx.PrimFunc:
     """The kernel as a scheduled PrimFunc, as `window_gpu.flash_window_attention` gives it, for operands it `takes`.
 
-    dtype: float16 or bfloat16, of the output and of all operands; `dtypes` may say otherwise of bias and mask. For a
-    metal target the kernel calls functions that only the emulator has. steps: as there, even numbers.
+    They are of float16 or bfloat16; `dtypes` may say otherwise of bias and mask. Steps are even numbers. For a metal
+    target the kernel calls functions that only the emulator has.
     """
-    by_name = dict(zip(present, shapes, strict=True))
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
-    tiling = tiling_of(spec, by_name, dtype, target)
+    tiling = tiling_of(spec, operands.shapes, operands.dtype, target)
     assert tiling is not None
-    run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), limits)
+    run = choose_run(tiling, windows, heads, int_or_none(operands.shapes["value"][0]), limits)
 
     def grid(batch: Expr) -> tuple[int, int, Expr]:
         return 1, 1, ceil_div(batch * windows, run) * (heads // tiling.heads) * tiling.query_tiles
 
     output_shape = [*spec.geometry.feature_size, heads * tiling.sizes.value_dim]
-    builder, wider = KernelBuilder(), wider_maps(by_name, steps)
-    with builder.kernel(
-        name, present, shapes, output_shape, dtype, grid, tiling.threads, dtypes=dtypes, wider=wider
-    ) as frame:
-        _TensorKernel(spec, frame, tiling, run, TensorCore(target, dtype)).emit()
+    builder = KernelBuilder()
+    with builder.kernel(name, operands, [output_shape], grid, tiling.threads) as frame:
+        _TensorKernel(spec, frame, tiling, run, TensorCore(target, operands.dtype)).emit()
     return builder.prim_func()
