@@ -17,6 +17,7 @@ from pathlib import Path
 
 import onnx
 
+from attnrewrite.lowering.cuda_compiler import EmbeddedCubins, embedded_cubins
 from attnrewrite.lowering.cuda_resources import KernelResources
 from attnrewrite.lowering.targets import CUDA_PRESETS, parse_target
 from benchmarks.metal_traffic import ROWS, op_row
@@ -57,8 +58,12 @@ def _model(name: str, case: Case, dtype: str) -> onnx.ModelProto:
 
 def compile_kernels(model: onnx.ModelProto, preset: str) -> tuple[KernelResources, ...]:
     """What is left of a model as kernels, for one architecture. Raises CompilerError without a CUDA compiler."""
+    return tuple(compile_cubins(model, preset).kernels)
+
+
+def compile_cubins(model: onnx.ModelProto, preset: str) -> EmbeddedCubins:
+    """The same, with their machine code."""
     from attnrewrite.lowering import build, importer
-    from attnrewrite.lowering.cuda_compiler import embedded_cubins
     from attnrewrite.lowering.kernels.coverage import covers
     from attnrewrite.lowering.written_out import write_out
 
@@ -69,7 +74,7 @@ def compile_kernels(model: onnx.ModelProto, preset: str) -> tuple[KernelResource
     write_out(copy, lambda spec, present: covers(spec, present, "cuda"))
     with embedded_cubins(target.architectures) as embedded:
         build.build(importer.import_onnx(copy, target, tvm_target), tvm_target)
-    return tuple(embedded.kernels)
+    return embedded
 
 
 def kernels_of(row: str, model: onnx.ModelProto, presets: Sequence[str]) -> list[Kernel]:

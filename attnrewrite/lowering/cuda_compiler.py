@@ -56,21 +56,27 @@ class CudaCompiler(Protocol):
     def compile(self, source: str, architectures: Sequence[str]) -> Compiled: ...
 
 
+def toolkits() -> list[Path]:
+    """Where the CUDA toolkit may be."""
+    return [Path(os.environ[v]) for v in _TOOLKIT_VARIABLES if os.environ.get(v)] + [_DEFAULT_TOOLKIT]
+
+
 def find_compiler() -> CudaCompiler:
     """nvcc from PATH, CUDA_HOME, CUDA_PATH or /usr/local/cuda; otherwise NVRTC from there or from its pip package.
 
     Raises CompilerError that says what to install where there is neither.
     """
-    toolkits = [Path(os.environ[v]) for v in _TOOLKIT_VARIABLES if os.environ.get(v)] + [_DEFAULT_TOOLKIT]
     on_path = shutil.which("nvcc")
-    for nvcc in [Path(on_path)] if on_path else [t / "bin" / "nvcc" for t in toolkits]:
+    for nvcc in [Path(on_path)] if on_path else [t / "bin" / "nvcc" for t in toolkits()]:
         if os.access(nvcc, os.X_OK):
             return Nvcc(nvcc)
     packages = [p for entry in sys.path for p in (Path(entry) / "nvidia").glob("*") if p.is_dir()]
-    for folder in [*packages, *toolkits]:
+    for folder in [*packages, *toolkits()]:
         for library in sorted([*folder.glob("lib/libnvrtc.so.*"), *folder.glob("lib64/libnvrtc.so.*")]):
             if "alt" not in library.name:
-                return Nvrtc(library, tuple(p / "include" for p in (*packages, *toolkits) if (p / "include").is_dir()))
+                return Nvrtc(
+                    library, tuple(p / "include" for p in (*packages, *toolkits()) if (p / "include").is_dir())
+                )
     raise CompilerError(f"no CUDA compiler found; {_INSTALL_HINT}")
 
 
