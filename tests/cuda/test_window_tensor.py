@@ -16,7 +16,7 @@ tvm = pytest.importorskip("tvm")
 from attnrewrite.emulator import MetalDevice, metal_device, metal_target, run_function  # noqa: E402
 from attnrewrite.lowering import build, importer, limits  # noqa: E402
 from attnrewrite.lowering.cuda_compiler import Compiled, embedded_cubins  # noqa: E402
-from attnrewrite.lowering.kernels import gpu_builder, reference, window_tensor  # noqa: E402
+from attnrewrite.lowering.kernels import gpu_builder, reference, tensor_softmax, window_tensor  # noqa: E402
 from attnrewrite.lowering.kernels.gpu_builder import Operands  # noqa: E402
 from attnrewrite.lowering.kernels.tensor_core import TensorCore  # noqa: E402
 from attnrewrite.lowering.kernels.window_tensor_plan import takes, tiling_of  # noqa: E402
@@ -195,7 +195,7 @@ FAULTS = {
     "nothing waited for": (TensorCore, "wait", lambda self, pending: None),
     "no barriers": (window_tensor, "barrier", lambda: None),
     "pieces of rows not gathered": (TensorCore, "transpose_quad", lambda self, words: None),
-    "maxima of two lanes": (window_tensor, "combine_lanes", half_of_a_row),
+    "maxima of two lanes": (tensor_softmax, "combine_lanes", half_of_a_row),
     "rows 8 apart exchanged": (window_tensor._TensorKernel, "query_token", rows_exchanged),
 }
 

@@ -21,16 +21,13 @@ Source: Dao et al., "FlashAttention", https://arxiv.org/abs/2205.14135, algorith
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
-import numpy as np
 from tvm import tirx
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
-from attnrewrite.floats import lowest
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.lowering.kernels.gpu_builder import (
     ACCUMULATOR,
@@ -44,7 +41,6 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     barrier,
     ceil_div,
     choose,
-    combine_lanes,
     every,
     fill,
     load,
@@ -53,6 +49,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
+from attnrewrite.lowering.kernels.tensor_softmax import HALVES, START, RowSoftmax
 from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
 from attnrewrite.lowering.kernels.window_gpu_relative import RelativeProducts, RelativeTable
@@ -64,13 +61,6 @@ from attnrewrite.lowering.kernels.window_tensor_plan import (
     tiling_of,
 )
 from attnrewrite.lowering.kernels.window_tensor_staging import Staging, flat_pixel
-
-_LOG2E = math.log2(math.e)
-# Where a running maximum starts, and what logits of keys outside the window are: masks may be as low as this.
-_START = lowest(np.dtype(np.float32))
-# From here on the product of a logit with log2(e) is rounded by too much; the maximum is subtracted before.
-_FAR = 4096.0
-_HALVES = (0, 1)  # the rows g and g + 8 of a lane
 
 
 class _TensorKernel:
@@ -97,16 +87,15 @@ class _TensorKernel:
         one_for_all = [name for name in added if is_shared(name, frame.operands[name].shape, {"image", "window"})]
         self.shared_terms = one_for_all if run > 1 else []
         self.own_terms = [name for name in added if name not in self.shared_terms]
-        self.logits = cores.sums(tiling.tile_keys // COLUMNS * 4)
+        count = tiling.tile_keys // COLUMNS * 4
+        self.logits = cores.sums(count)
+        self.softmax = RowSoftmax(frame, cores, self.logits, count)
         self.result = cores.sums(tiling.value_pitch // COLUMNS * 4)
         self.left, self.right = cores.words(4), cores.words(4)
-        count = tiling.tile_keys // COLUMNS * 4
         self.held = {
             name: registers(count // 2, "uint32") if self.is_narrow(name) else registers(count) for name in added
         }
         self.products = self.relative_products()
-        # origin: of the exponents, -maximum in powers of 2.
-        self.maximum, self.origin, self.total, self.rescale = (registers(2) for _ in range(4))
 
     def relative_products(self) -> RelativeProducts | None:
         """Of a tile of queries with the tables of relative positions."""
@@ -216,9 +205,7 @@ class _TensorKernel:
     # The four steps.
 
     def start_rows(self) -> None:
-        fill(self.maximum, 2, _START)
-        fill(self.origin, 2, -_START / 2 * _LOG2E)
-        fill(self.total, 2, 0.0)
+        self.softmax.start()
         fill(self.result, self.result.shape[0].value, 0.0)
 
     def multiply_query_key(self) -> None:
@@ -258,7 +245,7 @@ class _TensorKernel:
     def positions(self) -> list[tuple[int, int, int, int]]:
         """Number, tile, half and column of each logit that a lane holds."""
         tiles = range(self.tiling.tile_keys // COLUMNS)
-        return [(n * 4 + h * 2 + c, n, h, c) for n, h, c in itertools.product(tiles, _HALVES, (0, 1))]
+        return [(n * 4 + h * 2 + c, n, h, c) for n, h, c in itertools.product(tiles, HALVES, (0, 1))]
 
     def hold(self, name: str, unit: Expr, first_key: Expr) -> None:
         """Reads a term of the logits into registers as it is, two elements to one where they are narrow; 0 outside."""
@@ -301,7 +288,7 @@ class _TensorKernel:
             for name in self.held:
                 value = value + self.held_term(name, number)
             inside = self.is_key(self.key_token(first_key, tile, column), tile)
-            store(self.logits, [number], choose(inside, value, tirx.const(_START, ACCUMULATOR)))
+            store(self.logits, [number], choose(inside, value, tirx.const(START, ACCUMULATOR)))
         if self.products is not None:
             self.add_relative(self.products, first_key)
         if spec.mask_value is not None and any(any(g.shift_size) for _, g in spec.runs_of_heads()):
@@ -312,7 +299,7 @@ class _TensorKernel:
         """Adds what queries have for the coordinates of the keys."""
         for tile, column in itertools.product(range(self.tiling.tile_keys // COLUMNS), (0, 1)):
             products.choose_key(self.key_token(first_key, tile, column))
-            for half in _HALVES:
+            for half in HALVES:
                 number, row = tile * 4 + half * 2 + column, self.own_row + self.frame.thread_x // 4 + half * 8
                 is_query = self.is_query(self.query_token(half))
                 relative = choose(is_query, products.of(row), tirx.const(0.0, ACCUMULATOR))
@@ -321,42 +308,24 @@ class _TensorKernel:
     def penalise(self, window: Window, first_key: Expr, mask_value: float) -> None:
         """Adds mask_value to the logits of queries and keys in different regions."""
         own, other = registers(2, "int32"), registers(1, "int32")
-        for half in _HALVES:
+        for half in HALVES:
             store(own, [half], window.region(self.query_token(half)))
         for tile, column in itertools.product(range(self.tiling.tile_keys // COLUMNS), (0, 1)):
             store(other, [0], window.region(self.key_token(first_key, tile, column)))
-            for half in _HALVES:
+            for half in HALVES:
                 number = tile * 4 + half * 2 + column
                 value = self.logits[number] + tirx.const(mask_value, ACCUMULATOR)
                 store(self.logits, [number], tirx.Select(own[half] != other[0], value, self.logits[number]))
 
     def update_softmax(self, first_key: Expr) -> None:
         """Turns logits into weights relative to the running maximum, and rescales what was summed before."""
-        cores, log2e = self.cores, tirx.const(_LOG2E, ACCUMULATOR)
-        for half in _HALVES:
-            own = [self.logits[number] for number, _, h, _ in self.positions() if h == half]
-            largest = functools.reduce(tirx.max, own, self.maximum[half])
-            combine_lanes(self.frame, largest, tirx.max, self.maximum, half, lanes=4)
-            store(self.rescale, [half], self.origin[half])
-            # Half of the least number still is finite in powers of 2.
-            store(self.origin, [half], -tirx.max(self.maximum[half], tirx.const(_START / 2, ACCUMULATOR)) * log2e)
-        if self.tiling.key_tiles > 1:
-            for half in _HALVES:
-                store(self.rescale, [half], cores.exp2(self.origin[half] - self.rescale[half]))
-                store(self.total, [half], self.total[half] * self.rescale[half])
+        several = self.tiling.key_tiles > 1
+        self.softmax.meet(rescale=several)
+        if several:
             for number in range(self.result.shape[0].value):
-                store(self.result, [number], self.result[number] * self.rescale[number // 2 % 2])
-        for half in _HALVES:
-            store(self.rescale, [half], self.origin[half])
-            with when(tirx.abs(self.maximum[half]) > _FAR):
-                for number in (number for number, _, h, _ in self.positions() if h == half):
-                    store(self.logits, [number], self.logits[number] - self.maximum[half])
-                store(self.rescale, [half], tirx.const(0.0, ACCUMULATOR))
-        for number, tile, half, column in self.positions():
-            weight = cores.exp2(cores.fma(self.logits[number], log2e, self.rescale[half]))
-            inside = self.is_key(self.key_token(first_key, tile, column), tile)
-            store(self.logits, [number], choose(inside, weight, tirx.const(0.0, ACCUMULATOR)))
-            store(self.total, [half], self.total[half] + self.logits[number])
+                store(self.result, [number], self.result[number] * self.softmax.factor[number // 2 % 2])
+        inside = [self.is_key(self.key_token(first_key, tile, c), tile) for _, tile, _, c in self.positions()]
+        self.softmax.weigh(lambda number: inside[number])
 
     def multiply_weights_value(self) -> None:
         """result += weights x value; two neighbouring tiles of logits, packed, are one of the left operand."""
@@ -377,11 +346,10 @@ class _TensorKernel:
 
     def write_output(self, window: Window, unit: Expr) -> None:
         """output = result / total, where the total is the sum over the lanes' shares."""
-        frame, extents, image = self.frame, self.frame.output.shape[1:-1], self.image(unit)
+        extents, image = self.frame.output.shape[1:-1], self.image(unit)
         rows = registers(2, "int32")
-        for half in _HALVES:
-            combine_lanes(frame, self.total[half], lambda a, b: a + b, self.total, half, lanes=4)
-            store(self.total, [half], self.cores.reciprocal(self.total[half]))
+        self.softmax.finish()
+        for half in HALVES:
             token = self.query_token(half)
             coordinates, on_map = window.query_pixel(token)
             inside = every([self.is_query(token), on_map])
@@ -394,12 +362,12 @@ class _TensorKernel:
     def weighted(self, tile: int, half: int) -> Expr:
         """A word of the output: two channels of one query."""
         first = tile * 4 + half * 2
-        return self.cores.pack(*(self.result[first + c] * self.total[half] for c in (0, 1)))
+        return self.cores.pack(*(self.result[first + c] * self.softmax.total[half] for c in (0, 1)))
 
     def write_rows(self, rows: tirx.Buffer) -> None:
         """Eight channels of one query per store: what a tile's row has in four lanes is brought into one of them."""
         tiles, lane, words = self.tiling.value_pitch // COLUMNS, self.frame.thread_x % 4, self.cores.words(4)
-        pieces = [(half, tile) for half in _HALVES for tile in range(tiles)]
+        pieces = [(half, tile) for half in HALVES for tile in range(tiles)]
         for start in range(0, len(pieces), 4):
             group = pieces[start : start + 4]
             for i, (half, tile) in enumerate(group):
@@ -418,7 +386,7 @@ class _TensorKernel:
     def write_pairs(self, rows: tirx.Buffer) -> None:
         """Two channels per store, where heads begin at any even channel."""
         word, channels = registers(1, "uint32"), self.tiling.sizes.value_dim
-        for half, tile in itertools.product(_HALVES, range(self.tiling.value_pitch // COLUMNS)):
+        for half, tile in itertools.product(HALVES, range(self.tiling.value_pitch // COLUMNS)):
             channel = tile * COLUMNS + self.frame.thread_x % 4 * 2
             store(word, [0], self.weighted(tile, half))
             with when(every([rows[half] >= 0, True if (tile + 1) * COLUMNS <= channels else channel < channels])):
