@@ -16,6 +16,8 @@ from attnrewrite.errors import CompilerError  # noqa: E402
 
 THREADS = 64
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+# Seen by all threads.
+COPY = "target_ptr[i] = source_ptr[i]; threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"
 
 
 def kernel(body: str, element: str = "float", name: str = "probe") -> MetalKernel:
@@ -127,6 +129,18 @@ FAULTS = {
         "reads target[0] in thread (4, 0, 0) of threadgroup (0, 0, 0), with no barrier that orders device memory since "
         "another thread wrote it",
     ),
+    "write-after-reads-and-a-barrier-of-threadgroup-memory-alone": (
+        f"{COPY} tile[i] = target_ptr[63 - i]; {BARRIER} target_ptr[i] = tile[i];",
+        f"writes target[0] {AT}with no barrier that orders device memory since another thread read it",
+    ),
+    "write-after-ones-own-read-and-that-of-others": (
+        f"{COPY} tile[i] = target_ptr[63]; {BARRIER} if (i == 0) target_ptr[63] = target_ptr[63] + 1.0f;",
+        f"writes target[63] {AT}with no barrier that orders device memory since other threads read it",
+    ),
+    "write-after-write-and-a-barrier-of-threadgroup-memory-alone": (
+        f"if (i == 1) target_ptr[0] = 1.0f; {BARRIER} if (i == 0) target_ptr[0] = 2.0f;",
+        f"writes target[0] {AT}with no barrier that orders device memory since another thread wrote it",
+    ),
     "two-threads-write": (
         f"{BARRIER} if (i == 1) target_ptr[0] = 1.0f; if (i == 0) target_ptr[0] = 2.0f;",
         f"writes target[0] {AT}with no barrier since thread (1, 0, 0) wrote it",
@@ -158,8 +172,7 @@ NO_FAULTS = {
         "target_ptr[i] = float(((threadgroup half*)tile)[i ^ 1]);"
     ),
     "barrier-of-device-memory": (
-        "target_ptr[i] = source_ptr[i]; threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); "
-        "float other = target_ptr[63 - i]; threadgroup_barrier(mem_flags::mem_device); target_ptr[i] = other;"
+        f"{COPY} float other = target_ptr[63 - i]; threadgroup_barrier(mem_flags::mem_device); target_ptr[i] = other;"
     ),
     "unchosen-side-of-a-condition": "target_ptr[i] = (i < 0) ? source_ptr[100] : 0.0f;",
 }

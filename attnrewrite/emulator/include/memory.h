@@ -99,11 +99,17 @@ inline bool unordered(uint32_t epoch, uint16_t other, uint16_t simd_epoch) {
 inline void report_race(Memory& memory, Fault fault, int64_t offset, const char* verb, uint16_t other,
                         const char* did) {
   if (other == kSeveral) {
-    report(memory, fault, offset, verb, "with no barrier since other threads %s it", did);
+    report(memory, fault, offset, verb, "with no barrier%s since other threads %s it",
+           memory.traffic ? " that orders device memory" : "", did);
   } else {
     const Index3 t = position(other);
     report(memory, fault, offset, verb, "with no barrier since thread (%u, %u, %u) %s it", t.x, t.y, t.z, did);
   }
+}
+
+// Whether barriers since then, if any, were of threadgroup memory alone: they do not order what device memory holds.
+inline bool out_of_order(const Memory& memory, uint32_t epoch, uint16_t other) {
+  return memory.traffic && epoch >= group().device_epoch && other != group().current;
 }
 
 // Of another threadgroup of this launch: no barrier orders threadgroups.
@@ -119,7 +125,7 @@ inline void note_read(Memory& memory, int64_t offset) {
   const uint16_t simd_epoch = g.simd_epochs[g.current / kSimdWidth];
   if (unordered(cell.write_epoch, cell.writer, cell.write_simd_epoch))
     report_race(memory, kReadRace, offset, "reads", cell.writer, "wrote");
-  else if (memory.traffic && cell.write_epoch >= g.device_epoch && cell.writer != g.current)
+  else if (out_of_order(memory, cell.write_epoch, cell.writer))
     report(memory, kReadRace, offset, "reads", "with no barrier that orders device memory since another thread wrote it");
   else if (foreign(memory, cell.write_epoch))
     report(memory, kReadForeign, offset, "reads", "which another threadgroup wrote in the same launch");
@@ -131,8 +137,9 @@ inline void note_read(Memory& memory, int64_t offset) {
     reads.per_group += cell.read_epoch < session.group_epoch ? memory.cell : 0;
     reads.distinct += cell.first_read_epoch < session.launch_epoch ? memory.cell : 0;
   }
-  const bool with_others = cell.read_epoch == session.epoch && cell.reader != g.current;
-  cell.reader = with_others && unordered(cell.read_epoch, cell.reader, cell.read_simd_epoch) ? kSeveral : g.current;
+  const bool with_others = unordered(cell.read_epoch, cell.reader, cell.read_simd_epoch) ||
+                           (cell.read_epoch < session.epoch && out_of_order(memory, cell.read_epoch, cell.reader));
+  cell.reader = with_others ? kSeveral : g.current;
   cell.read_epoch = session.epoch;
   cell.read_simd_epoch = simd_epoch;
   if (cell.first_read_epoch < session.launch_epoch) cell.first_read_epoch = session.epoch;
@@ -157,6 +164,10 @@ inline void note_write(Memory& memory, int64_t offset, bool changes) {
       report_race(memory, kWriteRace, offset, "writes", cell.writer, "wrote");
     else if (unordered(cell.read_epoch, cell.reader, cell.read_simd_epoch))
       report_race(memory, kWriteRace, offset, "writes", cell.reader, "read");
+    else if (out_of_order(memory, cell.write_epoch, cell.writer))
+      report(memory, kWriteRace, offset, "writes", "with no barrier that orders device memory since another thread wrote it");
+    else if (out_of_order(memory, cell.read_epoch, cell.reader))
+      report(memory, kWriteRace, offset, "writes", "with no barrier that orders device memory since another thread read it");
     else if (foreign(memory, cell.write_epoch) || foreign(memory, cell.first_read_epoch))
       report(memory, kWriteForeign, offset, "writes", "which another threadgroup uses in the same launch");
   }
