@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -16,30 +17,43 @@ from attnrewrite.lowering.remembered import cpu_model
 # Of the function in each library.
 ENTRY = "attend"
 
-# What a kernel's machine code depends on, besides TVM: files and folders of the package.
-_SOURCES = (
-    "functions/spec.py",
-    "localattention/geometry.py",
-    "lowering/build.py",
-    "lowering/cuda_compiler.py",
-    "lowering/kernel_library.py",
-    "lowering/kernels",
-    "lowering/limits.py",
-    "lowering/schedules/stack.py",
-)
+# Of the package's modules, and the one that kernels are compiled by.
+_ROOT = Path(__file__).resolve().parents[2]
+_COMPILED_BY = "attnrewrite.lowering.kernel_library"
+
+_IMPORT = re.compile(r"^[ \t]*from (attnrewrite[\w.]*) import (\([^)]*\)|[^\n#]*)", re.MULTILINE)
 
 
 @cache
-def compiler_digest(for_cpu: bool = True) -> str:
+def compiler_digest(for_cpu: bool = True, root: Path = _ROOT) -> str:
     """Changes with the package's sources of kernels, TVM's version, and for CPUs with the model and its features."""
-    package = Path(__file__).resolve().parents[1]
     machine = [platform.machine(), *([cpu_model(), _cpu_features()] if for_cpu else [])]
     digest = sha256(repr([sorted(versions().items()), *machine]).encode())
-    for source in _SOURCES:
-        path = package / source
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
+    for _, text in sorted(kernel_sources(root).items()):
+        digest.update(text)
     return digest.hexdigest()
+
+
+def kernel_sources(root: Path = _ROOT) -> dict[str, bytes]:
+    """What a kernel's machine code may depend on, besides TVM, by path below `root`: every module that its compiler
+    imports, and that these import, wherever the statement stands.
+    """
+    sources: dict[str, bytes] = {}
+    found = [_COMPILED_BY]
+    while found:
+        path = _path(root, found.pop())
+        if path in sources or not (root / path).is_file():
+            continue
+        sources[path] = (root / path).read_bytes()
+        for package, names in _IMPORT.findall(sources[path].decode()):
+            modules = [f"{package}.{name}" for name in re.findall(r"\w+", names)]
+            found += [module if (root / _path(root, module)).is_file() else package for module in modules]
+    return sources
+
+
+def _path(root: Path, module: str) -> str:
+    path = module.replace(".", "/")
+    return f"{path}/__init__.py" if (root / path).is_dir() else f"{path}.py"
 
 
 def _cpu_features() -> str:
