@@ -303,11 +303,14 @@ def _optimize_module(
     return ModuleResult(done.model, module, given, report, verification, compiled)
 
 
-def load(directory: str | os.PathLike[str], cuda_graph: bool = True) -> LoadedModel:
-    """A saved artifact, ready to run: `load("out/").run({"x": array}, threads=1)`. See attnrewrite.runtime."""
+def load(directory: str | os.PathLike[str], cuda_graph: bool = True, device: int = 0) -> LoadedModel:
+    """A saved artifact, ready to run: `load("out/").run({"x": array}, threads=1)`. See attnrewrite.runtime.
+
+    device: which of several GPUs, from 0 on.
+    """
     from attnrewrite import runtime
 
-    return runtime.load(Path(directory), cuda_graph)
+    return runtime.load(Path(directory), cuda_graph, device)
 
 
 @dataclass(frozen=True)

@@ -330,10 +330,10 @@ def verify_artifact(
         return verify(source, after, options, trials=trials)
 
 
-def runner_of(directory: Path, threads: int | None, cuda_graph: bool = True) -> Runner:
-    """The library of an artifact, or its rewritten model in ONNX Runtime where it has none.
+def runner_of(directory: Path, threads: int | None, cuda_graph: bool = True, device: int = 0) -> Runner:
+    """The library of an artifact, or its rewritten model in ONNX Runtime, on the CPU, where it has none.
 
-    cuda_graph: whether a CUDA library may replay its launches.
+    cuda_graph: whether a CUDA library may replay its launches. device: which GPU a library runs on.
 
     Raises UserError where the directory is no artifact or does not load on this machine.
     """
@@ -342,7 +342,7 @@ def runner_of(directory: Path, threads: int | None, cuda_graph: bool = True) -> 
     report, _ = read_report(directory)
     try:
         if has_library(report):
-            return CompiledRunner(directory, threads, cuda_graph)
+            return CompiledRunner(directory, threads, cuda_graph, device)
         return OnnxRunner(directory / MODEL_NAME, threads)
     except RunnerError as error:
         raise UserError(f"{directory} does not load on this machine: {error}") from error

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def contestants(
     original: Path | None,
     threads: int | None,
     cuda_graph: bool = True,
+    device: int = 0,
 ) -> list[Contestant]:
     """Who takes part: the library, where this machine can run it, and the peers asked for.
 
     original: the model the artifact was made from; looked for beside the artifact where None. cuda_graph: whether a
-    CUDA library may replay its launches.
+    CUDA library may replay its launches. device: which GPU a library runs on.
     Raises UserError for an unknown peer, for one that is not installed, and where the original is asked for and not
     found.
     """
@@ -92,7 +94,8 @@ def contestants(
         rewritten = directory / artifact.MODEL_NAME
         chosen.append(Contestant("rewritten", "ONNX Runtime", lambda: OnnxRunner(rewritten, threads)))
     if artifact.runs_here(report):
-        chosen.append(Contestant("compiled", "attnrewrite", lambda: CompiledRunner(directory, threads, cuda_graph)))
+        library = partial(CompiledRunner, directory, threads, cuda_graph, device)
+        chosen.append(Contestant("compiled", "attnrewrite", library))
     if not chosen:
         raise UserError(f"{directory} holds nothing that runs on this machine, and --against names nothing")
     return chosen

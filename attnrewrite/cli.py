@@ -75,6 +75,7 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", he
 CudaGraph = Annotated[
     bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay the launches of a CUDA library, or make each anew.")
 ]
+Device = Annotated[int, typer.Option("--device", min=0, metavar="N", help="Which of several GPUs to run on.")]
 Shapes = Annotated[
     list[str] | None,
     typer.Option(
@@ -265,13 +266,14 @@ def run(
     output: Annotated[Path, typer.Option("--output", metavar="DIR2", help="Where to write one .npy file per output.")],
     threads: Threads = None,
     cuda_graph: CudaGraph = True,
+    device: Device = 0,
 ) -> None:
     """Run an artifact on arrays from .npy files."""
     from attnrewrite import arrays, artifact
     from attnrewrite.atomic import staged_directory
 
     files = arrays.parse_inputs(inputs)
-    runner = artifact.runner_of(directory, threads, cuda_graph)
+    runner = artifact.runner_of(directory, threads, cuda_graph, device)
     loaded = arrays.load_inputs(files, directory / artifact.MODEL_NAME)
     with staged_directory(output, arrays.INDEX_NAME, (directory / artifact.MODEL_NAME, *files.values())) as stage:
         for name, array in arrays.save_outputs(artifact.run_once(runner, loaded), stage).items():
@@ -287,6 +289,7 @@ def bench(
     ] = "original,onnxruntime",
     threads: Threads = None,
     cuda_graph: CudaGraph = True,
+    device: Device = 0,
     as_json: Json = False,
 ) -> None:
     """Time the compiled model against the original, and the rewritten model, in ONNX Runtime.
@@ -311,7 +314,7 @@ def bench(
         report = artifact.read_report(directory)[0]
         if artifact.has_library(report) and not artifact.runs_here(report):
             typer.echo(why_not_here(report.target or ""), err=True)
-        entries = timing.contestants(directory, peers, original, threads, cuda_graph)
+        entries = timing.contestants(directory, peers, original, threads, cuda_graph, device)
         say("timing " + ", ".join(f"{entry.name} in {entry.engine}" for entry in entries))
         timings = timing.measure(entries, timing.example_inputs(directory / artifact.MODEL_NAME))
         report = report.with_gains(timing.gains(timings, threads))

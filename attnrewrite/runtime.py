@@ -6,12 +6,14 @@ model.run({"x": array}, threads=1)["logits"]
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,15 +131,15 @@ def read_manifest(directory: Path) -> Manifest:
 class LoadedModel:
     """A compiled model in memory. Calls of one instance must not overlap; the thread count is the process's.
 
-    It runs on the first of several GPUs. cuda_graph: whether to replay launches where the library can. What lies
-    between inputs and outputs then stays in GPU memory from the first run on.
+    cuda_graph: whether to replay launches where the library can. What lies between inputs and outputs then stays in GPU
+    memory from the first run on. device: which of several GPUs it runs on; with CUDA, torch numbers them alike.
     """
 
-    def __init__(self, directory: Path, cuda_graph: bool = True) -> None:
+    def __init__(self, directory: Path, cuda_graph: bool = True, device: int = 0) -> None:
         self.manifest = read_manifest(directory)
         if is_linked_in(self.manifest.library):
             raise UserError(linked_in_sentence(str(directory / self.manifest.library), self.manifest.target))
-        self._devices = _devices(self.manifest)
+        self._devices = _devices(self.manifest, device)
         library = directory / self.manifest.library
         if not library.exists():
             raise UserError(f"{directory} holds no {library.name}, which its manifest names")
@@ -165,7 +167,7 @@ class LoadedModel:
         threads = threads if threads is not None else self.manifest.threads
         if threads is not None:
             set_threads(threads)
-        results = self._function(*(_to_device(array, self._devices[0]) for array in arrays), *self._weights)
+        results = self._call(*(_to_device(array, self._devices[0]) for array in arrays))
         values = [results] if hasattr(results, "numpy") else list(results)
         on_cpu = self.manifest.device == "cpu"
         found: dict[str, np.ndarray] = {}
@@ -181,8 +183,12 @@ class LoadedModel:
         of 16 bytes. Launches are on the current stream of the inputs' framework, the same in all calls, since these
         share memory. Outputs speak DLPack.
         """
-        results = self._function(*tensors, *self._weights)
+        results = self._call(*tensors)
         return (results,) if hasattr(results, "numpy") else tuple(results)
+
+    def _call(self, *tensors: Any) -> Any:
+        with _current(self._devices[0]) if self.manifest.device == "cuda" else contextlib.nullcontext():
+            return self._function(*tensors, *self._weights)
 
     def _open(self, library: Path) -> Any:
         """The library as a virtual machine of TVM's, a mapping of functions."""
@@ -207,12 +213,12 @@ class LoadedModel:
         return [_checked_array(tensor, inputs[tensor.name], symbols) for tensor in self.inputs]
 
 
-def load(directory: str | Path, cuda_graph: bool = True) -> LoadedModel:
+def load(directory: str | Path, cuda_graph: bool = True, device: int = 0) -> LoadedModel:
     """The model of an artifact directory. Raises UserError where it cannot run on this machine, and says why.
 
-    cuda_graph: of `LoadedModel`.
+    cuda_graph, device: of `LoadedModel`.
     """
-    return LoadedModel(Path(directory), cuda_graph)
+    return LoadedModel(Path(directory), cuda_graph, device)
 
 
 def is_linked_in(library: str) -> bool:
@@ -287,18 +293,42 @@ def _shape(shape: Sequence[int | str]) -> str:
     return f"shape [{', '.join(map(str, shape))}]"
 
 
-def _devices(manifest: Manifest) -> list[Any]:
+def _devices(manifest: Manifest, number: int) -> list[Any]:
     missing = load_cuda() if manifest.device == "cuda" else None
     import tvm
 
     size_thread_pool()
-    device = tvm.device(manifest.device, 0)
-    if not device.exist:
-        raise UserError(
-            f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device"
-            + (f": {missing}" if missing else "")
-        )
-    return [device] if manifest.device == "cpu" else [device, tvm.cpu()]
+    if manifest.device == "cpu":
+        if number:
+            raise UserError(f"the model is compiled for {manifest.target}, where there is no device {number} to choose")
+        return [tvm.cpu()]
+    if number >= 0 and (device := tvm.device(manifest.device, number)).exist:
+        return [device, tvm.cpu()]
+    count = next(n for n in itertools.count() if not tvm.device(manifest.device, n).exist)
+    those = f" {number}: it has {count}, numbered from 0" if count else ""
+    raise UserError(
+        f"the model is compiled for {manifest.target}, and this machine has no {manifest.device} device{those}"
+        + (f": {missing}" if missing else "")
+    )
+
+
+@contextlib.contextmanager
+def _current(device: Any) -> Iterator[None]:
+    """With the CUDA device as the thread's current one, for which TVM captures graphs; then again with that before."""
+    cuda, before = ctypes.CDLL(str(_part_for_cuda())), ctypes.c_int()
+    cuda.cudaGetDevice(ctypes.byref(before))
+    cuda.cudaSetDevice(device.index)
+    try:
+        yield
+    finally:
+        cuda.cudaSetDevice(before)
+
+
+def _part_for_cuda() -> Path:
+    """TVM's, which is linked with CUDA's runtime."""
+    import tvm
+
+    return Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
 
 
 def load_cuda() -> str | None:
@@ -306,9 +336,7 @@ def load_cuda() -> str | None:
     runtime, which is loaded from where pip puts it unless it is found by name. Returns what is missing,
     None where nothing is.
     """
-    import tvm
-
-    own = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    own = _part_for_cuda()
     reason = _load_library(own)
     found = next((library for entry in sys.path for library in Path(entry).glob(_CUDA_RUNTIME)), None)
     if reason is not None and found is not None:

@@ -80,12 +80,12 @@ class OpenVinoRunner:
 class CompiledRunner:
     """An artifact directory on this machine, through attnrewrite.runtime."""
 
-    def __init__(self, directory: Path, threads: int | None = None, cuda_graph: bool = True) -> None:
+    def __init__(self, directory: Path, threads: int | None = None, cuda_graph: bool = True, device: int = 0) -> None:
         from attnrewrite import runtime
 
         self._threads = threads
         try:
-            self._model = runtime.load(directory, cuda_graph)
+            self._model = runtime.load(directory, cuda_graph, device)
         except Exception as error:  # whatever TVM's loader raises
             raise RunnerError(_one_line(error)) from error
 

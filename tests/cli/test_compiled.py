@@ -87,6 +87,16 @@ def test_damaged_library_fails_verification_and_does_not_run(command, built, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_is_not_there(command, built, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 16, 8), np.float32))
+    done = command("run", built[1], "--input", f"x={tmp_path / 'x.npy'}", "--output", tmp_path / "out", "--device", 1)
+    assert done.code == 2
+    assert "compiled for cpu, where there is no device 1" in done.stderr
+    done = command("bench", built[1], "--device", 1)
+    assert done.code == 2
+    assert "compiled for cpu, where there is no device 1" in done.stderr
+
+
 def test_bench_times_the_library(command, built, monkeypatch):
     import attnrewrite.bench as timing
 

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 
+import attnrewrite
 from attnrewrite import runtime
 from attnrewrite.errors import CompilerError, UserError
 from attnrewrite.lowering import compile as lowering
@@ -23,6 +25,8 @@ from attnrewrite.lowering.compile import compile_model
 from attnrewrite.lowering.qemu import Missing, find_emulator
 from attnrewrite.lowering.targets import parse_target
 from tests.lowering.compiling import artifact, model, node, normal, reference, relative_error, small_network
+
+tvm = pytest.importorskip("tvm")
 
 
 @pytest.fixture(scope="module")
@@ -360,3 +364,53 @@ def test_what_is_missing_for_cuda_is_said(monkeypatch, on_cpu, tmp_path):
     (tmp_path / "model" / runtime.MANIFEST_NAME).write_text(json.dumps(manifest | {"device": "cuda"}))
     with pytest.raises(UserError, match="no cuda device: TVM's part for CUDA cannot be loaded"):
         runtime.load(tmp_path / "model")
+
+
+class FakeGpus:
+    """CUDA devices whose memory is this machine's, and CUDA's functions that say which is current."""
+
+    def __init__(self, monkeypatch, number=2):
+        self.current, self.made_current = 0, []
+        absent = types.SimpleNamespace(exist=False)
+        monkeypatch.setattr(tvm, "device", lambda kind, n: tvm.cpu(n) if n < number else absent)
+        monkeypatch.setattr("ctypes.CDLL", lambda path: self)
+
+    def cudaGetDevice(self, found):
+        found._obj.value = self.current
+
+    def cudaSetDevice(self, device):
+        self.current = getattr(device, "value", device)
+        self.made_current.append(self.current)
+
+
+@pytest.fixture
+def for_cuda(on_cpu, tmp_path):
+    """An artifact for CUDA by its manifest; its library is a CPU's."""
+    shutil.copytree(on_cpu[0], tmp_path / "model")
+    manifest = json.loads((tmp_path / "model" / runtime.MANIFEST_NAME).read_text())
+    changed = manifest | {"device": "cuda", "target": "cuda:sm_80"}
+    (tmp_path / "model" / runtime.MANIFEST_NAME).write_text(json.dumps(changed))
+    return tmp_path / "model"
+
+
+def test_a_model_runs_on_the_gpu_that_is_asked_for(monkeypatch, for_cuda, on_cpu):
+    """With it as the current one, and that of before afterwards: TVM captures graphs for the current device."""
+    gpus = FakeGpus(monkeypatch)
+    x = {"x": normal(2, 3, 13, 10)}
+    expected = runtime.load(on_cpu[0]).run(x)
+    model = runtime.load(for_cuda, device=1)
+    found = model.run(x)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert gpus.made_current == [1, 0]
+    outputs = model.run_on_device(*(tvm.runtime.tensor(x[tensor.name], tvm.cpu(1)) for tensor in model.inputs))
+    assert [output.device for output in outputs] == [tvm.cpu(1)] * len(outputs)
+
+
+def test_what_gpus_there_are_is_said(monkeypatch, for_cuda, on_cpu):
+    FakeGpus(monkeypatch)
+    sentence = "compiled for cuda:sm_80, and this machine has no cuda device 2: it has 2, numbered from 0"
+    for load in (runtime.load, attnrewrite.load):
+        with pytest.raises(UserError, match=sentence):
+            load(for_cuda, device=2)
+    with pytest.raises(UserError, match="compiled for cpu, where there is no device 1 to choose"):
+        runtime.load(on_cpu[0], device=1)
