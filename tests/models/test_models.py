@@ -55,7 +55,10 @@ def check(path: Path, name: str, bound: float = FLOAT32) -> None:
 @pytest.mark.parametrize("exporter", EXPORTERS)
 @pytest.mark.parametrize("name", SMALL)
 def test_small_model(name: str, exporter: str) -> None:
-    check(exported(name, exporter), name)
+    """With a symbolic batch; tests/passes compares some with batch 1."""
+    path = exported(name, exporter, dynamic_batch=True)
+    assert [len(reference.inputs["x"]) for reference in references(path)] == [1, 2, 5]
+    check(path, name)
 
 
 @pytest.mark.slow
@@ -64,14 +67,6 @@ def test_small_model(name: str, exporter: str) -> None:
 @pytest.mark.parametrize("name", FULL)
 def test_full_model(name: str, exporter: str, dynamic_batch: bool) -> None:
     check(exported(name, exporter, dynamic_batch=dynamic_batch), name)
-
-
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", ["small_swin_padded", "small_slide", "small_swinv2_timm", "unfold_k3_30x41"])
-def test_dynamic_batch(name: str, exporter: str) -> None:
-    path = exported(name, exporter, dynamic_batch=True)
-    assert [len(reference.inputs["x"]) for reference in references(path)] == [1, 2, 5]
-    check(path, name)
 
 
 @pytest.mark.slow
