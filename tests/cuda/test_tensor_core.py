@@ -83,6 +83,32 @@ kernel void multiply(device uint* a_ptr [[ buffer(0) ]], device uint* b_ptr [[ b
         assert [expected[position_of_c(lane, i)] for i in range(4)] == list(result[lane])
 
 
+def words_of(target: tvm.target.Target, dtype: str) -> tvm.tirx.PrimFunc:
+    """Of lane i, from the elements 2 i and 2 i + 1 of each half of the operand as words a and b: their products, their
+    first elements, and their second ones.
+    """
+    builder = KernelBuilder()
+    given = Operands({"pairs": (1, 128)}, dtype)
+    with builder.kernel("run", given, [(96, 2)], lambda n: (1, 1, n), (32, 1)) as f:
+        cores = TensorCore(target, dtype)
+        words, output = Flat(f.operands["pairs"], 1, "uint32", 64), Flat(f.output, 1, "uint32", 96)
+        a, b = words.load(f.thread_x), words.load(f.thread_x + 32)
+        for number, word in enumerate((cores.multiply(a, b), cores.firsts(a, b), cores.seconds(a, b))):
+            output.store(f.thread_x + 32 * number, word)
+    return builder.prim_func()
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES)
+def test_words_of_two_elements(dtype: str) -> None:
+    pairs = np.random.default_rng(2).standard_normal((2, 32, 2)).astype(NUMPY_TYPES[dtype])
+    run = run_function(words_of(metal_target(), dtype), [pairs.reshape(1, 128)], [((1, 96, 2), dtype)])
+    products, firsts, seconds = run.outputs[0].reshape(3, 32, 2)
+    np.testing.assert_array_equal(products, pairs[0] * pairs[1])
+    np.testing.assert_array_equal(firsts, pairs[..., 0].T)
+    np.testing.assert_array_equal(seconds, pairs[..., 1].T)
+    assert run.findings == ()
+
+
 FAULTS = ("", "no wait", "no barrier", "rows as columns", "halves of A swapped")
 
 
@@ -174,3 +200,4 @@ def test_the_functions_compile(dtype: str, chips: tuple[str, ...]) -> None:
     kernels = resources(product(cuda_target(chips[0]), dtype), *chips)
     assert [kernel.arch for kernel in kernels] == list(chips)
     assert not any(kernel.spills for kernel in kernels)
+    assert [k.arch for k in resources(words_of(cuda_target(chips[0]), dtype), *chips)] == list(chips)

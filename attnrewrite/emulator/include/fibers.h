@@ -14,7 +14,7 @@ namespace emulator {
 constexpr int kSimdWidth = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kSharedBytes = 32 * 1024;
+constexpr size_t kSharedBytes = 48 * 1024;  // CUDA's; that kernels for Metal take no more than 32 K is checked before
 
 enum class State { kReady, kAtBarrier, kAtShuffle, kAtSimdBarrier, kDone };
 

@@ -55,6 +55,12 @@ inline uint pack(float low, float high) {
   return uint(Format::encode(low)) | uint(Format::encode(high)) << 16;
 }
 
+// The product of two elements is exact in float32, unless it is one of bfloat16 below the normal numbers.
+template <typename Format>
+inline uint multiply(uint a, uint b) {
+  return pack<Format>(Format::decode(a) * Format::decode(b), Format::decode(a >> 16) * Format::decode(b >> 16));
+}
+
 // The words of A (4 registers, 16 x 16) and B (2 registers, 16 x 8) that one lane holds.
 struct Operands {
   Pair a[4], b[2];
@@ -224,10 +230,14 @@ inline void attnrewrite_copy_wait_1() { emulator::copy_wait(1); }
 inline void attnrewrite_copy_wait_2() { emulator::copy_wait(2); }
 inline uint attnrewrite_pack_float16(float low, float high) { return emulator::pack<emulator::Float16>(low, high); }
 inline uint attnrewrite_pack_bfloat16(float low, float high) { return emulator::pack<emulator::Bfloat16>(low, high); }
+inline uint attnrewrite_multiply_float16(uint a, uint b) { return emulator::multiply<emulator::Float16>(a, b); }
+inline uint attnrewrite_multiply_bfloat16(uint a, uint b) { return emulator::multiply<emulator::Bfloat16>(a, b); }
 inline float attnrewrite_low_float16(uint word) { return emulator::Float16::decode(word); }
 inline float attnrewrite_high_float16(uint word) { return emulator::Float16::decode(word >> 16); }
 inline float attnrewrite_low_bfloat16(uint word) { return emulator::Bfloat16::decode(word); }
 inline float attnrewrite_high_bfloat16(uint word) { return emulator::Bfloat16::decode(word >> 16); }
+inline uint attnrewrite_firsts(uint a, uint b) { return (a & 0xffff) | b << 16; }
+inline uint attnrewrite_seconds(uint a, uint b) { return a >> 16 | (b & 0xffff0000); }
 inline float attnrewrite_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float attnrewrite_exp2(float x) { return __builtin_exp2f(x); }
 inline float attnrewrite_reciprocal(float x) { return 1.0f / x; }

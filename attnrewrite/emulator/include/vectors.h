@@ -80,9 +80,11 @@ EMULATOR_VECTORS(bool)
 #undef EMULATOR_VECTORS
 typedef Vector<uint, 4> uint4;
 
-// These are positions in the grid, and read by component.
+// These are positions in the grid, and read by component; the first is a vector in memory, too.
 struct uint2 {
   uint x, y;
+  uint& operator[](int i) { return i ? y : x; }
+  uint operator[](int i) const { return i ? y : x; }
 };
 struct uint3 {
   uint x, y, z;
@@ -104,6 +106,11 @@ template <typename T, int N>
 struct Elements<Packed<T, N>> {
   using type = T;
   static constexpr int64_t alignment = alignof(T);
+};
+template <>
+struct Elements<uint2> {
+  using type = uint;
+  static constexpr int64_t alignment = sizeof(uint2);
 };
 template <typename T>
 using ElementOf = typename Elements<T>::type;

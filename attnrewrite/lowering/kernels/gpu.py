@@ -10,7 +10,14 @@ from tvm import tirx
 from tvm.target import Target
 
 from attnrewrite.functions.spec import FlashWindowAttention, Spec
-from attnrewrite.lowering.kernels import slide_gpu, slide_gpu_predicted, window_gpu, window_tensor
+from attnrewrite.lowering.kernels import (
+    slide_gpu,
+    slide_gpu_predicted,
+    slide_tensor_learned,
+    slide_tensor_learned_plan,
+    window_gpu,
+    window_tensor,
+)
 from attnrewrite.lowering.kernels.gpu_builder import Operands
 from attnrewrite.lowering.kernels.window_tensor_plan import takes
 
@@ -34,4 +41,6 @@ def attention_kernel(
         return window_kernel.flash_window_attention(spec, operands, target, name)
     if spec.predicted:
         return slide_gpu_predicted.predicted_attention(spec, operands, target, name)
+    if slide_tensor_learned_plan.takes(spec, shapes, operands.dtype, target):
+        return slide_tensor_learned.slide_attention(spec, operands, target, name)
     return slide_gpu.slide_attention(spec, operands, target, name)

@@ -103,6 +103,19 @@ _PACK_BFLOAT16 = """(float low, float high) {
 }"""
 
 
+_MULTIPLY_FLOAT16 = """(unsigned a, unsigned b) {
+  unsigned product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}"""
+# Of bfloat16, multiplication is an instruction of its own from sm_90 on only; a product plus -0 is the product.
+_MULTIPLY_BFLOAT16 = """(unsigned a, unsigned b) {
+  unsigned product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+}"""
+
+
 def _half_of(register: str) -> str:
     return f"""(unsigned word) {{
   float value;
@@ -147,10 +160,14 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     **{f"copy_wait_{n}": ("void", _since_sm80(f"cp.async.wait_group {n};")) for n in range(3)},
     "pack_float16": ("unsigned", _PACK_FLOAT16),
     "pack_bfloat16": ("unsigned", _PACK_BFLOAT16),
+    "multiply_float16": ("unsigned", _MULTIPLY_FLOAT16),
+    "multiply_bfloat16": ("unsigned", _MULTIPLY_BFLOAT16),
     "low_float16": ("float", _half_of("l")),
     "high_float16": ("float", _half_of("h")),
     "low_bfloat16": ("float", "(unsigned word) { return __uint_as_float(word << 16); }"),
     "high_bfloat16": ("float", "(unsigned word) { return __uint_as_float(word & 0xffff0000u); }"),
+    "firsts": ("unsigned", "(unsigned a, unsigned b) { return __byte_perm(a, b, 0x5410); }"),
+    "seconds": ("unsigned", "(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }"),
     "fma": ("float", "(float a, float b, float c) { return fmaf(a, b, c); }"),
     "exp2": ("float", _approximate("ex2")),
     "reciprocal": ("float", _approximate("rcp")),
@@ -216,6 +233,10 @@ class TensorCore:
         """Two float32 as one word of two elements, each rounded to the nearest."""
         return self._call(f"pack_{self.dtype}", low, high)
 
+    def multiply(self, a: Expr, b: Expr) -> Expr:
+        """The products of the elements of two words, each rounded to the nearest."""
+        return self._call(f"multiply_{self.dtype}", a, b)
+
     def low(self, word: Expr) -> Expr:
         """The first element of a word, as float32."""
         return self._call(f"low_{self.dtype}", word)
@@ -223,6 +244,14 @@ class TensorCore:
     def high(self, word: Expr) -> Expr:
         """The second element of a word, as float32."""
         return self._call(f"high_{self.dtype}", word)
+
+    def firsts(self, a: Expr, b: Expr) -> Expr:
+        """The first elements of two words, as one."""
+        return self._call("firsts", a, b)
+
+    def seconds(self, a: Expr, b: Expr) -> Expr:
+        """The second elements of two words, as one."""
+        return self._call("seconds", a, b)
 
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """a b + c in float32, rounded once."""

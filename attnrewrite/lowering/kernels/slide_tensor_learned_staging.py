@@ -1,0 +1,170 @@
+"""What lies in shared memory of the tensor-core kernel of SlideAttention with learned kernels, and how it comes there.
+
+A map lies pixel by pixel, its channels dealt over the four lanes of a fragment's row: lane t has channels 2 t and
+2 t + 1 of every eight, side by side, so that it reads all it needs of a pixel at once. Parameters lie in rows of
+channels, one for each tap of each slot, as `ldmatrix` reads them. Both are stored channel by channel in device memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from attnrewrite.lowering.kernels.gpu_builder import (
+    WORD_BYTES,
+    Expr,
+    Flat,
+    Frame,
+    every,
+    fill,
+    registers,
+    spread,
+    store,
+    unflatten,
+    when,
+)
+from attnrewrite.lowering.kernels.slide_tensor_learned_plan import (
+    COLUMNS,
+    ELEMENT_BYTES,
+    QUARTERS,
+    LearnedTiling,
+    Parameters,
+    Table,
+)
+from attnrewrite.lowering.kernels.tensor_core import TensorCore
+
+# Elements of one store, and words.
+_OCTET = WORD_BYTES // ELEMENT_BYTES
+_WORDS = _OCTET // 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a threadgroup works. tile: its first row and column of queries."""
+
+    image: Expr
+    first_head: Expr
+    tile: tuple[Expr, Expr]
+
+
+class Staging:
+    """The shared memory of a threadgroup; emits what fills it and gives what is read there."""
+
+    def __init__(self, frame: Frame, tiling: LearnedTiling, cores: TensorCore, one: int) -> None:
+        """one: the number 1 as bits."""
+        self._frame, self._tiling, self._cores, self._one = frame, tiling, cores, one
+        self.memory = cores.shared(tiling.shared_elements)
+        words = tiling.shared_elements // 2
+        self._words = {n: Flat(self.memory, n, "uint32", words) for n in {tiling.words, _WORDS}}
+        self._packed = cores.words(_WORDS)
+
+    # Maps.
+
+    def stage_map(self, operand: str, place: Place, chunk: Expr) -> None:
+        """A chunk of the channels of key or value: the tile and its halo, zeros beyond the map."""
+        tiling, cores, lanes = self._tiling, self._cores, self._tiling.reaches[1].lanes
+        rows, columns = tiling.halo
+        buffer, channels = self._frame.operands[operand], self._parameters(operand).channels
+        height, width = (int(e) for e in buffer.shape[2:])
+        source = Run(buffer, lanes)
+        read = registers(2 * tiling.words * source.words, "uint32")
+        with spread(self._frame, tiling.heads * QUARTERS * rows * columns // lanes) as index:
+            head, row, run, quarter = unflatten(index, (tiling.heads, rows, columns // lanes, QUARTERS))
+            tile = zip(tiling.reaches, place.tile, (row, run * lanes), strict=True)
+            at, inside = zip(*(r.source(r.first_staged(start) + own) for r, start, own in tile), strict=True)
+            first = T.bind(chunk * tiling.chunk + quarter * 2)
+            plane = place.image * int(buffer.shape[1]) + (place.first_head + head) * channels + first
+            start = T.bind((plane * height + at[0]) * width + at[1])
+            fill(read, 2 * tiling.words * source.words, 0)
+            with when(every(inside)):
+                for number in range(2 * tiling.words):
+                    channel = number // 2 * COLUMNS + number % 2
+                    with when(True if channels % tiling.chunk == 0 else first + channel < channels):
+                        source.load(start + channel * (height * width), read, number * source.words)
+            for pixel in range(lanes):
+                pair = cores.seconds if pixel % 2 else cores.firsts
+                for word in range(tiling.words):
+                    low, high = (read[(2 * word + side) * source.words + pixel // 2] for side in (0, 1))
+                    store(self._packed, [word], pair(low, high))
+                self._store(self.pixel(head, quarter, row * columns + run * lanes + pixel), tiling.words)
+
+    def pixel(self, head: Expr, quarter: Expr, position: Expr) -> Expr:
+        """The element at which a lane's channels of a staged pixel begin."""
+        tiling = self._tiling
+        return (head * QUARTERS + quarter) * tiling.plane + position * (tiling.chunk // QUARTERS)
+
+    def load(self, pixel: Expr, target: tirx.Buffer, first: int) -> None:
+        """A lane's channels of a pixel into words of `target`."""
+        words = self._tiling.words
+        T.buffer_store(target, self._words[words].load(pixel // 2), [tirx.Ramp(first, 1, words)])
+
+    # Parameters.
+
+    def kernels_at(self, operand: str, chunk: Expr) -> Expr:
+        """The element at which the kernels of a chunk of key or value begin."""
+        tiling = self._tiling
+        if not tiling.resident:
+            return tiling.map_elements
+        before = tiling.parameter_elements(tiling.key) * tiling.chunks(tiling.key) if operand == "value" else 0
+        return tiling.map_elements + before + chunk * tiling.parameter_elements(self._parameters(operand))
+
+    def biases_at(self, operand: str, chunk: Expr) -> Expr:
+        return self.kernels_at(operand, chunk) + self._tiling.kernels(self._parameters(operand)).elements
+
+    def stage_parameters(self, operand: str, first_head: Expr, chunk: Expr) -> None:
+        """Kernels and biases of a chunk of key or value, of all heads of the threadgroup."""
+        tiling, own = self._tiling, self._parameters(operand)
+        self._stage_table(tiling.kernels(own), self.kernels_at(operand, chunk), f"{operand}_kernel", first_head, chunk)
+        if (biases := tiling.biases(own)) is not None:
+            self._stage_table(biases, self.biases_at(operand, chunk), f"{operand}_bias", first_head, chunk)
+
+    def _stage_table(self, table: Table, first: Expr, name: str, first_head: Expr, chunk: Expr) -> None:
+        """Eight channels of a row at a time."""
+        channels = self._parameters(name.partition("_")[0]).channels
+        buffer, tile, given = self._frame.operands.get(name), table.tile, table.slots * table.rows
+        read = registers(_OCTET, "uint32")
+        with spread(self._frame, tile.rows * table.chunk // _OCTET) as index:
+            at, octet = index % tile.rows, index // tile.rows * _OCTET
+            copy, row = (0, at) if table.copies == 1 else (at // table.rows_of_copy, at % table.rows_of_copy)
+            channel = T.bind(chunk * table.chunk + octet)
+            fill(read, _OCTET, 0)
+            if buffer is None:
+                # Slot j is tap j: a one in each of the rows j slots + j.
+                with when(tirx.all(row < given, row % (table.slots + 1) == 0)):
+                    fill(read, _OCTET, self._one)
+            else:
+                of_all_heads = int(buffer.shape[0]) == channels
+                line = channel if of_all_heads else (first_head + copy) * channels + channel
+                source, start = Run(buffer, 1), T.bind(line * given + row)
+                with when(row < given):
+                    for more in range(_OCTET):
+                        with when(True if channels % table.chunk == 0 else channel + more < channels):
+                            source.load(start + more * given, read, more)
+            for word in range(_WORDS):
+                store(self._packed, [word], self._cores.firsts(read[2 * word], read[2 * word + 1]))
+            self._store(first + at * tile.stride + octet, _WORDS)
+
+    def _parameters(self, operand: str) -> Parameters:
+        return self._tiling.key if operand == "key" else self._tiling.value
+
+    def _store(self, element: Expr, words: int) -> None:
+        value = tirx.BufferLoad(self._packed, [tirx.Ramp(0, 1, words)])
+        self._words[words].store(element // 2, value)
+
+
+class Run:
+    """Neighbouring elements of a buffer (1, 2 or 4) as words: two elements to one, or a single one."""
+
+    def __init__(self, buffer: tirx.Buffer, lanes: int) -> None:
+        elements = math.prod(buffer.shape[1:], start=tirx.Cast("int32", buffer.shape[0]))
+        self.words, self._per_word = max(lanes // 2, 1), min(lanes, 2)
+        self._view = Flat(buffer, self.words, "uint32" if lanes > 1 else "uint16", elements // self._per_word)
+
+    def load(self, first: Expr, target: tirx.Buffer, at: int) -> None:
+        """Into `words` words of `target`, from the word `at` on."""
+        words = self._view.load(first // self._per_word)
+        words = words if self._per_word == 2 else words.astype("uint32")
+        T.buffer_store(target, words, [at if self.words == 1 else tirx.Ramp(at, 1, self.words)])
