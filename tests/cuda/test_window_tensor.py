@@ -153,6 +153,15 @@ def test_a_row_that_is_masked_altogether_gives_nan(library: Library) -> None:
     np.testing.assert_array_equal(np.isnan(output), np.isnan(expected))
 
 
+def test_a_row_without_a_key_in_its_first_tile() -> None:
+    """Of 100 keys, which are two tiles at least."""
+    case = in_dtype(window((10, 10), (10, 10), (0, 0), 1, 16, batch=1, mask=True), "float16")
+    case.operands["mask"][0, 7, :64] = -np.inf
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
 def test_a_row_of_the_least_number_is_a_mean() -> None:
     """As libraries mask that know no infinity: such a row has equal logits."""
     case = in_dtype(WINDOWS["mask-tensor"], "bfloat16")

@@ -52,8 +52,9 @@ class RowSoftmax:
     def start(self) -> None:
         """Of rows without a key."""
         fill(self._maximum, 2, START)
-        fill(self._origin, 2, -START / 2 * _LOG2E)
         fill(self.total, 2, 0.0)
+        for half in HALVES:
+            self._set_origin(half)  # the very number that a tile without a key leaves
 
     def meet(self, *, rescale: bool) -> None:
         """Takes the logits into the running maximum. rescale: where tiles came before, and the total, with everything
@@ -64,9 +65,7 @@ class RowSoftmax:
             largest = functools.reduce(tirx.max, own, self._maximum[half])
             combine_lanes(self._frame, largest, tirx.max, self._maximum, half, lanes=4)
             store(self.factor, [half], self._origin[half])
-            # Half of the least number still is finite in powers of 2.
-            least = tirx.const(START / 2, ACCUMULATOR)
-            store(self._origin, [half], -tirx.max(self._maximum[half], least) * tirx.const(_LOG2E, ACCUMULATOR))
+            self._set_origin(half)
         if rescale:
             for half in HALVES:
                 store(self.factor, [half], self._cores.exp2(self._origin[half] - self.factor[half]))
@@ -95,6 +94,11 @@ class RowSoftmax:
         for half in HALVES:
             combine_lanes(self._frame, self.total[half], lambda a, b: a + b, self.total, half, lanes=4)
             store(self.total, [half], self._cores.reciprocal(self.total[half]))
+
+    def _set_origin(self, half: int) -> None:
+        # Half of the least number still is finite in powers of 2.
+        least = tirx.const(START / 2, ACCUMULATOR)
+        store(self._origin, [half], -tirx.max(self._maximum[half], least) * tirx.const(_LOG2E, ACCUMULATOR))
 
     def _numbers(self, half: int) -> list[int]:
         return [number for number in range(self._count) if number // 2 % 2 == half]
