@@ -23,10 +23,10 @@ from attnrewrite.lowering.kernels.window_tensor_plan import takes, tiling_of  # 
 from attnrewrite.lowering.targets import CUDA_PRESETS, parse_target  # noqa: E402
 from benchmarks.metal_traffic import op_row  # noqa: E402
 from tests.cuda.compiling import cuda_target, resources  # noqa: E402
+from tests.cuda.emulating import ROUNDOFF  # noqa: E402
 from tests.metal.cases import HALO, WINDOWS, Case, window  # noqa: E402
 
 NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 Library = tuple[MetalDevice, Any]
 """The emulated device, and the module of all kernels in CASES."""

@@ -123,7 +123,7 @@ struct Copy {
   bool present;
 };
 struct CopyQueue {
-  static constexpr int kMost = 256;
+  static constexpr int kMost = 1024;
   Copy copies[kMost];
   int groups[kMost];  // the number of the group that each belongs to
   int count, committed;

@@ -13,13 +13,15 @@ from attnrewrite.functions.spec import FlashWindowAttention, Spec
 from attnrewrite.lowering.kernels import (
     slide_gpu,
     slide_gpu_predicted,
+    slide_tensor,
     slide_tensor_learned,
     slide_tensor_learned_plan,
+    slide_tensor_plan,
     window_gpu,
     window_tensor,
+    window_tensor_plan,
 )
 from attnrewrite.lowering.kernels.gpu_builder import Operands
-from attnrewrite.lowering.kernels.window_tensor_plan import takes
 
 
 def attention_kernel(
@@ -37,10 +39,13 @@ def attention_kernel(
     if isinstance(spec, FlashWindowAttention):
         # Tensor cores' operands are copied two channels at a time or more.
         in_pairs = all(step % 2 == 0 for step in steps.values())
-        window_kernel = window_tensor if in_pairs and takes(spec, shapes, operands.dtype, target) else window_gpu
+        on_tensor_cores = in_pairs and window_tensor_plan.takes(spec, shapes, operands.dtype, target)
+        window_kernel = window_tensor if on_tensor_cores else window_gpu
         return window_kernel.flash_window_attention(spec, operands, target, name)
     if spec.predicted:
         return slide_gpu_predicted.predicted_attention(spec, operands, target, name)
     if slide_tensor_learned_plan.takes(spec, shapes, operands.dtype, target):
         return slide_tensor_learned.slide_attention(spec, operands, target, name)
+    if slide_tensor_plan.takes(spec, shapes, operands.dtype, target):
+        return slide_tensor.slide_attention(spec, operands, target, name)
     return slide_gpu.slide_attention(spec, operands, target, name)

@@ -290,6 +290,12 @@ def typed(value: Expr, dtype: str, lanes: int) -> Expr:
     return value if str(value.ty.dtype) == target else value.astype(target)
 
 
+def from_lane(value: Expr, lane: Expr) -> Expr:
+    """What `value` is, float32, in a lane of the SIMD group; all 32 of them ask."""
+    mask, width = tirx.const(0xFFFFFFFF, "uint32"), tirx.const(32, "int32")
+    return tirx.call_intrin(ACCUMULATOR, "tirx.tvm_warp_shuffle", mask, value, lane, width, width)
+
+
 def combine_lanes(
     frame: Frame,
     value: Expr,
@@ -305,9 +311,7 @@ def combine_lanes(
     store(target, [at], value)
     reach = (lanes or frame.threads[0]) // 2
     while reach:
-        lane = (frame.thread % 32) ^ reach
-        mask, width = tirx.const(0xFFFFFFFF, "uint32"), tirx.const(32, "int32")
-        other = tirx.call_intrin(ACCUMULATOR, "tirx.tvm_warp_shuffle", mask, load(target, [at]), lane, width, width)
+        other = from_lane(load(target, [at]), (frame.thread % 32) ^ reach)
         store(target, [at], operation(load(target, [at]), other))
         reach //= 2
 
@@ -315,6 +319,13 @@ def combine_lanes(
 def registers(count: int, dtype: str = ACCUMULATOR) -> tirx.Buffer:
     """A per-thread array; it stays in registers as long as every index is a Python int."""
     return T.alloc_buffer((count,), dtype, scope="local")
+
+
+def held(value: Expr) -> Expr:
+    """The value, computed here once. TVM writes out again what `T.bind` names, wherever it is used."""
+    register = registers(1, str(value.ty.dtype))
+    store(register, [0], value)
+    return load(register, [0])
 
 
 def store(buffer: tirx.Buffer, indices: Sequence[Any], value: Expr) -> None:

@@ -21,6 +21,7 @@ Source: https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matri
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import tirx
@@ -301,3 +302,10 @@ class TensorCore:
 def at(buffer: tirx.Buffer, index: Any) -> Expr:
     """Pointer to an element."""
     return tirx.address_of(tirx.BufferLoad(buffer, [index]))
+
+
+def as_bits(buffer: tirx.Buffer, elements: int) -> tirx.Buffer:
+    """A buffer of 16-bit elements as one row of unsigned integers, of one or two elements each."""
+    count = math.prod(buffer.shape[1:], start=tirx.Cast("int32", buffer.shape[0]))
+    dtype = {1: "uint16", 2: "uint32"}[elements]
+    return T.decl_buffer((count // elements,), dtype, data=buffer.data, scope=buffer.scope())

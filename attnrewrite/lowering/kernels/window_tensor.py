@@ -22,7 +22,6 @@ Source: Dao et al., "FlashAttention", https://arxiv.org/abs/2205.14135, algorith
 from __future__ import annotations
 
 import itertools
-import math
 
 from tvm import tirx
 from tvm.target import Target
@@ -48,7 +47,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     store,
     when,
 )
-from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
+from attnrewrite.lowering.kernels.tensor_core import TensorCore, as_bits, at
 from attnrewrite.lowering.kernels.tensor_softmax import HALVES, START, RowSoftmax
 from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
@@ -251,7 +250,7 @@ class _TensorKernel:
         """Reads a term of the logits into registers as it is, two elements to one where they are narrow; 0 outside."""
         cores, buffer = self.cores, self.frame.operands[name]
         in_pairs = self.is_narrow(name) and self.tiling.sizes.keys % 2 == 0 and int_or_none(buffer.shape[-1]) != 1
-        flat = _as_words(buffer) if in_pairs else Flat(buffer, 1)
+        flat = as_bits(buffer, 2) if in_pairs else Flat(buffer, 1)
         indices = {"image": self.image(unit), "window": self.window_index(unit), "head": self.head}
 
         def element(half: int, tile: int, column: int) -> Expr:
@@ -394,18 +393,12 @@ class _TensorKernel:
 
     def store_words(self, pixel: Expr, channel: Expr, words: tirx.Buffer, count: int) -> None:
         output, value_dim = self.frame.output, self.tiling.sizes.value_dim
-        view = _as_words(output)
+        view = as_bits(output, 2)
         word = (pixel * int(output.shape[-1]) + self.head * value_dim + channel) // 2
         if count == 1:
             T.buffer_store(view, words[0], [word])
         else:
             T.buffer_store(view, load(words, [tirx.Ramp(0, 1, count)]), [tirx.Ramp(word, 1, count)])
-
-
-def _as_words(buffer: tirx.Buffer) -> tirx.Buffer:
-    """Two elements to a word."""
-    elements = math.prod(buffer.shape[1:], start=tirx.Cast("int32", buffer.shape[0]))
-    return T.decl_buffer((elements // 2,), "uint32", data=buffer.data)
 
 
 def flash_window_attention(spec: FlashWindowAttention, operands: Operands, target: Target, name: str) -> tirx.PrimFunc:
