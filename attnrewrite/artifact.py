@@ -265,8 +265,11 @@ def verify(
         target = report.target or ""
         load = library_runner(target, rewritten.parent, options.threads, emulate)
         at_length = runs_here(report) or kind_of(target) in emulate
-    asked = None if report is None else report.precision
-    precision: Precision = "bf16" if asked == "bf16" else "fp16" if asked == "fp16" else "fp32"
+    precision: Precision = "fp32"
+    if report is not None and report.precision == "bf16":
+        precision = "bf16-stored" if kind_of(report.target or "") == "cuda" else "bf16"
+    elif report is not None and report.precision == "fp16":
+        precision = "fp16"
     verification = verify_models(
         source,
         rewritten,

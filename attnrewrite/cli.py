@@ -141,7 +141,7 @@ def optimize(
     ] = None,
     precision: Annotated[
         str,
-        typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the library; bf16: x86 CPUs with AVX512-BF16."),
+        typer.Option("--precision", metavar="fp32|fp16|bf16", help="bf16: x86 CPUs with AVX512-BF16, CUDA from sm_80."),
     ] = "fp32",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Rewrite only.")] = False,
     inline: Annotated[bool, typer.Option("--inline", help="Write the ops out as standard ONNX operators.")] = False,

@@ -32,6 +32,8 @@ _BYTES = {
 _PARAMETER = re.compile(r"\bdevice (?:const )?(\w+)\* ?(\w+) \[\[ ?buffer\(\d+\) ?\]\]")
 _ARRAY = re.compile(r"^(\s*)threadgroup (\w+) (\w+)\[(\d+)\];", re.MULTILINE)
 _POINTER = re.compile(r"\b(device|threadgroup) (?:const )?(\w+) ?\*")
+# Of a thread or its threadgroup, read by component.
+_POSITION = re.compile(r"\buint[23]( \w+ \[\[ ?thread\w*_position_in_\w+ ?\]\])")
 _POINTER_CLASS = {"device": "emulator::DevicePointer", "threadgroup": "emulator::GroupPointer"}
 
 
@@ -159,6 +161,7 @@ def _translate(kernel: MetalKernel) -> str:
     buffers = [(element, name.removesuffix("_ptr")) for element, name in _PARAMETER.findall(kernel.source)]
     cells = [_smallest(space, kernel.source) for space in ("device", "threadgroup")]
     source, shared_bytes = _place_arrays(kernel.source)
+    source = _POSITION.sub(r"emulator::Index3\1", source)
     source = _POINTER.sub(lambda match: f"{_POINTER_CLASS[match[1]]}<{match[2]}>", source)
     return source + _entry(kernel, buffers, shared_bytes, cells)
 

@@ -23,6 +23,7 @@ from attnrewrite.lowering.packing import pack_weights
 from attnrewrite.lowering.schedules import stack
 from attnrewrite.lowering.targets import HOST_CODE, Target
 from attnrewrite.lowering.weights import lift_weights
+from attnrewrite.lowering.widened import legalizations
 from attnrewrite.lowering.zig import run_zig
 
 ENTRY = "main"
@@ -87,11 +88,12 @@ def fuse(mod: IRModule, target: tvm.target.Target, tuned: Choices | None = None,
     """The module as calls of fused functions, each of them plain loops still."""
     with target, tvm.transform.PassContext(opt_level=3):
         mod = _apply(mod, transform.DecomposeOpsForInference(), transform.CanonicalizeBindings())
-        if target.kind.name == "llvm":
+        on_cpu = target.kind.name == "llvm"
+        if on_cpu:
             mod = pack_weights(channels_last(mod), vector_unit(target), tuned, precision)
         return _apply(
             mod,
-            transform.LegalizeOps(),
+            transform.LegalizeOps(None if on_cpu else legalizations()),
             transform.AnnotateTIROpPattern(),
             transform.FoldConstant(),
             transform.FuseOps(),

@@ -69,12 +69,13 @@ def compile_request(
         from attnrewrite.lowering.weights import WEIGHTS_NAME, write_weights
     target = Target.from_json(request["target"])
     tvm_target = build.tvm_target(target)
-    if request["precision"] == "bf16":
+    precision = request["precision"]
+    if precision == "bf16" and target.device == "cpu":
         narrow.check_bf16(tvm_target)
     with timed("importing"):
         model = importer.load_onnx(Path(request["model"]), target)
-        if request["precision"] == "fp16" and target.device != "cpu":
-            to_half(model)
+        if precision != "fp32" and target.device != "cpu":
+            to_half(model, precision)
         split_linear(model)
         names = importer.interface_names(model)
         mod = importer.import_onnx(model, target, tvm_target)
@@ -95,7 +96,7 @@ def compile_request(
                 mod,
                 tvm_target,
                 None if tiles is None else tiles.choices,
-                request["precision"],
+                precision,
                 separate_weights=request["separate_weights"],
                 system_prefix=static_library.system_prefix(request["name"]) if target.is_linked_in else None,
                 replay=target.device == "cuda",

@@ -30,6 +30,7 @@ from attnrewrite.runtime import Manifest, Tensor, Weight, default_threads, tenso
 TVM_VERSION = "0.27.0.post1"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+_BF16_SINCE = 80  # of CUDA's architectures
 
 REQUEST_NAME = "request.json"
 RESULT_NAME = "result.json"
@@ -161,8 +162,15 @@ def check_precision(precision: str, target: Target | None) -> None:
     """Raises UserError for a precision that is not known, or that no target of this kind has."""
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
-    if precision == "bf16" and target is not None and target.kind != "cpu":
-        raise UserError(f"precision bf16 is for x86 CPUs; target {target.name} has fp32 and fp16")
+    if precision != "bf16" or target is None or target.kind == "cpu":
+        return
+    if target.kind != "cuda":
+        raise UserError(f"precision bf16 is for x86 CPUs and CUDA; target {target.name} has fp32 and fp16")
+    oldest = target.architectures[0]
+    if int(oldest.removeprefix("sm_")) < _BF16_SINCE:
+        raise UserError(
+            f"precision bf16 is for CUDA from sm_{_BF16_SINCE} on; target {target.name} begins with {oldest}"
+        )
 
 
 def check_tvm_version() -> None:

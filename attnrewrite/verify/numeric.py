@@ -7,12 +7,14 @@ reference is the original model in ONNX Runtime, itself rounded, so the toleranc
   size; with K up to some thousands that is 4e-6, and the layers of a deep network, adding as a random walk, stay
   below 1e-5 (`TOLERANCE["rewritten"]`). Compiled kernels also replace exp and erf by polynomials of a few ulp and
   reorder every layer, not only the rewritten ones: 1e-4. Half precision rounds every result to 2**-11; a hundred of
-  them as a random walk make 5e-3. bfloat16 rounds only operands of products, to 2**-9, and errors of the terms of a sum
-  average out: 5e-3 in Swin-T.
+  them as a random walk make 5e-3. On CPUs bfloat16 rounds only operands of products, to 2**-8, and errors of the terms
+  of a sum average out: 5e-3 in Swin-T. On GPUs it rounds all that passes between kernels: a hundred times as a random
+  walk 4e-2 (`bf16-stored`), in Swin-T 7e-3.
 * what the original's own last bits cost: it is run again with every input moved by one ulp, and `AMPLIFICATION` times
   the change that makes is allowed. Rounding errors enter at every layer, not only at the first, and folded branches
   round weights anew; so where that does not suffice, the weights of every product are moved by one ulp as well, which
-  takes another session. Never more than `CEILING`: no tolerance here would pass a result that is off by a percent.
+  takes another session. Never more than `CEILING`: none but that of `bf16-stored` would pass a result that is off by a
+  percent.
   Large inputs are made only so large that the first part is still the larger one, where such an amplitude exists.
 """
 
@@ -43,7 +45,7 @@ from attnrewrite.verify.runners import OnnxRunner, Runner, RunnerError
 from attnrewrite.verify.weights import write_moved_weights
 
 Candidate = Literal["rewritten", "compiled"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "bf16-stored"]
 
 TOLERANCE: dict[tuple[Candidate, Precision], float] = {
     ("rewritten", "fp32"): 1e-5,
@@ -51,9 +53,10 @@ TOLERANCE: dict[tuple[Candidate, Precision], float] = {
     ("compiled", "fp32"): 1e-4,
     ("compiled", "fp16"): 8e-3,
     ("compiled", "bf16"): 9e-3,
+    ("compiled", "bf16-stored"): 4e-2,
 }
-CEILING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 9e-3, "bf16": 9.5e-3}
-_COARSER: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+CEILING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 9e-3, "bf16": 9.5e-3, "bf16-stored": 4e-2}
+_COARSER: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "bf16-stored")
 AMPLIFICATION = 8.0
 SEED = 20260417
 

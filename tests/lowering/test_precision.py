@@ -124,8 +124,16 @@ def test_library_holds_the_weights_once_and_narrow(tmp_path, precision):
 def test_targets_without_bfloat16_are_told_so(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(linear(8, 32, 16), path)
-    with pytest.raises(UserError, match=r"precision bf16 is for x86 CPUs; target arm:cortex-a76 has fp32 and fp16"):
-        compile_model(path, parse_target("arm:cortex-a76"), tmp_path, precision="bf16")
+    without = "precision bf16 is for x86 CPUs and CUDA; target {} has fp32 and fp16"
+    older = "precision bf16 is for CUDA from sm_80 on; target {} begins with sm_75"
+    for target, sentence in [
+        ("arm:cortex-a76", without),
+        ("metal", without),
+        ("cuda:sm_75", older),
+        ("cuda:all", older),
+    ]:
+        with pytest.raises(UserError, match=sentence.format(target)):
+            compile_model(path, parse_target(target), tmp_path, precision="bf16")
     old = parse_target("cpu", '{"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"}')
     with pytest.raises(UserError, match=r"precision bf16 needs an x86 CPU with AVX512-BF16"):
         compile_model(path, old, tmp_path, precision="bf16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -284,6 +285,22 @@ def test_half_vectors(recording: bool) -> None:
     ran = run(body, element="half", recording=recording)
     expected = ran.source.astype(np.float32) * np.tile([2, 3, 4, 5], 16) + 1
     np.testing.assert_array_equal(ran.target, expected.astype(np.float16))
+    assert ran.findings == ()
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_words_in_vectors(recording: bool) -> None:
+    """As bfloat16 values are widened and rounded."""
+    body = """
+    if (i < 16) {
+      uint4 bits = as_type<uint4>(*(device float4*)(source_ptr + i * 4));
+      uint2 ends = uint2(bits[0], bits[3]);
+      ushort4 rounded = ushort4((bits + ((bits >> uint4(16)) & uint4(1)) + uint4(0x7fff)) >> uint4(16));
+      float4 wide = as_type<float4>((uint4(rounded) << uint4(16)) | (bits ^ bits));
+      *(device float4*)(target_ptr + i * 4) = ends[1] == bits[3] ? wide : float4(-1.0f);
+    }"""
+    ran = run(body, recording=recording)
+    np.testing.assert_array_equal(ran.target, ran.source.astype(ml_dtypes.bfloat16).astype(np.float32))
     assert ran.findings == ()
 
 

@@ -58,6 +58,11 @@ EMULATOR_OPERATOR(+)
 EMULATOR_OPERATOR(-)
 EMULATOR_OPERATOR(*)
 EMULATOR_OPERATOR(/)
+EMULATOR_OPERATOR(&)
+EMULATOR_OPERATOR(|)
+EMULATOR_OPERATOR(^)
+EMULATOR_OPERATOR(<<)
+EMULATOR_OPERATOR(>>)
 #undef EMULATOR_OPERATOR
 
 #define EMULATOR_VECTORS(type)       \
@@ -74,21 +79,11 @@ EMULATOR_VECTORS(uchar)
 EMULATOR_VECTORS(short)
 EMULATOR_VECTORS(ushort)
 EMULATOR_VECTORS(int)
+EMULATOR_VECTORS(uint)
 EMULATOR_VECTORS(long)
 EMULATOR_VECTORS(ulong)
 EMULATOR_VECTORS(bool)
 #undef EMULATOR_VECTORS
-typedef Vector<uint, 4> uint4;
-
-// These are positions in the grid, and read by component; the first is a vector in memory, too.
-struct uint2 {
-  uint x, y;
-  uint& operator[](int i) { return i ? y : x; }
-  uint operator[](int i) const { return i ? y : x; }
-};
-struct uint3 {
-  uint x, y, z;
-};
 
 namespace emulator {
 
@@ -106,11 +101,6 @@ template <typename T, int N>
 struct Elements<Packed<T, N>> {
   using type = T;
   static constexpr int64_t alignment = alignof(T);
-};
-template <>
-struct Elements<uint2> {
-  using type = uint;
-  static constexpr int64_t alignment = sizeof(uint2);
 };
 template <typename T>
 using ElementOf = typename Elements<T>::type;

@@ -117,7 +117,9 @@ def put(device: Device, buffer: tirx.Buffer, indices: Sequence[Expr], value: Exp
 
 
 def _device_intrinsics(device: Device, value: Expr) -> Expr:
-    """The result may be a DAG: pass it to `share`, not to tree walkers."""
+    """Nothing is rounded to bfloat16 on the way either. The result may be a DAG: pass it to `share`, not to tree
+    walkers.
+    """
 
     def replaced(call: Any) -> Any:
         name = call.op.name if isinstance(call.op, ir.Op) else ""
@@ -129,7 +131,15 @@ def _device_intrinsics(device: Device, value: Expr) -> Expr:
             return as_type(single, dtype)
         return call
 
-    return tvm_ffi.structural_map(value, (ir.Call, replaced), order="post")
+    return tvm_ffi.structural_map(value, [(ir.Call, replaced), (tirx.Cast, _without_return)], order="post")
+
+
+def _without_return(cast: Any) -> Any:
+    """float32(bfloat16(x)) -> x, and bfloat16(float32(x)) -> x, of an x of the type it returns to."""
+    there, back = cast.value, str(cast.ty.dtype)
+    if not isinstance(there, tirx.Cast) or {back, str(there.ty.dtype)} != {"float32", "bfloat16"}:
+        return cast
+    return there.value if str(there.value.ty.dtype) == back else cast
 
 
 # Coefficients of _erf.
