@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from attnrewrite.atomic import GENERATOR
 from attnrewrite.errors import UserError
+from attnrewrite.floats import is_float
 from attnrewrite.verify.inputs import InputSpec, interface
 
 INDEX_NAME = "outputs.json"
@@ -45,14 +47,17 @@ def load_inputs(files: Mapping[str, Path], model: Path) -> dict[str, np.ndarray]
 
 
 def save_outputs(outputs: Mapping[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
-    """Write one file per output, named after it, and the index that says which is which; returns the outputs."""
+    """Write one file per output, named after it, and the index that says which is which; returns the outputs.
+
+    Files hold no bfloat16: such an output is float32 there.
+    """
     files: dict[str, str] = {}
     for name, array in outputs.items():
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "output"
         while f"{stem}.npy" in files.values():
             stem += "_"
         files[name] = f"{stem}.npy"
-        np.save(directory / files[name], array)
+        np.save(directory / files[name], array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
     index = {"generator": GENERATOR, "outputs": files, "files": sorted(files.values())}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return dict(outputs)
@@ -74,7 +79,7 @@ def _load(spec: InputSpec, file: Path) -> np.ndarray:
         want = "x".join(map(str, spec.shape))
         raise UserError(f"{file} has shape {'x'.join(map(str, array.shape))}, input {spec.name} takes {want}")
     if array.dtype != spec.dtype:
-        if array.dtype.kind != "f" or spec.dtype.kind != "f":
+        if not is_float(array.dtype) or not is_float(spec.dtype):
             raise UserError(f"{file} has elements of {array.dtype}, input {spec.name} takes {spec.dtype}")
         array = array.astype(spec.dtype)
     return array

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
 from attnrewrite.errors import UserError
+from attnrewrite.verify.bfloat16 import is_bfloat16
 
 # In the order they are tried: the first `trials` of this cycle, each with numbers of its own.
 CASES = ("random", "large", "border", "constant")
@@ -37,11 +39,14 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Interface:
-    """What has to be known of a model to make inputs for it. half_precision: it computes in 16-bit floats somewhere."""
+    """What has to be known of a model to make inputs for it. half_precision, bfloat16: it computes in float16 or in
+    bfloat16 somewhere.
+    """
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[str, ...]
     half_precision: bool
+    bfloat16: bool
 
 
 def interface(path: Path) -> Interface:
@@ -54,7 +59,9 @@ def interface(path: Path) -> Interface:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not model.graph.output:
         raise UserError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
-    return Interface(input_specs(model), tuple(o.name for o in model.graph.output), _is_half_precision(model))
+    return Interface(
+        input_specs(model), tuple(o.name for o in model.graph.output), _is_half_precision(model), is_bfloat16(model)
+    )
 
 
 def input_specs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
@@ -136,7 +143,8 @@ def nudged(inputs: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[s
     """The inputs with every float moved by one unit in the last place, up or down at random."""
     moved = {}
     for name, array in inputs.items():
-        moved[name] = one_ulp_off(array, rng) if np.issubdtype(array.dtype, np.floating) else array
+        wide = array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array  # as it is computed
+        moved[name] = one_ulp_off(wide, rng) if np.issubdtype(wide.dtype, np.floating) else wide
     return moved
 
 
@@ -199,10 +207,9 @@ def cases(trials: int, symbolic_batch: bool) -> Iterator[tuple[str, int]]:
 
 
 def _is_half_precision(model: onnx.ModelProto) -> bool:
-    half = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    graph = model.graph
+    half, graph = onnx.TensorProto.FLOAT16, model.graph
     return (
-        any(value.type.tensor_type.elem_type in half for value in [*graph.input, *graph.output])
-        or any(tensor.data_type in half for tensor in graph.initializer)
-        or any(a.name == "to" and a.i in half for n in graph.node if n.op_type == "Cast" for a in n.attribute)
+        any(value.type.tensor_type.elem_type == half for value in [*graph.input, *graph.output])
+        or any(tensor.data_type == half for tensor in graph.initializer)
+        or any(a.name == "to" and a.i == half for n in graph.node if n.op_type == "Cast" for a in n.attribute)
     )

@@ -229,7 +229,8 @@ def verify_models(
         ("rewritten", precision, lambda: OnnxRunner(rewritten, threads))
     ]
     if compiled is not None:
-        loaders.append(("compiled", max(precision, compiled_precision, key=_COARSER.index), compiled))
+        stored: Precision = "bf16-stored" if model.bfloat16 else "fp32"
+        loaders.append(("compiled", max(precision, compiled_precision, stored, key=_COARSER.index), compiled))
     for candidate, of_precision, load in loaders:
         try:
             runner = load()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
+import ml_dtypes
 import numpy as np
+import onnx
+
+from attnrewrite.verify.bfloat16 import is_bfloat16, write_in_float32
 
 if TYPE_CHECKING:
     from attnrewrite.lowering.qemu import Emulator
@@ -25,6 +30,7 @@ class Runner(Protocol):
 class OnnxRunner:
     """A model in ONNX Runtime on the CPU, with its graph optimisations on, as a user would have it.
 
+    ONNX Runtime has few operators in bfloat16 there: such a model computes in float32, and so are its outputs.
     threads: intra-op threads; None leaves the choice to ONNX Runtime.
     """
 
@@ -37,14 +43,17 @@ class OnnxRunner:
             options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            with TemporaryDirectory() as folder:
+                if is_bfloat16(onnx.load(model, load_external_data=False)):
+                    write_in_float32(model, model := Path(folder) / "model.onnx")
+                self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a family of unrelated classes
             raise RunnerError(_one_line(error)) from error
         self.outputs: Sequence[str] = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            results = self._session.run(None, dict(inputs))
+            results = self._session.run(None, {name: _known_to_numpy(array) for name, array in inputs.items()})
         except Exception as error:
             raise RunnerError(_one_line(error)) from error
         return {name: np.asarray(result) for name, result in zip(self.outputs, results, strict=True)}
@@ -129,6 +138,11 @@ class MetalRunner:
         if self._model.findings:
             raise RunnerError(f"its kernels have faults: {'; '.join(self._model.findings)}")
         return outputs
+
+
+def _known_to_numpy(array: np.ndarray) -> np.ndarray:
+    """Widened where it is of bfloat16."""
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def _one_line(error: Exception) -> str:

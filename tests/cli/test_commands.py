@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -200,6 +201,17 @@ def test_run_writes_one_file_per_output(command, tmp_path, mlp):
     assert sorted(p.name for p in results.iterdir()) == ["outputs.json", "y.npy"]
     expected = run_onnx(mlp, x.astype(np.float32))
     np.testing.assert_allclose(np.load(results / "y.npy"), expected, rtol=0, atol=1e-6)
+
+
+def test_run_rounds_to_bfloat16_what_files_hold_as_float32(command, tmp_path):
+    model = tiny.save(tmp_path / "model.onnx", tiny.linear(dtype=ml_dtypes.bfloat16))
+    assert command("optimize", model, "--no-compile", "-o", tmp_path / "out").code == 0
+    np.save(tmp_path / "x.npy", x := np.random.default_rng(0).standard_normal((1, 6, 8)).astype(np.float32))
+    done = command("run", tmp_path / "out", "--input", f"x={tmp_path / 'x.npy'}", "--output", tmp_path / "results")
+    assert done.code == 0
+    weight = onnx.numpy_helper.to_array(onnx.load(model).graph.initializer[0]).astype(np.float64)
+    expected = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ weight
+    np.testing.assert_allclose(np.load(tmp_path / "results" / "y.npy"), expected, rtol=0, atol=1e-5)
 
 
 def test_bench_times_the_peers(command, tmp_path, mlp, monkeypatch):

@@ -26,6 +26,7 @@ from attnrewrite.lowering.schedules import gpu_emit  # noqa: E402
 from attnrewrite.lowering.split_linear import split_linear  # noqa: E402
 from attnrewrite.lowering.targets import parse_target  # noqa: E402
 from attnrewrite.pipeline import PASSES, Pipeline  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.cuda.compiling import cuda_target  # noqa: E402
 from tests.lowering.compiling import normal, reference, relative_error, small_network  # noqa: E402
 from tests.metal import test_schedules  # noqa: E402
@@ -87,6 +88,19 @@ def test_a_network_of_all_kinds_of_layers() -> None:
     found = emulated(network(), x)
     assert found.dtype == np.float32
     assert 1e-4 < relative_error(found, reference(network(), x)) <= MODEL
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_a_model_that_is_bfloat16_in_its_file() -> None:
+    model, x = (
+        tiny.linear(tokens=16, channels=32, dtype=ml_dtypes.bfloat16),
+        normal(1, 16, 32, dtype=ml_dtypes.bfloat16),
+    )
+    (weight, bias) = map(onnx.numpy_helper.to_array, model.graph.initializer)
+    expected = x.astype(np.float64) @ weight.astype(np.float64) + bias.astype(np.float64)
+    run = run_model(importer.import_onnx(model, parse_target("metal"), metal_target()), [x])
+    assert run.outputs[0].dtype == ml_dtypes.bfloat16
+    assert relative_error(run.outputs[0], expected) <= ROUNDED_ONCE
 
 
 def rewritten(name: str, folder: Path) -> onnx.ModelProto:
