@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ tvm = pytest.importorskip("tvm")
 from attnrewrite.emulator import metal_device, metal_target, run_function  # noqa: E402
 from attnrewrite.lowering import limits  # noqa: E402
 from attnrewrite.lowering.kernels import reference, slide_tensor_learned  # noqa: E402
+from attnrewrite.lowering.kernels.gpu import attention_kernel  # noqa: E402
 from attnrewrite.lowering.kernels.gpu_builder import Limits, Operands  # noqa: E402
 from attnrewrite.lowering.kernels.slide_tensor_learned_plan import MAX_WARPS, takes, tiling_of  # noqa: E402
 from attnrewrite.lowering.kernels.slide_tensor_learned_staging import Staging  # noqa: E402
@@ -81,7 +83,7 @@ def exact(case: Case) -> dict[str, np.ndarray]:
 def error(case: Case, output: np.ndarray) -> float:
     """The largest, of what may be. Products of query and key are rounded at each tap, weights are, and the result is.
     All but the last are independent: what they add up to is below twice the root of the sum of their squares (beyond
-    four standard deviations).
+    four standard deviations). Weights and results below the normal numbers are rounded to multiples of the least one.
     """
     operands, geometry, heads = exact(case), case.spec.geometry, case.spec.num_heads
     expected = reference.slide_attention(case.spec, operands)
@@ -99,8 +101,10 @@ def error(case: Case, output: np.ndarray) -> float:
     of_logits = case.spec.scale**2 * of_heads(squares, heads).sum(2)[:, :, None]
     values, mean = of_heads(values, heads), of_heads(expected.reshape(batch, -1, pixels, 1), heads)
     moved = (weights * values) ** 2 + (weights * (values - mean)) ** 2 * of_logits
-    bound = 2 * np.sqrt(moved.sum(-1)).reshape(expected.shape) + np.abs(expected)
-    return float((np.abs(output.astype(np.float64) - expected) / bound).max() / ROUNDOFF[str(output.dtype)])
+    roundoff, least = ROUNDOFF[str(output.dtype)], float(ml_dtypes.finfo(output.dtype).smallest_subnormal)
+    relative = (2 * np.sqrt(moved.sum(-1))).reshape(expected.shape) + np.abs(expected)
+    absolute = (np.abs(values).sum(-1).reshape(expected.shape) + 1) * least / 2
+    return float((np.abs(output.astype(np.float64) - expected) / (roundoff * relative + absolute)).max())
 
 
 def of_heads(array: np.ndarray, heads: int) -> np.ndarray:
@@ -280,6 +284,13 @@ def test_what_it_takes_and_what_not() -> None:
     assert not takes_case(learned((8, 8), (7, 7), 1, 8), "float16", "sm_90")  # 49 slots
     assert not takes_case(SLIDES["three-axes"], "float16", "sm_90")
     assert not takes(SMALL.spec, {n: o.shape for n, o in SMALL.operands.items()}, "float16", metal_target())
+
+
+@pytest.mark.parametrize(("dtype", "on_tensor_cores"), [("float16", True), ("float32", False)])
+def test_it_is_chosen_for_half_precision(dtype: str, on_tensor_cores: bool) -> None:
+    shapes = {name: o.shape for name, o in SMALL.operands.items()}
+    chosen = attention_kernel(SMALL.spec, shapes, dict.fromkeys(shapes, dtype), cuda_target("sm_80"), "run")
+    assert ("attnrewrite_mma_float16" in chosen.script()) == on_tensor_cores
 
 
 def slide_swin(extent: int, heads: int, head_dim: int = 32, batch: int = 64) -> tuple[Any, dict[str, tuple[int, ...]]]:

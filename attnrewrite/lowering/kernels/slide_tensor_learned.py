@@ -53,6 +53,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
 from attnrewrite.lowering.kernels.slide_tensor_learned_plan import (
     COLUMNS,
     FRAGMENTS,
+    QUARTERS,
     ROWS,
     STEP,
     LearnedTiling,
@@ -94,18 +95,16 @@ class _LearnedKernel:
         self.query_row, self.query_column = T.bind(row + own_row), T.bind(column + own_column)
         # Where tap (0, 0) of the lane's first query lies in what is staged.
         position = (own_row + rows.front) * columns.halo + own_column + columns.front
-        self.first_neighbour = T.bind(self.staging.pixel(self.own_head, lane % 4, position))
+        self.first_neighbour = T.bind(self.staging.pixel(self.own_head, lane % QUARTERS, position))
 
-        self.queries, self.neighbours = (
-            cores.words(ROWS * tiling.words),
-            cores.words(self.neighbour_rows * tiling.words),
-        )
+        self.queries = cores.words(ROWS * tiling.words)
+        self.neighbours = cores.words(len(self.offsets) * tiling.words)
         self.left, self.right = cores.words(4), cores.words(ceil_div(tiling.slot_tiles, 2) * 4)
         self.logits = [cores.sums(tiling.slot_tiles * 4) for _ in range(FRAGMENTS)]
         self.softmax = [RowSoftmax(frame, cores, logits, tiling.slot_tiles * 4) for logits in self.logits]
         self.weights = [cores.words(ceil_div(tiling.slot_tiles, 2) * 4) for _ in range(FRAGMENTS)]
         self.products = cores.sums(8)
-        self.values = registers(self.neighbour_rows * tiling.words * 2)
+        self.values = registers(len(self.offsets) * tiling.words * 2)
         self.result = [cores.sums(tiling.chunk // COLUMNS * 4) for _ in range(FRAGMENTS)]
 
     def both(self, value: float) -> int:
@@ -126,10 +125,6 @@ class _LearnedKernel:
     def offsets(self) -> list[int]:
         """Rows below tap 0 of the first query, each once."""
         return sorted({row + tap * self.row_step for row, tap in itertools.product(range(ROWS), range(self.taps[0]))})
-
-    @property
-    def neighbour_rows(self) -> int:
-        return len(self.offsets)
 
     def emit(self) -> None:
         tiling = self.tiling
@@ -177,7 +172,7 @@ class _LearnedKernel:
 
     def plane(self, operand: tirx.Buffer, channels: int, image: Expr, chunk: Expr) -> tuple[Expr, Expr]:
         """A lane's first channel of a chunk: within its head, and among those of all images."""
-        channel = T.bind(chunk * self.tiling.chunk + self.frame.thread_x % 4 * 2)
+        channel = T.bind(chunk * self.tiling.chunk + self.frame.thread_x % QUARTERS * 2)
         head = self.first_head + self.own_head
         return channel, T.bind(image * int(operand.shape[1]) + head * channels + channel)
 
@@ -235,7 +230,7 @@ class _LearnedKernel:
         tiling = self.tiling
         step, across = tiling.halo[1], column * tiling.reaches[1].dilation
         for number, offset in enumerate(self.offsets):
-            pixel = self.first_neighbour + (offset * step + across) * (tiling.chunk // 4)
+            pixel = self.first_neighbour + (offset * step + across) * (tiling.chunk // QUARTERS)
             self.staging.load(pixel, self.neighbours, number * tiling.words)
 
     def neighbour(self, row: int, tap: int) -> int:
@@ -328,7 +323,7 @@ class _LearnedKernel:
             store(self.weights[fragment], [word], self.cores.pack(*pairs) if pairs else tirx.const(0, "uint32"))
 
     def slot(self, number: int) -> Expr:
-        return self.frame.thread_x % 4 * 2 + (number // 4 * COLUMNS + number % 2)
+        return self.frame.thread_x % QUARTERS * 2 + (number // 4 * COLUMNS + number % 2)
 
     def is_slot(self, number: int) -> Expr | bool:
         """Whether a logit's number stands for a slot."""
