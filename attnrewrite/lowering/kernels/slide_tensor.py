@@ -12,7 +12,8 @@ memory has the bias there, and -inf around it, so that keys of the slice which a
 
 Where key and value of all rows do not fit into shared memory, they come in bands of rows.
 
-A value of a slice that is infinite or NaN makes all 2 x 8 results NaN, though its weight is zero for some of them.
+A key or value that is infinite or NaN can make the results of all queries NaN whose slice it is in, though it is a
+neighbour of some of them alone.
 
 Letters: d and dv head_dim of query/key and of value; in a fragment, lane 4 g + t has columns 2 t and 2 t + 1 of rows g
 and g + 8 (tensor_core.py). Of a warp's queries rows g are the first row of the map, rows g + 8 the second.
@@ -74,10 +75,9 @@ class _SlideTensorKernel:
         ]
         first_steps = [self.first_step(axis, self.first_query[axis], starts[axis]) for axis in (0, 1)]
         self.slice = [held(axis.slice(step)) for axis, step in zip((rows, columns), first_steps, strict=True)]
-        # Where the lane's queries' neighbourhoods begin, in steps from the start of the slice: two rows, one column.
+        # Where the lane's queries' neighbourhoods begin, in steps from where staging does: two rows, one column.
         self.first_row = [held(self.first_step(0, self.first_query[0] + half, starts[0])) for half in HALVES]
-        own_column = self.first_step(1, self.first_query[1] + self.lane // 4, starts[1])
-        self.first_column = held(own_column)
+        self.first_column = held(self.first_step(1, self.first_query[1] + self.lane // 4, starts[1]))
         self.starts = starts
 
         count = tiling.key_tiles * 4
@@ -99,6 +99,7 @@ class _SlideTensorKernel:
     def emit(self) -> None:
         tiling = self.tiling
         self.staging.clear()
+        self.staging.fetch(tirx.const(0, "int32"))
         self.fill_table()
         self.load_queries()
         self.softmax.start()
@@ -109,13 +110,14 @@ class _SlideTensorKernel:
             with T.serial(tiling.bands, unroll=False) as band:
                 self.attend_band(band)
                 barrier()
+                with when(band + 1 < tiling.bands):
+                    self.staging.fetch(band + 1)
         with when(self.has_queries()):
             self.write_output()
 
     def attend_band(self, band: Expr) -> None:
-        """What the warp has of the rows of a band."""
+        """What the warp has of the rows of a band, once they are there."""
         tiling = self.tiling
-        self.staging.fetch(band)
         self.cores.wait(0)
         barrier()
         begin, chunks = self.slice[0], tirx.const(tiling.chunks, "int32")
