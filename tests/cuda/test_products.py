@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tvm_ffi
 
 tvm = pytest.importorskip("tvm")
 
@@ -71,9 +72,20 @@ def test_what_tensor_cores_do_not_take(chip: str, dtype: str, sizes: tuple[int, 
     assert "mma" not in str(scheduled(cuda_target(chip), *sizes, dtype))
 
 
-def scheduled(target: Any, rows: int, depth: int, columns: int, dtype: str = "float16") -> Any:
+def test_a_symbolic_batch_is_divided_by_nothing() -> None:
+    """A GPU takes some dozens of instructions to divide by a number of 64 bits that is not known before."""
+    kernel = scheduled(cuda_target("sm_80"), 49, 96, 288, batch=tvm.tirx.Var("n", "int64"))
+    divisors: list[Any] = []
+    for kind in (tvm.tirx.FloorDiv, tvm.tirx.FloorMod):
+        inside = kernel.body.body  # the extent of the grid is computed by the host, once
+        tvm_ffi.structural_walk(inside, (kind, lambda division: divisors.append(division.b)))
+    assert len(divisors) > 10
+    assert [divisor for divisor in divisors if not isinstance(divisor, tvm.tirx.IntImm)] == []
+
+
+def scheduled(target: Any, rows: int, depth: int, columns: int, dtype: str = "float16", batch: Any = 1) -> Any:
     """The kernel of a linear layer with bias and residual."""
-    shapes = [(1, rows, depth), (depth, columns), (columns,), (1, rows, columns)]
+    shapes = [(batch, rows, depth), (depth, columns), (columns,), (batch, rows, columns)]
     module = test_schedules.relax_module(shapes, test_schedules.CASES["matmul-bias-residual"][1], dtype)
     fused = gpu.schedule(build.fuse(module, target), target)
     (kernel,) = (function for function in fused.functions.values() if isinstance(function, tvm.tirx.PrimFunc))

@@ -104,12 +104,18 @@ def allocated(buffer: tirx.Buffer, *statements: Stmt) -> Stmt:
 
 
 def unravel(flat: Expr, extents: Sequence[Expr]) -> list[Expr]:
-    """Coordinates of a row-major flat index within a box."""
+    """Coordinates of a row-major flat index within a box. The first that is not 0 anyway is not reduced modulo its
+    extent, which may be symbolic: a division of 64 bits.
+    """
+    single = [isinstance(extent, tirx.IntImm) and int(extent) == 1 for extent in extents]
     coordinates: list[Expr] = []
-    for position, extent in enumerate(reversed(extents)):
-        outermost = position == len(extents) - 1
-        coordinates.append(flat if outermost else tirx.floormod(flat, extent))
-        flat = tirx.floordiv(flat, extent)
+    for position in reversed(range(len(extents))):
+        if single[position]:
+            coordinates.append(const(0))
+            continue
+        outermost = all(single[:position])
+        coordinates.append(flat if outermost else tirx.floormod(flat, extents[position]))
+        flat = tirx.floordiv(flat, extents[position])
     return [simplify(c) for c in reversed(coordinates)]
 
 
