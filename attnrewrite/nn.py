@@ -203,7 +203,8 @@ class SlideAttention(_Attention):
     def forward(self, x: Tensor) -> Tensor:
         axes = len(self.kernel_size)
         _checked_map(x, self.dim, axes)
-        query, key, value = self.qkv(x).movedim(-1, 1).split(self.dim, 1)
+        # Moved once and together: kernels read the parts of a channels-first map where they lie.
+        query, key, value = self.qkv(x).movedim(-1, 1).contiguous().split(self.dim, 1)
         of_keys = (None, None) if self.key_shift is None else self.key_shift()
         of_values = (None, None) if self.value_shift is None else self.value_shift()
         attended = torch.ops.attnrewrite.slide_attention(

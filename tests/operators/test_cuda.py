@@ -20,7 +20,7 @@ pytest.importorskip("tvm")
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from attnrewrite import runtime  # noqa: E402
+from attnrewrite import nn, runtime  # noqa: E402
 from attnrewrite.emulator import metal_target  # noqa: E402
 from attnrewrite.emulator.run import run_function  # noqa: E402
 from attnrewrite.errors import CompilerError  # noqa: E402
@@ -137,6 +137,19 @@ def test_parts_of_wider_maps_are_read_where_they_lie(gpu: Emulated, name: str) -
         assert torch.equal(found[0], expected[0])
         assert gpu.places[-2][:3] == [parts[n].data_ptr() for n in kernel.MAPS]
     assert [dict(k.steps) for k in gpu.kernels] == [{n: 3 * width[n] for n in kernel.MAPS}, {}]
+
+
+@pytest.mark.parametrize("deformed", [False, True])
+def test_a_module_hands_over_the_parts_of_one_map(gpu: Emulated, deformed: bool) -> None:
+    torch.manual_seed(0)
+    slide, x = nn.SlideAttention(8, 2, deformed=deformed).requires_grad_(False), torch.randn(2, 6, 8, 8)
+    compiled.use_kernels(False)
+    expected = slide(x)
+    compiled.use_kernels(True)
+    assert error(slide(x).numpy(), expected.numpy()) <= FLOAT32
+    ((query, key, value, *_),) = gpu.places
+    assert (key - query, value - key) == (4 * 8 * 6 * 8,) * 2
+    assert [dict(k.steps) for k in gpu.kernels] == [dict.fromkeys(kernel.MAPS, 24)]
 
 
 def test_a_part_that_loads_are_not_aligned_to_is_moved(gpu: Emulated) -> None:
