@@ -24,7 +24,8 @@ from attnrewrite.lowering.kernels.slide_tensor_learned_staging import Staging  #
 from attnrewrite.lowering.kernels.tensor_core import TensorCore  # noqa: E402
 from attnrewrite.lowering.targets import CUDA_PRESETS  # noqa: E402
 from tests.cuda.compiling import cuda_target, resources  # noqa: E402
-from tests.cuda.test_window_tensor import ROUNDOFF, Library, in_dtype, operands_of  # noqa: E402
+from tests.cuda.emulating import ROUNDOFF, allow_memory_of_cuda, emulated_cuda, output_of  # noqa: E402
+from tests.cuda.test_window_tensor import Library, in_dtype, operands_of, symbol  # noqa: E402
 from tests.metal.cases import SLIDES, Case, slide  # noqa: E402
 
 
@@ -52,23 +53,11 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def memory_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which a threadgroup has more than on Metal."""
-    monkeypatch.setitem(limits._SHARED_BYTES, "metal", Limits.of(cuda_target("sm_80")).shared_bytes)
-
-
-def target() -> tvm.target.Target:
-    """The emulator, with CUDA's limits."""
-    shared = Limits.of(cuda_target("sm_80")).shared_bytes
-    return tvm.target.Target({**metal_target().export(), "max_shared_memory_per_block": shared})
+    allow_memory_of_cuda(monkeypatch)
 
 
 def kernel(case: Case, name: str = "run", **more: Any) -> tvm.tirx.PrimFunc:
-    return slide_tensor_learned.slide_attention(case.spec, operands_of(case, **more), target(), name)
-
-
-def output_of(case: Case) -> tuple[tuple[int, ...], str]:
-    value = case.operands["value"]
-    return (*value.shape[:2], *case.spec.geometry.feature_size), str(value.dtype)
+    return slide_tensor_learned.slide_attention(case.spec, operands_of(case, **more), emulated_cuda(), name)
 
 
 def run(case: Case, **more: Any) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -117,13 +106,9 @@ def of_heads(array: np.ndarray, heads: int) -> np.ndarray:
 def library() -> Iterator[Library]:
     """All kernels, compiled together."""
     with pytest.MonkeyPatch.context() as patch, metal_device(recording=True) as device:
-        patch.setitem(limits._SHARED_BYTES, "metal", Limits.of(cuda_target("sm_80")).shared_bytes)
+        allow_memory_of_cuda(patch)
         functions = {symbol(name): kernel(in_dtype(case, "float16"), symbol(name)) for name, case in CASES.items()}
         yield device, tvm.tirx.build(tvm.IRModule(functions), target=metal_target(), pipeline=limits.PIPELINE)
-
-
-def symbol(name: str) -> str:
-    return f"kernel_{name.replace('-', '_')}"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -263,7 +248,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases(), st.sampled_from(["float16", "bfloat16"]))
 def test_any_geometry(case: Case, dtype: str) -> None:
     case = in_dtype(case, dtype)
-    if tiling_of(case.spec, {name: o.shape for name, o in case.operands.items()}, Limits.of(target())) is None:
+    if tiling_of(case.spec, {name: o.shape for name, o in case.operands.items()}, Limits.of(emulated_cuda())) is None:
         return
     output, findings = run(case)
     assert findings == ()
