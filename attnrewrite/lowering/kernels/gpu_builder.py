@@ -23,6 +23,8 @@ Expr = Any  # tvm.ir.Expr; its operators are not typed
 
 ACCUMULATOR = "float32"
 WORD_BYTES = 16  # the widest access to memory
+# Threadgroups for every one that keeps the GPU busy, before each takes on the work of several.
+WAVES = 4
 INDEXED = 2**31  # a buffer has fewer elements
 LOWEST = -3.402823e38  # finite on purpose: GPU compilers in fast-math mode may assume that no infinity is compared
 
@@ -46,6 +48,10 @@ class Limits:
         defaults = {"metal": (32768, 61440), "cuda": (49152, 102400)}.get(target.kind.name, (16384, 16384))
         shared = min(int(target.attrs.get("max_shared_memory_per_block", defaults[0])), 49152)
         return cls(256, shared, max(defaults[1], shared), 264 if target.kind.name == "cuda" else 32)
+
+    def run(self, threadgroups: int, most: int) -> int:
+        """Of how many threadgroups one does the work, one after the other, where there would be so many."""
+        return max(1, min(most, threadgroups // (WAVES * self.in_flight)))
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     store,
     when,
 )
-from attnrewrite.lowering.kernels.slide_tensor_plan import COLUMNS, STEP, SlideTensorTiling, Work, choose_tiling
+from attnrewrite.lowering.kernels.slide_tensor_plan import SlideTensorTiling, Work, choose_tiling
 from attnrewrite.lowering.kernels.slide_tensor_staging import SlideStaging
-from attnrewrite.lowering.kernels.tensor_core import TensorCore, as_bits, at
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, STEP, TensorCore, as_bits, at
 from attnrewrite.lowering.kernels.tensor_softmax import HALVES, RowSoftmax
 
 _NO_KEY = float("-inf")

@@ -51,18 +51,16 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.slide_tensor_learned_plan import (
-    COLUMNS,
     FRAGMENTS,
     QUARTERS,
     ROWS,
-    STEP,
     LearnedTiling,
     Table,
     choose_run,
     tiling_of,
 )
 from attnrewrite.lowering.kernels.slide_tensor_learned_staging import Place, Run, Staging
-from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, STEP, TensorCore, at
 from attnrewrite.lowering.kernels.tensor_softmax import HALVES, START, RowSoftmax
 from attnrewrite.lowering.kernels.window_gpu import int_or_none
 

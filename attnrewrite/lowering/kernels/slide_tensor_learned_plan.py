@@ -17,19 +17,14 @@ from tvm.target import Target
 from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
 from attnrewrite.lowering.kernels.slide_gpu_plan import Reach, Work
-from attnrewrite.lowering.kernels.tensor_core import WARP, has_tensor_cores
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, ELEMENT_BYTES, WARP, has_tensor_cores
 
-# Queries of a row that lie side by side in a fragment, and slots or channels of one product of fragments.
-COLUMNS = 8
-# Queries, channels and slots of one matrix instruction (m16n8k16).
-STEP = 16
 # Rows of queries that a warp has. Rows 2 i and 2 i + 1 make a fragment; what is read for one of them serves the others.
 ROWS = 4
 FRAGMENTS = ROWS // 2
 
 # Lanes of a warp that share a pixel: each has a quarter of its channels.
 QUARTERS = 4
-ELEMENT_BYTES = 2
 MAX_WARPS = 8
 
 # With more slots than this, logits take too many registers.
@@ -40,9 +35,8 @@ CHUNKS = (32, 16)
 # Instructions of a thread: for a query, per tap and channel; for an element of a map, and of a kernel, that is staged.
 PER_PRODUCT, PER_STAGED, PER_PARAMETER = 1.5, 1.3, 3.0
 
-# Images that a threadgroup goes through with the same kernels; for every threadgroup that the GPU keeps busy, so many
-# come before.
-MAX_RUN, WAVES = 4, 4
+# Images that a threadgroup goes through with the same kernels.
+MAX_RUN = 4
 
 OPERANDS = frozenset({"query", "key", "value", "bias", "key_kernel", "key_bias", "value_kernel", "value_bias"})
 
@@ -224,4 +218,4 @@ def choose_run(tiling: LearnedTiling, heads: int, batch: int | None, limits: Lim
     if not tiling.resident:
         return 1
     threadgroups = math.prod(reach.tiles for reach in tiling.reaches) * heads // tiling.heads * (batch or 1)
-    return max(1, min(MAX_RUN, threadgroups // (WAVES * limits.in_flight)))
+    return limits.run(threadgroups, MAX_RUN)

@@ -7,7 +7,6 @@ channels, one for each tap of each slot, as `ldmatrix` reads them. Both are stor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -27,14 +26,12 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.slide_tensor_learned_plan import (
-    COLUMNS,
-    ELEMENT_BYTES,
     QUARTERS,
     LearnedTiling,
     Parameters,
     Table,
 )
-from attnrewrite.lowering.kernels.tensor_core import TensorCore
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, ELEMENT_BYTES, TensorCore, as_bits
 
 # Elements of one store, and words.
 _OCTET = WORD_BYTES // ELEMENT_BYTES
@@ -159,9 +156,8 @@ class Run:
     """Neighbouring elements of a buffer (1, 2 or 4) as words: two elements to one, or a single one."""
 
     def __init__(self, buffer: tirx.Buffer, lanes: int) -> None:
-        elements = math.prod(buffer.shape[1:], start=tirx.Cast("int32", buffer.shape[0]))
         self.words, self._per_word = max(lanes // 2, 1), min(lanes, 2)
-        self._view = Flat(buffer, self.words, "uint32" if lanes > 1 else "uint16", elements // self._per_word)
+        self._view = Flat(as_bits(buffer, self._per_word), self.words)
 
     def load(self, first: Expr, target: tirx.Buffer, at: int) -> None:
         """Into `words` words of `target`, from the word `at` on."""

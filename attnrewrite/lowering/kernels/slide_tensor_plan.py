@@ -23,16 +23,11 @@ from attnrewrite.functions.spec import SlideAttention
 from attnrewrite.localattention.geometry import NeighborhoodGeometry
 from attnrewrite.lowering.kernels.gpu_builder import Expr, Limits, TileShape, ceil_div
 from attnrewrite.lowering.kernels.slide_gpu_plan import Reach
-from attnrewrite.lowering.kernels.tensor_core import WARP, has_tensor_cores
-
-# Channels and keys that one matrix instruction takes (m16n8k16), and its columns.
-STEP = 16
-COLUMNS = 8
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, ELEMENT_BYTES, STEP, WARP, has_tensor_cores
 
 # Queries of a warp, per axis.
 WARP_QUERIES = (2, 8)
 
-ELEMENT_BYTES = 2
 MAX_WARPS = 8
 # The result of a value this wide takes half as many registers of a thread, the query as many again.
 MAX_HEAD_DIM = 128

@@ -29,8 +29,8 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     store,
     when,
 )
-from attnrewrite.lowering.kernels.slide_tensor_plan import ELEMENT_BYTES, SlideTensorTiling
-from attnrewrite.lowering.kernels.tensor_core import TensorCore, as_bits, at
+from attnrewrite.lowering.kernels.slide_tensor_plan import SlideTensorTiling
+from attnrewrite.lowering.kernels.tensor_core import ELEMENT_BYTES, TensorCore, as_bits, at
 
 _WORD = WORD_BYTES // ELEMENT_BYTES
 

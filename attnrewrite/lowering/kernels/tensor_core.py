@@ -32,7 +32,12 @@ from tvm.tirx.script.builder import ir as T
 from attnrewrite.lowering.kernels.gpu_builder import Expr, registers
 
 ELEMENT_TYPES = ("float16", "bfloat16")
+ELEMENT_BYTES = 2
 WARP = 32
+
+# Rows and steps of the reduction that one matrix instruction takes (m16n8k16), and its columns.
+STEP = 16
+COLUMNS = 8
 
 # Of the oldest chip whose matrix instructions take the type.
 OLDEST_ARCH = {"float16": 75, "bfloat16": 80}

@@ -47,18 +47,12 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     store,
     when,
 )
-from attnrewrite.lowering.kernels.tensor_core import TensorCore, as_bits, at
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, STEP, TensorCore, as_bits, at
 from attnrewrite.lowering.kernels.tensor_softmax import HALVES, START, RowSoftmax
 from attnrewrite.lowering.kernels.window_gpu import ADDED, int_or_none, is_shared
 from attnrewrite.lowering.kernels.window_gpu_pixels import Window
 from attnrewrite.lowering.kernels.window_gpu_relative import RelativeProducts, RelativeTable
-from attnrewrite.lowering.kernels.window_tensor_plan import (
-    COLUMNS,
-    STEP,
-    TensorTiling,
-    choose_run,
-    tiling_of,
-)
+from attnrewrite.lowering.kernels.window_tensor_plan import TensorTiling, choose_run, tiling_of
 from attnrewrite.lowering.kernels.window_tensor_staging import Staging, flat_pixel
 
 

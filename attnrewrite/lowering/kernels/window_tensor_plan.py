@@ -15,14 +15,9 @@ from tvm.target import Target
 
 from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
-from attnrewrite.lowering.kernels.tensor_core import WARP, has_tensor_cores
+from attnrewrite.lowering.kernels.tensor_core import COLUMNS, ELEMENT_BYTES, STEP, WARP, has_tensor_cores
 from attnrewrite.lowering.kernels.window_gpu_plan import Sizes
 
-# Rows of queries, channels and keys that one matrix instruction takes (m16n8k16), and its columns.
-STEP = 16
-COLUMNS = 8
-
-ELEMENT_BYTES = 2
 MAX_WARPS = 8
 
 # Keys of a tile: their logits take half as many registers of a thread. Windows of 64 tokens are one tile.
@@ -38,8 +33,6 @@ PIXEL_BYTES = 64
 # Windows that a threadgroup goes through, one being fetched while another is computed. Reading a bias once for all of
 # them costs a tenth of their own bytes at head_dim 32; more of them would leave few rounds of threadgroups.
 MAX_RUN = 5
-# Threadgroups for every one that is needed to keep the GPU busy, before they go through more than one window.
-WAVES = 4
 
 OPERANDS = frozenset(
     {"query", "key", "value", "bias", "mask", "logit_bias", "relative_position", "key_padding", "value_padding"}
@@ -184,5 +177,4 @@ def choose_run(tiling: TensorTiling, num_windows: int, heads: int, batch: int | 
     """Windows that a threadgroup goes through one after the other. batch: None where it is not known."""
     if tiling.key_tiles > 1:
         return 1
-    threadgroups = num_windows * (batch or 1) * (heads // tiling.heads) * tiling.query_tiles
-    return max(1, min(MAX_RUN, threadgroups // (WAVES * limits.in_flight)))
+    return limits.run(num_windows * (batch or 1) * (heads // tiling.heads) * tiling.query_tiles, MAX_RUN)

@@ -30,10 +30,10 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     store,
     when,
 )
-from attnrewrite.lowering.kernels.tensor_core import TensorCore, at
+from attnrewrite.lowering.kernels.tensor_core import ELEMENT_BYTES, TensorCore, at
 from attnrewrite.lowering.kernels.window_gpu_pixels import Pixel
 from attnrewrite.lowering.kernels.window_gpu_relative import STEP as RELATIVE_STEP
-from attnrewrite.lowering.kernels.window_tensor_plan import ELEMENT_BYTES, TensorTiling
+from attnrewrite.lowering.kernels.window_tensor_plan import TensorTiling
 
 _WORD = WORD_BYTES // ELEMENT_BYTES
 _NOWHERE = -1
