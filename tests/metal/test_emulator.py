@@ -210,6 +210,11 @@ def test_a_barrier_that_some_threads_miss_is_an_error() -> None:
         run(f"if (i < 5) {{ {BARRIER} }} target_ptr[i] = source_ptr[i];")
 
 
+def test_more_threadgroup_memory_than_there_is_is_an_error() -> None:
+    with pytest.raises(Exception, match="kernel probe: a threadgroup takes more than 48 KB of memory"):
+        run("\nthreadgroup float4 large[3072];\nlarge[i] = float4(0.0f);")
+
+
 def test_traffic_is_counted() -> None:
     """Two threadgroups: each reads the source by vectors, the first element twice more, and writes its half."""
     body = f"""

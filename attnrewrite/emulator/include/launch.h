@@ -108,7 +108,9 @@ inline int launch(const Kernel& kernel, const Any* arguments, Index3 blocks, Ind
   result->type_index = 0;
   result->integer = 0;
   begin_launch(kernel, arguments, blocks, threads);
-  const char* error = run_grid(kernel.body, (void*)arguments, blocks, threads);
+  const char* error = kernel.shared_bytes > (int64_t)kSharedBytes
+                          ? "a threadgroup takes more than 48 KB of memory"
+                          : run_grid(kernel.body, (void*)arguments, blocks, threads);
   end_launch();
   if (error == nullptr) return 0;
   char sentence[512];

@@ -48,6 +48,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     when,
 )
 from attnrewrite.lowering.kernels.slide_gpu_plan import STAGED_ELEMENT, SlideTiling, Work, choose_tiling
+from attnrewrite.lowering.kernels.tensor_core import exponential
 
 UNROLLED_TAPS = 9
 
@@ -64,8 +65,8 @@ Parameter = Callable[[str, Expr, int, Expr | int], Expr]
 class SlideKernel:
     """Emits the statements of one kernel; open only inside its frame."""
 
-    def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling) -> None:
-        self.spec, self.frame, self.tiling = spec, frame, tiling
+    def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling, exp: Callable[[Expr], Expr]) -> None:
+        self.spec, self.frame, self.tiling, self.exp = spec, frame, tiling, exp
         work, self.reaches, self.rows = tiling.work, tiling.reaches, range(tiling.rows)
         self.geometry = work.geometry
         self.head_dim, self.value_dim, self.image = work.head_dim, work.value_dim, frame.z
@@ -339,11 +340,11 @@ class SlideKernel:
             store(self.rescale, [row], self.maximum[row])
             for at in range(row * count, (row + 1) * count):
                 store(self.maximum, [row], tirx.max(self.maximum[row], self.logits[at]))
-            store(self.rescale, [row], tirx.exp(self.rescale[row] - self.maximum[row]))
+            store(self.rescale, [row], self.exp(self.rescale[row] - self.maximum[row]))
             store(self.total, [row], self.total[row] * self.rescale[row])
             for slot in range(count):
                 at = row * count + slot
-                weight = tirx.exp(self.logits[at] - self.maximum[row])
+                weight = self.exp(self.logits[at] - self.maximum[row])
                 takes_part = self.takes_part(row, slots[slot])
                 if takes_part is not True:
                     weight = tirx.Select(takes_part, weight, tirx.const(0.0, ACCUMULATOR))
@@ -355,6 +356,8 @@ class SlideKernel:
         block, threads = self.tiling.value_block, math.prod(self.tiling.threads)
         step = self.tiling.staged_channels or block
         output, channels = Flat(self.frame.output, 1), int(self.frame.output.shape[1])
+        for row in self.rows if last else ():
+            store(self.total, [row], tirx.const(1.0, ACCUMULATOR) / self.total[row])
         with T.serial(block // step, unroll=False) as chunk:
             start = self.first_value + chunk * step
             first_row = self.head * self.value_dim + start
@@ -374,7 +377,7 @@ class SlideKernel:
                         self.shared[1].store(carried(row), self.sum[row])
                         continue
                     with when(self.on_map(row)):
-                        result = (self.sum[row] / self.total[row]).astype(self.frame.output.dtype)
+                        result = (self.sum[row] * self.total[row]).astype(self.frame.output.dtype)
                         output.store(self.position(self.image * channels + first_row + channel, row), result)
 
     def add_channel(self, slots: range, channel: Expr, neighbour: Neighbour, parameter: Parameter) -> None:
@@ -476,5 +479,5 @@ def build(
     builder = KernelBuilder()
     output_shape = [heads * value_dim, *spec.output_size]
     with builder.kernel(name, operands, [output_shape], grid, threads, channel_axis=1) as frame:
-        kernel(spec, frame, tiling).emit()
+        kernel(spec, frame, tiling, exponential(target)).emit()
     return builder.prim_func()

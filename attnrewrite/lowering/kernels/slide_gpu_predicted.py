@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 from tvm import DataType, tirx
 from tvm.target import Target
@@ -39,8 +40,8 @@ from attnrewrite.lowering.kernels.slide_gpu_plan import SlideTiling, Work
 class PredictedKernel(SlideKernel):
     """One row of weights for each pixel of the output."""
 
-    def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling) -> None:
-        super().__init__(spec, frame, tiling)
+    def __init__(self, spec: SlideAttention, frame: Frame, tiling: SlideTiling, exp: Callable[[Expr], Expr]) -> None:
+        super().__init__(spec, frame, tiling, exp)
         self.predicted = Flat(frame.operands["logits"], 1)
         self.channels = int(frame.operands["logits"].shape[1])
 
@@ -107,7 +108,7 @@ class OverlapAddKernel(PredictedKernel):
             store(self.largest, [0], functools.reduce(tirx.max, [self.own[slot] for slot in range(taps)]))
             store(self.share, [0], tirx.const(0.0, ACCUMULATOR))
             for slot in range(taps):
-                store(self.own, [slot], tirx.exp(self.own[slot] - self.largest[0]))
+                store(self.own, [slot], self.exp(self.own[slot] - self.largest[0]))
                 store(self.share, [0], self.share[0] + self.own[slot])
             store(self.share, [0], tirx.const(1.0, ACCUMULATOR) / self.share[0])
         store(self.share, [0], tirx.Select(is_block, self.share[0], tirx.const(0.0, ACCUMULATOR)))

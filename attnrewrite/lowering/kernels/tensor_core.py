@@ -22,6 +22,7 @@ Source: https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -198,6 +199,11 @@ def _arch(target: Target) -> int:
     return int("".join(filter(str.isdigit, str(target.attrs["arch"])))) if target.kind.name == "cuda" else 0
 
 
+def exponential(target: Target) -> Callable[[Expr], Expr]:
+    """What emits exp(x) as float32, for x <= 0."""
+    return TensorCore(target, "float16").exponential if target.kind.name == "cuda" else tirx.exp
+
+
 class TensorCore:
     """Emits the calls, inside an open kernel. Pointers are what `at` gives; `dtype` is float16 or bfloat16.
 
@@ -266,6 +272,10 @@ class TensorCore:
     def exp2(self, x: Expr) -> Expr:
         """2**x within 2 ulp, as float32; results below the normal numbers are zero."""
         return self._call("exp2", x)
+
+    def exponential(self, x: Expr) -> Expr:
+        """exp(x) within 2 + |x| ulp, as float32: an error that is small where x is not, beside a weight exp(0)."""
+        return self.exp2(x * tirx.const(math.log2(math.e), "float32"))
 
     def reciprocal(self, x: Expr) -> Expr:
         """1 / x within 1 ulp, as float32; of results below the normal numbers it is zero."""

@@ -54,6 +54,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     typed,
     when,
 )
+from attnrewrite.lowering.kernels.tensor_core import exponential
 from attnrewrite.lowering.kernels.window_gpu_pixels import Pixel, Window
 from attnrewrite.lowering.kernels.window_gpu_plan import Run, Sizes, WindowTiling, choose_run, choose_tiling
 from attnrewrite.lowering.kernels.window_gpu_relative import STEP, RelativeProducts, RelativeTable
@@ -74,8 +75,10 @@ def is_shared(operand: str, shape: Sequence[Any], axes: set[str]) -> bool:
 class _WindowKernel:
     """Emits the statements of one kernel; open only inside its frame."""
 
-    def __init__(self, spec: FlashWindowAttention, frame: Frame, tiling: WindowTiling, run: Run):
-        self.spec, self.frame, self.tiling, self.run = spec, frame, tiling, run
+    def __init__(
+        self, spec: FlashWindowAttention, frame: Frame, tiling: WindowTiling, run: Run, exp: Callable[[Expr], Expr]
+    ) -> None:
+        self.spec, self.frame, self.tiling, self.run, self.exp = spec, frame, tiling, run, exp
         self.sizes, self.head = tiling.sizes, frame.y
         self.query_tile = tirx.const(0, "int32") if tiling.query_tiles == 1 else T.bind(frame.x % tiling.query_tiles)
         self.first_query = self.query_tile * tiling.tile_queries
@@ -350,14 +353,14 @@ class _WindowKernel:
             combine_lanes(self.frame, largest, tirx.max, self.maximum, i)
         if tiling.key_tiles > 1:
             for i in range(tiling.queries):
-                store(self.rescale, [i], tirx.exp(self.rescale[i] - self.maximum[i]))
+                store(self.rescale, [i], self.exp(self.rescale[i] - self.maximum[i]))
                 store(self.total, [i], self.total[i] * self.rescale[i])
             for at in range(self.result.shape[0].value):
                 query = at // tiling.channels % tiling.queries
                 store(self.result, [at], self.result[at] * self.rescale[query])
         for i, j in itertools.product(range(tiling.queries), keys):
             at = i * tiling.keys + j
-            weight = tirx.exp(self.logits[at] - self.maximum[i])
+            weight = self.exp(self.logits[at] - self.maximum[i])
             inside = self.is_key(self.key_token(first_key, j))
             weight = weight if inside is True else tirx.Select(inside, weight, tirx.const(0.0, ACCUMULATOR))
             store(self.logits, [at], weight)
@@ -393,12 +396,16 @@ class _WindowKernel:
         return (self.frame.thread_x + self.tiling.columns * group) * self.tiling.lanes
 
     def write_output(self) -> None:
-        """output = result / total, where the total is the sum over the thread columns' shares."""
+        """output = result / total, where the total is the sum over the thread columns' shares.
+
+        A query is divided for once: dividing takes some ten instructions, and its result is rounded once more here.
+        """
         frame, tiling, head_dim = self.frame, self.tiling, self.sizes.value_dim
         lanes = math.gcd(tiling.lanes, self.staged_run("value"))
         extents = [int(e) for e in frame.output.shape[1:]]
         for i in range(tiling.queries):
             combine_lanes(frame, self.total[i], lambda a, b: a + b, self.total, i)
+            store(self.total, [i], tirx.const(1.0, ACCUMULATOR) / self.total[i])
         output = Flat(frame.output, lanes)
         beside = Flat(frame.outputs[1], lanes) if len(frame.outputs) > 1 else None
         for i in range(tiling.queries):
@@ -429,9 +436,9 @@ class _WindowKernel:
             in_head = True if head_dim % width == 0 and width <= tiling.chunk else channel < head_dim
             first = (chunk * tiling.queries + i) * tiling.channels + group * tiling.lanes + part
             own = first if lanes == 1 else tirx.Ramp(first, 1, lanes)
-            total = self.total[i] if lanes == 1 else tirx.Broadcast(self.total[i], lanes)
+            share = self.total[i] if lanes == 1 else tirx.Broadcast(self.total[i], lanes)
             with when(every([in_chunk, in_head])):
-                result = typed(load(self.result, [own]) / total, str(self.frame.output.dtype), lanes)
+                result = typed(load(self.result, [own]) * share, str(self.frame.output.dtype), lanes)
                 output.store(row + channel, result)
 
 
@@ -466,5 +473,5 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, targe
         output_shapes.append((windows, int(by_name["extra_query"][2]), heads * sizes.value_dim))
     builder = KernelBuilder()
     with builder.kernel(name, operands, output_shapes, grid, (tiling.columns, tiling.rows)) as frame:
-        _WindowKernel(spec, frame, tiling, run).emit()
+        _WindowKernel(spec, frame, tiling, run, exponential(target)).emit()
     return builder.prim_func()

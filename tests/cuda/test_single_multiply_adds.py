@@ -1,0 +1,44 @@
+"""The kernels that CUDA shares with Metal, with CUDA's tiles and exponential: run in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+tvm = pytest.importorskip("tvm")
+
+from attnrewrite.emulator import MetalDevice, metal_device  # noqa: E402
+from attnrewrite.lowering import limits  # noqa: E402
+from attnrewrite.lowering.kernels import slide_gpu, window_gpu  # noqa: E402
+from attnrewrite.lowering.kernels.gpu_builder import Limits  # noqa: E402
+from attnrewrite.lowering.kernels.tensor_core import TensorCore  # noqa: E402
+from tests.cuda.compiling import cuda_target  # noqa: E402
+from tests.metal.cases import SLIDES, WINDOWS, slide, window  # noqa: E402
+from tests.metal.test_kernels import check, emulated  # noqa: E402
+
+CASES = {
+    "window-7-shifted": WINDOWS["shifted"],
+    "window-8": window((16, 8), (8, 8), (4, 0), 2, 32, bias="shared", mask_value=-100.0, symbolic=True),
+    "window-16": window((16, 16), (16, 16), (0, 0), 1, 32, bias="shared", batch=1),
+    "slide-7": slide((16, 20), (7, 7), (1, 1), 1, 8, bias=True, batch=1),
+    "slide-exclude": SLIDES["exclude"],
+}
+
+
+@pytest.fixture(scope="module")
+def on_cuda() -> Iterator[tuple[MetalDevice, Any]]:
+    """The emulated device, and the module of all kernels."""
+    of_cuda = Limits.of(cuda_target("sm_90"))
+    with pytest.MonkeyPatch.context() as patch, metal_device(recording=True) as device:
+        patch.setattr(Limits, "of", lambda _: of_cuda)
+        patch.setitem(limits._SHARED_BYTES, "metal", of_cuda.shared_bytes)
+        for kernels in (window_gpu, slide_gpu):
+            patch.setattr(kernels, "exponential", lambda target: TensorCore(target, "float16").exponential)
+        yield device, emulated(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_computes_its_reference(on_cuda: tuple[MetalDevice, Any], name: str) -> None:
+    check(*on_cuda, name, CASES[name])
