@@ -35,19 +35,30 @@ class Limits:
 
     resident_bytes: the shared memory of one GPU core, which all its resident threadgroups divide among themselves.
     in_flight: how many threadgroups keep the GPU busy; a threadgroup takes on more work only beyond that many.
+    held: the numbers that a thread may keep in registers, indices and addresses aside. together: multiply-adds in the
+    time of a load of four bytes from shared memory where neighbouring threads load the same; it is four where each
+    loads its own, and on CUDA, which is not documented to merge loads of 16 bytes. near: of tilings whose estimated
+    times differ by less than this factor, the one that moves the fewest bytes is taken; on CUDA a large cache has what
+    is read again.
     """
 
     threads: int
     shared_bytes: int
     resident_bytes: int
     in_flight: int
+    held: int = 112
+    together: int = 1
+    near: float = 1.1
 
     @classmethod
     def of(cls, target: Target) -> Limits:
         """Limits of a metal or cuda target, by its own attributes where it carries them."""
         defaults = {"metal": (32768, 61440), "cuda": (49152, 102400)}.get(target.kind.name, (16384, 16384))
         shared = min(int(target.attrs.get("max_shared_memory_per_block", defaults[0])), 49152)
-        return cls(256, shared, max(defaults[1], shared), 264 if target.kind.name == "cuda" else 32)
+        of_chip = (256, shared, max(defaults[1], shared))
+        if target.kind.name == "cuda":
+            return cls(*of_chip, in_flight=264, held=200, together=4, near=1.0)
+        return cls(*of_chip, in_flight=32)
 
     def run(self, threadgroups: int, most: int) -> int:
         """Of how many threadgroups one does the work, one after the other, where there would be so many."""

@@ -18,14 +18,8 @@ from attnrewrite.functions.spec import FlashWindowAttention
 from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
 from attnrewrite.lowering.kernels.window_gpu_relative import QUERIES, STEP, RelativeAxis, relative_axes
 
-# What the numbers a thread holds may take of its registers.
-MAX_HELD = 128
-
 # Multiply-adds that a GPU does in the time it moves one byte: 18 on an M2, 10 to 20 on CUDA's larger chips.
 PER_BYTE = 16
-
-# Estimates that differ by less than this factor are taken to be the same.
-NEAR = 1.1
 
 # How much of a window's own traffic reading bias and mask again may cost before windows share them.
 SHARED_READS = 0.1
@@ -157,10 +151,13 @@ class WindowTiling:
         return staged + (self.product_tile.size_bytes if self.keeps_products else 0)
 
     def held(self) -> int:
-        """Numbers that a thread keeps: logits, bias where it may stay, results, and operands of one step."""
-        logits = self.queries * self.keys * (1 + int(self.key_tiles == 1) + min(self._direct_axes, 1))
+        """Numbers that a thread keeps at once: bias where it may stay; then logits, and results of tiles before, or
+        results alone; and the operands of one step.
+        """
+        logits, one_tile = self.queries * self.keys, self.key_tiles == 1
         results = self.queries * self.channels * self.value_chunks
-        return logits + results + STEP * (self.queries + max(self.keys, self.channels))
+        of_logits = logits * (1 + min(self._direct_axes, 1)) + (0 if one_tile else results) + STEP * self.keys
+        return (logits if one_tile else 0) + STEP * self.queries + max(of_logits, results + STEP * self.lanes)
 
     def moved_bytes(self) -> int:
         """Bytes of query, key, value, output and tables of one head of one window that it asks device memory for."""
@@ -177,13 +174,14 @@ class WindowTiling:
         """Time of one window in multiply-adds of one thread.
 
         Counts multiply-adds and loads from shared memory (a core has a quarter as many load lanes as arithmetic lanes,
-        and threads of one row read the left operand together), tiles that stick out of the window included; divides by
+        and threads of one row load the left operand together), tiles that stick out of the window included; divides by
         how well the independent operations of the resident threads hide latency; and adds what device memory takes.
         """
         q, k, c = self.queries, self.keys, self.channels
+        left = q * limits.together
         keys_of_tile = min(self.tile_keys, ceil_div(self.sizes.keys, STEP) * STEP)
-        logits = self.chunks * self._staged_channels * (q * k * (1 + 2 * self._direct_axes) + q + 4 * k)
-        values = self.value_chunks * keys_of_tile * (q * c + q + 4 * c)
+        logits = self.chunks * self._staged_channels * (q * k * (1 + 2 * self._direct_axes) + left + 4 * k)
+        values = self.value_chunks * keys_of_tile * (q * c + left + 4 * c)
         barriers = 60 * (self.chunks + self.value_chunks)
         exchange = 8 * q * self.columns.bit_length() + 12 * q * k + barriers  # row maxima, exponentials
         threads = self.columns * self.rows
@@ -200,8 +198,8 @@ class WindowTiling:
 
 @functools.cache
 def choose_tiling(sizes: Sizes, limits: Limits) -> WindowTiling:
-    """Of the tilings that keep to the limits and whose estimated time is the least, give or take a tenth, the one that
-    moves the fewest bytes.
+    """Of the tilings that keep to the limits and whose estimated time is the least, or near it (`Limits.near`), the one
+    that moves the fewest bytes.
 
     There always is one: 8 x 4 threads, one logit each, and as few channels at a time as it takes.
     """
@@ -214,10 +212,10 @@ def choose_tiling(sizes: Sizes, limits: Limits) -> WindowTiling:
         for queries, keys in itertools.product(range(1, 9), range(1, 9)):
             tiling = WindowTiling(sizes, columns, rows, queries, keys, chunk)
             small = queries == keys == 1 and columns * rows == 32
-            if tiling.shared_bytes() <= limits.shared_bytes and (tiling.held() <= MAX_HELD or small):
+            if tiling.shared_bytes() <= limits.shared_bytes and (tiling.held() <= limits.held or small):
                 candidates.append((tiling.estimate(limits), tiling))
     least = min(time for time, _ in candidates)
-    near = [(tiling.moved_bytes(), time, tiling) for time, tiling in candidates if time <= NEAR * least]
+    near = [(tiling.moved_bytes(), time, tiling) for time, tiling in candidates if time <= limits.near * least]
     return min(near, key=lambda candidate: candidate[:2])[-1]
 
 
