@@ -4,8 +4,9 @@
     python -m benchmarks.cuda_sass windows-64x32 --trips 5,8,16 --warps 2   # and the time to issue them
     python -m benchmarks.cuda_sass slide-7 --half
 
-Rows are those of benchmarks.cuda_kernels, ONNX files, and `windows-NxD`: 4096 windows of N tokens (a square number),
-each a map of its own, with 4 heads of D channels and a bias that all share.
+Rows are those of benchmarks.cuda_kernels, ONNX files, `windows-NxD` (4096 windows of N tokens, a square number, with
+4 heads of D channels) and `neighbourhoods-KxD` (K x K on 32 maps of 56 x 56 pixels, with 3 heads of D channels); both
+have a bias.
 
 The machine code does not say how often a loop goes round. `--trips` does, one number for each loop as they are listed,
 each time it is entered; then what one warp issues in all is added up, and with `--warps` (as many as a multiprocessor
@@ -28,35 +29,52 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from attnrewrite.functions.spec import FlashWindowAttention
-from attnrewrite.localattention.geometry import WindowGeometry
+from attnrewrite.functions.spec import FlashWindowAttention, SlideAttention, Spec
+from attnrewrite.localattention.geometry import NeighborhoodGeometry, WindowGeometry
 from attnrewrite.lowering.cuda_compiler import toolkits
 from benchmarks.cuda_kernels import compile_cubins, models
 from benchmarks.metal_traffic import op_row
 from benchmarks.sass import Kernel, kinds_in_order, read_kernels, shared_bytes
 from benchmarks.tables import table
 
-HEADS, WINDOWS = 4, 4096
 ISSUED_PER_CYCLE, SHARED_BYTES_PER_CYCLE, CYCLES_PER_NS = 4, 128, 1.7
-_ROW = re.compile(r"windows-(\d+)x(\d+)")
 
 
 def windows(tokens: int, head_dim: int, dtype: str) -> onnx.ModelProto:
-    side = math.isqrt(tokens)
-    spec = FlashWindowAttention(WindowGeometry((side, side), (side, side), (0, 0)), HEADS, head_dim**-0.5)
-    shapes = dict.fromkeys(("query", "key", "value"), (WINDOWS, side, side, HEADS * head_dim))
-    shapes["bias"] = (1, HEADS, tokens, tokens)
-    # Only their shapes matter.
-    operands = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in shapes.items()}
-    return op_row(f"windows-{tokens}x{head_dim}", spec, operands).model
+    """4096 windows that are maps of their own, as rows of benchmarks/gpu.py at the op's level."""
+    heads, side = 4, math.isqrt(tokens)
+    spec = FlashWindowAttention(WindowGeometry((side, side), (side, side), (0, 0)), heads, head_dim**-0.5)
+    shapes = dict.fromkeys(("query", "key", "value"), (4096, side, side, heads * head_dim))
+    return _op(spec, {**shapes, "bias": (1, heads, tokens, tokens)}, dtype)
+
+
+def neighbourhoods(size: int, head_dim: int, dtype: str) -> onnx.ModelProto:
+    """Of size x size on 32 maps of 56 x 56 pixels with 3 heads, and a bias."""
+    spec = SlideAttention(NeighborhoodGeometry((56, 56), (size, size), (1, 1)), 3, head_dim**-0.5)
+    shapes = dict.fromkeys(("query", "key", "value"), (32, 3 * head_dim, 56, 56))
+    return _op(spec, {**shapes, "bias": (3, size * size)}, dtype)
+
+
+def _op(spec: Spec, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> onnx.ModelProto:
+    # Of the operands only the shapes matter.
+    return op_row(
+        "op", spec, {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in shapes.items()}
+    ).model
+
+
+_ROWS = {r"windows-(\d+)x(\d+)": windows, r"neighbourhoods-(\d+)x(\d+)": neighbourhoods}
 
 
 def rows(names: Iterable[str], dtype: str) -> dict[str, onnx.ModelProto]:
     """The rows of these names, or whose names begin so."""
     found: dict[str, onnx.ModelProto] = {}
     for name in names:
-        own = _ROW.fullmatch(name)
-        found |= {name: windows(int(own[1]), int(own[2]), dtype)} if own else models([name], dtype)
+        own = next(((make, m) for pattern, make in _ROWS.items() if (m := re.fullmatch(pattern, name))), None)
+        if own is None:
+            found |= models([name], dtype)
+        else:
+            make, numbers = own
+            found[name] = make(int(numbers[1]), int(numbers[2]), dtype)
     return found
 
 
@@ -107,7 +125,7 @@ def time_line(counts: Mapping[str, int], warps: int) -> str:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", help="windows-NxD, or rows of benchmarks.cuda_kernels")
+    parser.add_argument("rows", nargs="+", help="windows-NxD, neighbourhoods-KxD, or rows of benchmarks.cuda_kernels")
     parser.add_argument("--half", action="store_true", help="float16")
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--trips", type=_numbers, help="how often each loop goes round, as in 5,8,16")

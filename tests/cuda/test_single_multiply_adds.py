@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ CASES = {
     "window-7-shifted": WINDOWS["shifted"],
     "window-8": window((16, 8), (8, 8), (4, 0), 2, 32, bias="shared", mask_value=-100.0, symbolic=True),
     "window-16": window((16, 16), (16, 16), (0, 0), 1, 32, bias="shared", batch=1),
-    "slide-7": slide((16, 20), (7, 7), (1, 1), 1, 8, bias=True, batch=1),
+    "slide-7": slide((16, 20), (7, 7), (1, 1), 2, 8, bias=True, batch=1),
+    "slide-9": slide((9, 12), (9, 9), (1, 1), 1, 4, bias=True, batch=2, symbolic=True),
     "slide-exclude": SLIDES["exclude"],
 }
 
@@ -30,7 +32,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def on_cuda() -> Iterator[tuple[MetalDevice, Any]]:
     """The emulated device, and the module of all kernels."""
-    of_cuda = Limits.of(cuda_target("sm_90"))
+    # One threadgroup keeps this GPU busy, so that a thread has as much to do as on large maps.
+    of_cuda = replace(Limits.of(cuda_target("sm_90")), in_flight=1)
     with pytest.MonkeyPatch.context() as patch, metal_device(recording=True) as device:
         patch.setattr(Limits, "of", lambda _: of_cuda)
         patch.setitem(limits._SHARED_BYTES, "metal", of_cuda.shared_bytes)

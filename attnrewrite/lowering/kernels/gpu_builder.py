@@ -35,6 +35,8 @@ class Limits:
 
     resident_bytes: the shared memory of one GPU core, which all its resident threadgroups divide among themselves.
     in_flight: how many threadgroups keep the GPU busy; a threadgroup takes on more work only beyond that many.
+    batch: images that a batch of unknown extent is taken for.
+    registers: of a core, which its resident threads divide among themselves; 0 where that is not known.
     held: the numbers that a thread may keep in registers, indices and addresses aside. together: multiply-adds in the
     time of a load of four bytes from shared memory where neighbouring threads load the same; it is four where each
     loads its own, and on CUDA, which is not documented to merge loads of 16 bytes. near: of tilings whose estimated
@@ -46,6 +48,8 @@ class Limits:
     shared_bytes: int
     resident_bytes: int
     in_flight: int
+    batch: int = 1
+    registers: int = 0
     held: int = 112
     together: int = 1
     near: float = 1.1
@@ -57,7 +61,7 @@ class Limits:
         shared = min(int(target.attrs.get("max_shared_memory_per_block", defaults[0])), 49152)
         of_chip = (256, shared, max(defaults[1], shared))
         if target.kind.name == "cuda":
-            return cls(*of_chip, in_flight=264, held=200, together=4, near=1.0)
+            return cls(*of_chip, in_flight=264, batch=16, registers=65536, held=200, together=4, near=1.0)
         return cls(*of_chip, in_flight=32)
 
     def run(self, threadgroups: int, most: int) -> int:

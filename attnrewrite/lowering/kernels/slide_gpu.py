@@ -189,24 +189,28 @@ class SlideKernel:
     def stage_map(self, operand: str, start: Expr) -> None:
         """The halo of a chunk of channels as float32, for all heads of the threadgroup.
 
-        Where there is no pixel it is what the border holds.
+        Where there is no pixel it is what the border holds. A thread has the same pixels of all channels: where they
+        lie is found once.
         """
-        lanes, halo = self.reaches[-1].lanes, self.tiling.halo
+        lanes, halo, staged = self.reaches[-1].lanes, self.tiling.halo, self.tiling.staged_channels
         buffer, padding = self.frame.operands[operand], self.frame.operands.get(f"{operand}_padding")
         source, channels, extents = Flat(buffer, lanes), int(buffer.shape[1]), self.geometry.key_size
-        steps, staged = [*halo[:-1], halo[-1] // lanes], self.tiling.staged_channels
-        with spread(self.frame, self.tiling.heads * staged * math.prod(steps)) as index:
-            at = unflatten(index, [self.tiling.heads * staged, *steps])
+        steps = [self.tiling.heads, *halo[:-1], halo[-1] // lanes]
+        with spread(self.frame, math.prod(steps)) as index:
+            head, *at = unflatten(index, steps)
             at[-1] = at[-1] * lanes
-            own = at[0] if self.tiling.heads == 1 else at[0] % staged
-            channel = self.first_channel(operand, self.first_head + at[0] // staged) + start + own
-            stands = [s + a for s, a in zip(self.first_staged, at[1:], strict=True)]
+            stands = [s + a for s, a in zip(self.first_staged, at, strict=True)]
             pixel, inside = zip(*(r.source(p) for r, p in zip(self.reaches, stands, strict=True)), strict=True)
-            outside = tirx.const(0.0, ACCUMULATOR) if padding is None else load(padding, [channel]).astype(ACCUMULATOR)
-            outside = outside if lanes == 1 else tirx.Broadcast(outside, lanes)
-            flat = flatten([self.image * channels + channel, *pixel], [0, *extents])
-            value = choose(every(inside), typed(source.load(flat), ACCUMULATOR, lanes), outside)
-            self.shared[lanes].store(flatten(at, [0, *halo]), value)
+            first_channel = self.first_channel(operand, self.first_head + head) + start
+            first = T.bind(flatten([self.image * channels + first_channel, *pixel], [0, *extents]))
+            target = T.bind(flatten([head * staged, *at], [0, *halo]))
+            with T.serial(staged) as own:
+                outside: Expr = tirx.const(0.0, ACCUMULATOR)
+                if padding is not None:
+                    outside = load(padding, [first_channel + own]).astype(ACCUMULATOR)
+                outside = outside if lanes == 1 else tirx.Broadcast(outside, lanes)
+                value = typed(source.load(first + own * math.prod(extents)), ACCUMULATOR, lanes)
+                self.shared[lanes].store(target + own * math.prod(halo), choose(every(inside), value, outside))
 
     def stage_parameters(self, names: Sequence[str], first_channel: Expr) -> dict[str, int]:
         """Parameters of a chunk of channels; returns where in shared memory each begins."""
@@ -454,15 +458,15 @@ def slide_attention(spec: SlideAttention, operands: Operands, target: Target, na
     parameters = max(sum(math.prod(learned[operand, kind][1:]) for kind in ("kernel", "bias")) for operand in dims)
     # A row for each channel of one head serves all heads.
     alike = parameters > 0 and all(dims[operand] % int(shape[0]) == 0 for (operand, _), shape in learned.items())
-    instances = instances_of(spec, by_name["query"])
+    instances = instances_of(spec, by_name["query"], target)
     bytes_ = DataType(operands.dtype).itemsize
     work = Work(spec.geometry, head_dim, value_dim, bytes_, instances, parameters, alike=heads if alike else 1)
     return build(SlideKernel, spec, work, operands, target, name)
 
 
-def instances_of(spec: SlideAttention, shape: Sequence[Any]) -> int:
-    """Heads times images of an operand, as far as known."""
-    return spec.num_heads * (shape[0] if isinstance(shape[0], int) else 1)
+def instances_of(spec: SlideAttention, shape: Sequence[Any], target: Target) -> int:
+    """Heads times images of an operand; of a batch that is not known, as many as are likely."""
+    return spec.num_heads * (shape[0] if isinstance(shape[0], int) else Limits.of(target).batch)
 
 
 def build(

@@ -18,11 +18,8 @@ from attnrewrite.localattention.geometry import NeighborhoodGeometry
 from attnrewrite.localattention.geometry import Sizes as Extents
 from attnrewrite.lowering.kernels.gpu_builder import Expr, Limits, ceil_div
 
-# Logits that a thread holds at a time; with more slots than this they come in groups.
-MAX_LOGITS = 100
-MAX_SLOTS = 64
 CARRIED_CHANNELS = 32
-STAGED_BYTES = 16384  # per threadgroup: leaves room for others on the same core
+INDICES = 56  # registers of a thread beside its logits
 STAGED_ELEMENT = 4  # bytes: what is staged is float32 already, so that it is converted once and not once per slot
 
 # Multiply-adds in the time of: a byte from device memory (window_gpu_plan.py), a load from shared memory, a barrier.
@@ -195,6 +192,14 @@ class SlideTiling:
     def parameter_floats(self) -> int:
         return self.work.parameter_floats * max(self.staged_channels, 1) if self.parameters else 0
 
+    def fits_twice(self, limits: Limits) -> bool:
+        """Whether the registers of a core, as far as known, are enough for two threadgroups: one computes while the
+        other waits for what it stages.
+        """
+        threads = self.heads * ceil_div(math.prod(self.threads), 32) * 32
+        own = self.rows * max(map(len, self.slot_groups)) + INDICES
+        return not limits.registers or 2 * threads * own <= limits.registers
+
     def shared_floats(self) -> int:
         """Of staged channels, parameters, the bias of all slots, and carried sums; each aligned to words."""
         staged = self.heads * self.staged_channels * math.prod(self.halo)
@@ -225,7 +230,10 @@ class SlideTiling:
         blocks = work.value_dim // self.value_block
         groups = math.prod(r.tiles for r in self.reaches) * work.instances * blocks // self.heads
         at_a_time = limits.in_flight * limits.threads
-        rounds = ceil_div(groups * ceil_div(threads, 32) * 32, at_a_time)
+        rounds = max(1.0, groups * ceil_div(threads, 32) * 32 / at_a_time)
+        if not limits.registers:
+            # A GPU of few cores ends with a round that takes as long as a full one.
+            rounds = math.ceil(rounds)
         column = geometry.kernel_size[-2] if len(self.reaches) > 1 else 1
         loads = slots // column * (column + self.rows - 1)
         arithmetic = slots * self.rows * (slots if work.parameter_floats > slots else 1)
@@ -247,7 +255,7 @@ def choose_tiling(work: Work, limits: Limits) -> SlideTiling:
     moves_rows = axes > 1 and (geometry.borders[-2] == "inward" or max(work.upsampling[-2:-1], default=1) > 1)
     candidates = []
     for rows in (1, 2, 4) if axes > 1 and not moves_rows else (1,):
-        if rows > 1 and rows * slots > MAX_LOGITS:
+        if rows > 1 and rows * slots > limits.held:
             continue
         for threads in itertools.product(*sides):
             if not 16 <= math.prod(threads) <= limits.threads and math.prod(geometry.feature_size) > 16:
@@ -257,7 +265,7 @@ def choose_tiling(work: Work, limits: Limits) -> SlideTiling:
                 tile[-2] *= rows
             for heads in (h for h in range(1, work.alike + 1) if work.alike % h == 0):
                 tiling = _tiling(work, tuple(tile), rows, heads, limits)
-                if tiling is None or heads * math.prod(threads) > limits.threads:
+                if tiling is None or heads * math.prod(threads) > limits.threads or not tiling.fits_twice(limits):
                     break
                 candidates.append(tiling)
                 if tiling.parameter_bytes() <= PARAMETER_READS * tiling.requested_bytes():
@@ -273,7 +281,8 @@ def _tiling(work: Work, tile: Extents, rows: int, heads: int, limits: Limits) ->
     geometry = work.geometry
     reaches = [Reach.of(work, axis, extent) for axis, extent in enumerate(tile)]
     slots = geometry.keys_per_query
-    num_groups = 1 if work.at_once else ceil_div(slots, MAX_SLOTS)
+    # With more slots than a thread holds logits, they come in groups.
+    num_groups = 1 if work.at_once else ceil_div(slots, limits.held)
     group = ceil_div(slots, num_groups)
     groups = tuple(range(s, min(s + group, slots)) for s in range(0, slots, group))
     # Sums are carried from group to group in shared memory; with one group they are written as they come.
@@ -282,7 +291,8 @@ def _tiling(work: Work, tile: Extents, rows: int, heads: int, limits: Limits) ->
     for parameters in (work.parameter_floats > 0 and num_groups == 1, False):
         for staged in (*reversed(divisors), 0):
             tiling = SlideTiling(work, tuple(reaches), rows, staged, groups, block, parameters, heads)
-            most = limits.shared_bytes if staged <= 1 or tiling.carried_floats else STAGED_BYTES
+            # Others on the same core have room, too.
+            most = limits.shared_bytes if staged <= 1 or tiling.carried_floats else limits.shared_bytes // 2
             if tiling.shared_floats() * STAGED_ELEMENT <= most and (staged or not parameters):
                 return tiling
     return None

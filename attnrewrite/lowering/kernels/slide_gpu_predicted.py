@@ -125,7 +125,7 @@ def predicted_attention(spec: SlideAttention, operands: Operands, target: Target
     """The kernel of a spec with `predicted`; arguments as of `slide_gpu.slide_attention`."""
     value = operands.shapes["value"]
     instances, value_dim, bytes_ = (
-        instances_of(spec, value),
+        instances_of(spec, value, target),
         int(value[1]) // spec.num_heads,
         DataType(operands.dtype).itemsize,
     )
