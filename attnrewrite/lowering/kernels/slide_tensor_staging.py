@@ -15,7 +15,6 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from attnrewrite.lowering.kernels.gpu_builder import (
-    WORD_BYTES,
     Expr,
     Flat,
     Frame,
@@ -32,7 +31,8 @@ from attnrewrite.lowering.kernels.gpu_builder import (
 from attnrewrite.lowering.kernels.slide_tensor_plan import SlideTensorTiling
 from attnrewrite.lowering.kernels.tensor_core import ELEMENT_BYTES, TensorCore, as_bits, at
 
-_WORD = WORD_BYTES // ELEMENT_BYTES
+# Single pixels that a thread loads before it stores them.
+LOADED_TOGETHER = 16
 
 
 class SlideStaging:
@@ -122,8 +122,11 @@ class SlideStaging:
         channels = work.head_dim if operand == "key" else work.value_dim
         area = self._tiling.rows.reach.key_extent * self._tiling.columns.reach.key_extent
         plane = held(self._image * int(buffer.shape[1]) + self._head * channels)
-        with T.serial(channels // self._at_once) as step:
-            channel = step * self._at_once + self._own_channel
+        steps = channels // self._at_once
+        # Compilers that unroll it hold as many pixels in registers as they can.
+        together = steps if lanes > 1 else max(d for d in range(1, LOADED_TOGETHER + 1) if steps % d == 0)
+        with T.serial(steps // together, unroll=lanes > 1) as outer, T.serial(together) as inner:
+            channel = (outer * together + inner) * self._at_once + self._own_channel
             place = channel * tile.stride + target
             if lanes > 1:
                 source = Flat(buffer, 1).pointer((plane + channel) * area + tirx.max(pixel, 0))
