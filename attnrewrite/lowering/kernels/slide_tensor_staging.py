@@ -36,10 +36,7 @@ LOADED_TOGETHER = 16
 
 
 class SlideStaging:
-    """The shared memory of a threadgroup, and what fills it. tiles: of rows and of columns, which the threadgroup has.
-
-    starts: the pixel, per axis, at which the tile begins.
-    """
+    """The shared memory of a threadgroup, and what fills it. starts: the pixel, per axis, at which its tile begins."""
 
     def __init__(
         self,
