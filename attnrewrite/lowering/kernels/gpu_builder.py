@@ -64,9 +64,9 @@ class Limits:
             return cls(*of_chip, in_flight=264, batch=16, registers=65536, held=200, together=4, near=1.0)
         return cls(*of_chip, in_flight=32)
 
-    def run(self, threadgroups: int, most: int) -> int:
+    def run(self, threadgroups: Expr | int, most: int) -> Expr | int:
         """Of how many threadgroups one does the work, one after the other, where there would be so many."""
-        return max(1, min(most, threadgroups // (WAVES * self.in_flight)))
+        return between(1, threadgroups // (WAVES * self.in_flight), most)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class Frame:
         return self.outputs[0]
 
     @property
-    def batch(self) -> Expr:
-        """Extent of the batch."""
-        return self.output.shape[0]
+    def batch(self) -> Expr | int:
+        """Extent of the batch: a number where it is known, else of 32 bits as all indices are."""
+        extent = self.output.shape[0]
+        return int(extent) if isinstance(extent, tirx.IntImm) else tirx.Cast("int32", extent)
 
 
 Grid = Callable[[Expr], tuple[int, int, Expr]]
@@ -407,3 +408,8 @@ def spread(frame: Frame, count: int) -> Iterator[Expr]:
 
 def ceil_div(value: int, step: int) -> int:
     return -(-value // step)
+
+
+def between(least: int, value: Expr | int, most: int) -> Expr | int:
+    """The value, or the bound beyond which it lies."""
+    return max(least, min(value, most)) if isinstance(value, int) else tirx.max(tirx.min(value, most), least)

@@ -128,8 +128,7 @@ class _LearnedKernel:
         tiling = self.tiling
         steps: Expr = 1
         if self.run > 1:
-            batch = self.frame.batch if isinstance(self.frame.batch, int) else self.frame.batch.astype("int32")
-            steps = T.bind(tirx.min(self.run, batch - self.first_image))
+            steps = T.bind(tirx.min(self.run, self.frame.batch - self.first_image))
         if tiling.resident:
             for operand, own in (("key", tiling.key), ("value", tiling.value)):
                 for chunk in range(tiling.chunks(own)):

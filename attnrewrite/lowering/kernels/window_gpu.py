@@ -116,15 +116,15 @@ class _WindowKernel:
         """Goes through the run; the last one of the map, or of the batch, may be shorter."""
         run, windows = self.run, self.spec.geometry.num_windows
         block = self.frame.x if self.tiling.query_tiles == 1 else self.frame.x // self.tiling.query_tiles
-        first_window, first_image = block * run.windows, self.frame.z * run.images
+        images = run.images if isinstance(run.images, int) else T.bind(run.images)
+        first_window, first_image = block * run.windows, self.frame.z * images
         if self.held is not None:
             self.hold_shared(first_window, first_image)
-        if run.windows == run.images == 1:
+        if not run.shared:
             self.attend(block, self.frame.z)
             return
-        batch = self.frame.batch if isinstance(self.frame.batch, int) else self.frame.batch.astype("int32")
         own_windows = run.windows if windows % run.windows == 0 else tirx.min(run.windows, windows - first_window)
-        with T.serial(own_windows) as window, T.serial(tirx.min(run.images, batch - first_image)) as image:
+        with T.serial(own_windows) as window, T.serial(tirx.min(images, self.frame.batch - first_image)) as image:
             self.attend(T.bind(first_window + window), T.bind(first_image + image))
             barrier()  # all are done with the weights and the value
 
@@ -463,15 +463,18 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, targe
         [operand for operand in added if is_shared(operand, by_name[operand], axes)]
         for axes in ({"image", "window"}, {"image"})
     )
-    run = choose_run(tiling, windows, heads, int_or_none(by_name["value"][0]), in_windows, in_images, limits)
+
+    def run(batch: Expr | int) -> Run:
+        return choose_run(tiling, windows, heads, batch, in_windows, in_images, limits)
 
     def grid(batch: Expr) -> tuple[int, int, Expr]:
-        return ceil_div(windows, run.windows) * tiling.query_tiles, heads, ceil_div(batch, run.images)
+        own = run(batch)
+        return ceil_div(windows, own.windows) * tiling.query_tiles, heads, ceil_div(batch, own.images)
 
     output_shapes = [(*spec.geometry.feature_size, heads * sizes.value_dim)]
     if "extra_query" in by_name:
         output_shapes.append((windows, int(by_name["extra_query"][2]), heads * sizes.value_dim))
     builder = KernelBuilder()
     with builder.kernel(name, operands, output_shapes, grid, (tiling.columns, tiling.rows)) as frame:
-        _WindowKernel(spec, frame, tiling, run, exponential(target)).emit()
+        _WindowKernel(spec, frame, tiling, run(frame.batch), exponential(target)).emit()
     return builder.prim_func()

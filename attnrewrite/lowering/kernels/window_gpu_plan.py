@@ -15,7 +15,7 @@ from typing import Any
 from tvm import DataType
 
 from attnrewrite.functions.spec import FlashWindowAttention
-from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
+from attnrewrite.lowering.kernels.gpu_builder import Expr, Limits, TileShape, between, ceil_div
 from attnrewrite.lowering.kernels.window_gpu_relative import QUERIES, STEP, RelativeAxis, relative_axes
 
 # Multiply-adds that a GPU does in the time it moves one byte: 18 on an M2, 10 to 20 on CUDA's larger chips.
@@ -223,11 +223,12 @@ def choose_tiling(sizes: Sizes, limits: Limits) -> WindowTiling:
 class Run:
     """Windows of one image, and images, that a threadgroup goes through one after the other for one head.
 
-    shared: operands of the logits (bias, mask) that are the same for all of them; it holds their sum in registers.
+    images: found at run time where the batch is. shared: operands of the logits (bias, mask) that are the same for all
+    of them; it holds their sum in registers.
     """
 
     windows: int
-    images: int
+    images: Expr | int
     shared: tuple[str, ...]
 
 
@@ -235,7 +236,7 @@ def choose_run(
     tiling: WindowTiling,
     num_windows: int,
     heads: int,
-    batch: int | None,
+    batch: Expr | int,
     same_in_windows: Sequence[str],
     same_in_images: Sequence[str],
     limits: Limits,
@@ -243,18 +244,21 @@ def choose_run(
     """As many windows as make reading bias and mask cheap, and no more than leave enough threadgroups in flight.
 
     same_in_windows: operands of the logits that all windows share, those of other images too. same_in_images: those
-    that the images share. batch: None where it is not known.
+    that the images share.
     """
     if not same_in_images or tiling.key_tiles > 1:
         return Run(1, 1, ())
     count = len(same_in_windows or same_in_images)
     shared_bytes = count * tiling.sizes.queries * tiling.sizes.keys * tiling.sizes.bytes
     wanted = math.ceil(shared_bytes / (SHARED_READS * tiling.moved_bytes()))
-    most = num_windows * heads * tiling.query_tiles * (batch or 1) // limits.in_flight
-    length = max(1, min(wanted, most))
+    threadgroups = num_windows * heads * tiling.query_tiles
+    length = between(1, threadgroups * (batch if isinstance(batch, int) else 1) // limits.in_flight, wanted)
     windows = min(length, num_windows) if same_in_windows else 1
     windows = ceil_div(num_windows, ceil_div(num_windows, windows))  # threadgroups of equal length
-    images = min(max(1, length // windows), batch or 1)
-    if windows == images == 1:
-        return Run(1, 1, ())
+    if isinstance(batch, int):
+        images = min(max(1, length // windows), batch)
+        if windows == images == 1:
+            return Run(1, 1, ())
+    else:
+        images = between(1, batch * threadgroups // (windows * limits.in_flight), max(1, wanted // windows))
     return Run(windows, images, tuple(same_in_windows if windows > 1 else same_in_images))

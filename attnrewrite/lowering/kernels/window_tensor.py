@@ -60,15 +60,16 @@ class _TensorKernel:
     """Emits the statements of one kernel; open only inside its frame."""
 
     def __init__(
-        self, spec: FlashWindowAttention, frame: Frame, tiling: TensorTiling, run: int, cores: TensorCore
+        self, spec: FlashWindowAttention, frame: Frame, tiling: TensorTiling, run: Expr | int, cores: TensorCore
     ) -> None:
-        self.spec, self.frame, self.tiling, self.run, self.cores = spec, frame, tiling, run, cores
+        self.spec, self.frame, self.tiling, self.cores = spec, frame, tiling, cores
+        self.run, self.goes_on = (run, run > 1) if isinstance(run, int) else (T.bind(run), True)
         groups = spec.num_heads // tiling.heads
         block = frame.z
         self.query_tile = tirx.const(0, "int32") if tiling.query_tiles == 1 else T.bind(block % tiling.query_tiles)
         block = block if tiling.query_tiles == 1 else block // tiling.query_tiles
         self.first_head = tirx.const(0, "int32") if groups == 1 else T.bind(block % groups * tiling.heads)
-        self.first_unit = T.bind(block * run if groups == 1 else block // groups * run)
+        self.first_unit = T.bind(block * self.run if groups == 1 else block // groups * self.run)
         self.first_query = self.query_tile * tiling.tile_queries
         several = tiling.heads > 1
         self.own_head = frame.thread_y // tiling.warps if several else tirx.const(0, "int32")
@@ -78,7 +79,7 @@ class _TensorKernel:
         self.staging = Staging(spec, frame, tiling, cores, self.first_head)
         added = [name for name in ADDED if name in frame.operands]
         one_for_all = [name for name in added if is_shared(name, frame.operands[name].shape, {"image", "window"})]
-        self.shared_terms = one_for_all if run > 1 else []
+        self.shared_terms = one_for_all if self.goes_on else []
         self.own_terms = [name for name in added if name not in self.shared_terms]
         count = tiling.tile_keys // COLUMNS * 4
         self.logits = cores.sums(count)
@@ -105,12 +106,11 @@ class _TensorKernel:
 
     def emit(self) -> None:
         tiling = self.tiling
-        batch = self.frame.batch if isinstance(self.frame.batch, int) else self.frame.batch.astype("int32")
         if tiling.is_padded:
             self.staging.clear()
         steps: Expr = tiling.key_tiles
-        if tiling.key_tiles == 1 and self.run > 1:
-            steps = T.bind(tirx.min(self.run, batch * self.spec.geometry.num_windows - self.first_unit))
+        if tiling.key_tiles == 1 and self.goes_on:
+            steps = T.bind(tirx.min(self.run, self.frame.batch * self.spec.geometry.num_windows - self.first_unit))
         start = tirx.const(0, "int32")
         for fetch in (self.fetch_logits_operands, self.fetch_value):
             fetch(start)
@@ -127,7 +127,7 @@ class _TensorKernel:
     def attend(self, step: Expr, steps: Expr) -> None:
         """One window, or one tile of its keys."""
         tiling, cores = self.tiling, self.cores
-        several = tiling.key_tiles > 1 or self.run > 1
+        several = tiling.key_tiles > 1 or self.goes_on
         if tiling.key_tiles == 1:
             self.start_rows()
         window, first_key = self.window_of(step), self.first_key(step)
@@ -404,13 +404,15 @@ def flash_window_attention(spec: FlashWindowAttention, operands: Operands, targe
     limits, windows, heads = Limits.of(target), spec.geometry.num_windows, spec.num_heads
     tiling = tiling_of(spec, operands.shapes, operands.dtype, target)
     assert tiling is not None
-    run = choose_run(tiling, windows, heads, int_or_none(operands.shapes["value"][0]), limits)
+
+    def run(batch: Expr | int) -> Expr | int:
+        return choose_run(tiling, windows, heads, batch, limits)
 
     def grid(batch: Expr) -> tuple[int, int, Expr]:
-        return 1, 1, ceil_div(batch * windows, run) * (heads // tiling.heads) * tiling.query_tiles
+        return 1, 1, ceil_div(batch * windows, run(batch)) * (heads // tiling.heads) * tiling.query_tiles
 
     output_shape = [*spec.geometry.feature_size, heads * tiling.sizes.value_dim]
     builder = KernelBuilder()
     with builder.kernel(name, operands, [output_shape], grid, tiling.threads) as frame:
-        _TensorKernel(spec, frame, tiling, run, TensorCore(target, operands.dtype)).emit()
+        _TensorKernel(spec, frame, tiling, run(frame.batch), TensorCore(target, operands.dtype)).emit()
     return builder.prim_func()

@@ -14,7 +14,7 @@ from typing import Any
 from tvm.target import Target
 
 from attnrewrite.functions.spec import FlashWindowAttention
-from attnrewrite.lowering.kernels.gpu_builder import Limits, TileShape, ceil_div
+from attnrewrite.lowering.kernels.gpu_builder import Expr, Limits, TileShape, ceil_div
 from attnrewrite.lowering.kernels.tensor_core import COLUMNS, ELEMENT_BYTES, STEP, WARP, has_tensor_cores
 from attnrewrite.lowering.kernels.window_gpu_plan import Sizes
 
@@ -173,8 +173,8 @@ def takes(spec: FlashWindowAttention, shapes: Mapping[str, Sequence[Any]], dtype
     return tiling is not None and len(tiling.sizes.relative) != 1
 
 
-def choose_run(tiling: TensorTiling, num_windows: int, heads: int, batch: int | None, limits: Limits) -> int:
-    """Windows that a threadgroup goes through one after the other. batch: None where it is not known."""
+def choose_run(tiling: TensorTiling, num_windows: int, heads: int, batch: Expr | int, limits: Limits) -> Expr | int:
+    """Windows that a threadgroup goes through one after the other; found at run time where the batch is."""
     if tiling.key_tiles > 1:
         return 1
-    return limits.run(num_windows * (batch or 1) * (heads // tiling.heads) * tiling.query_tiles, MAX_RUN)
+    return limits.run(batch * (num_windows * (heads // tiling.heads) * tiling.query_tiles), MAX_RUN)
