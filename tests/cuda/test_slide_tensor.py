@@ -142,6 +142,24 @@ def test_large_logits_do_not_overflow() -> None:
     assert error(case, output) <= 1
 
 
+def test_a_slice_of_one_chunk_in_several_bands() -> None:
+    case = in_dtype(slide((10, 9), (1, 17), (1, 1), 1, 32, batch=1), "float16")
+    tiling = choose_tiling(Work.of(case.spec, case.shapes(1)), Limits.of(emulated_cuda(LITTLE_MEMORY)))
+    assert tiling is not None and tiling.chunks == 1 < tiling.bands
+    output, findings = run(case, shared_bytes=LITTLE_MEMORY)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
+@pytest.mark.parametrize("absent", ["key_padding", "value_padding"])
+def test_only_one_of_key_and_value_has_a_constant_border(absent: str) -> None:
+    case = in_dtype(slide((8, 16), (3, 3), (1, 1), 1, 16, border="constant,inward", batch=1), "float16")
+    del case.operands[absent]
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any geometry that the kernel takes, on small maps."""

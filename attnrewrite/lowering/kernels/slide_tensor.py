@@ -126,7 +126,7 @@ class _SlideTensorKernel:
             begin = held(tirx.max(self.slice[0], band * tiling.band))
             chunks = held(tirx.max(end - begin, 0) // tiling.chunk)
         with when(self.has_queries()):
-            if tiling.chunks == 1:
+            if tiling.chunks == tiling.bands == 1:
                 self.attend(begin, begin)
             else:
                 with T.serial(chunks, unroll=False) as chunk:

@@ -170,7 +170,8 @@ class Work:
         batch = shapes["query"][0]
         instances = spec.num_heads * (batch if isinstance(batch, int) else 1)
         plain = spec.geometry.borders[-1] in ("zero", "exclude", "inward") and spec.geometry.dilation[-1] == 1
-        return cls(spec.geometry, head_dim, value_dim, instances, plain and "key_padding" not in shapes)
+        padded = not {"key_padding", "value_padding"}.isdisjoint(shapes)
+        return cls(spec.geometry, head_dim, value_dim, instances, plain and not padded)
 
 
 @dataclass(frozen=True)
