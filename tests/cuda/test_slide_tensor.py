@@ -142,6 +142,29 @@ def test_large_logits_do_not_overflow() -> None:
     assert error(case, output) <= 1
 
 
+def test_chunks_of_exact_large_logits_weigh_alike() -> None:
+    """2**20 and a quarter for each row of keys: their products with log2(e) are rounded to eighths."""
+    case = in_dtype(slide((8, 8), (7, 7), (1, 1), 1, 16, batch=1), "bfloat16")
+    tiling = choose_tiling(Work.of(case.spec, case.shapes(1)), Limits.of(emulated_cuda()))
+    assert tiling is not None and tiling.chunks > 1
+    query, key = (case.operands[operand] for operand in ("query", "key"))
+    query[:], key[:] = 0, 0
+    query[:, 0], key[:, 0] = 2.0**12, 2.0**10
+    query[:, 1], key[:, 1] = 4, np.arange(8)[:, None] / 4
+    case.operands["value"][:] = np.where(np.arange(8) % 7 == 0, -1, 1)[:, None]
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
+def test_logits_near_the_greatest_number() -> None:
+    case = in_dtype(slide((8, 8), (7, 7), (1, 1), 1, 16, bias=True, batch=1), "bfloat16")
+    case.operands["bias"][:] = 3e38
+    output, findings = run(case)
+    assert findings == ()
+    assert error(case, output) <= 1
+
+
 def test_a_slice_of_one_chunk_in_several_bands() -> None:
     case = in_dtype(slide((10, 9), (1, 17), (1, 1), 1, 32, batch=1), "float16")
     tiling = choose_tiling(Work.of(case.spec, case.shapes(1)), Limits.of(emulated_cuda(LITTLE_MEMORY)))

@@ -33,8 +33,9 @@ START = lowest(np.dtype(np.float32))
 HALVES = (0, 1)
 
 _LOG2E = math.log2(math.e)
-# From here on the product of a logit with log2(e) is rounded by too much; the maximum is subtracted before.
-_FAR = 4096.0
+# From here on the product of a maximum with log2(e) is rounded by too much, by another error for each tile; the maximum
+# is subtracted before.
+_FAR = 1024.0
 
 
 class RowSoftmax:
@@ -46,15 +47,12 @@ class RowSoftmax:
 
     def __init__(self, frame: Frame, cores: TensorCore, logits: tirx.Buffer, count: int) -> None:
         self._frame, self._cores, self._logits, self._count = frame, cores, logits, count
-        # origin: of the exponents, -maximum in powers of 2.
-        self._maximum, self._origin, self.total, self.factor = (registers(2) for _ in range(4))
+        self._maximum, self.total, self.factor = (registers(2) for _ in range(3))
 
     def start(self) -> None:
         """Of rows without a key."""
         fill(self._maximum, 2, START)
         fill(self.total, 2, 0.0)
-        for half in HALVES:
-            self._set_origin(half)  # the very number that a tile without a key leaves
 
     def meet(self, *, rescale: bool) -> None:
         """Takes the logits into the running maximum. rescale: where tiles came before, and the total, with everything
@@ -63,12 +61,12 @@ class RowSoftmax:
         for half in HALVES:
             own = [self._logits[number] for number in self._numbers(half)]
             largest = functools.reduce(tirx.max, own, self._maximum[half])
+            store(self.factor, [half], self._maximum[half])
             combine_lanes(self._frame, largest, tirx.max, self._maximum, half, lanes=4)
-            store(self.factor, [half], self._origin[half])
-            self._set_origin(half)
-        if rescale:
-            for half in HALVES:
-                store(self.factor, [half], self._cores.exp2(self._origin[half] - self.factor[half]))
+            if rescale:
+                # Of the difference, which is exact where that of two products with log2(e) would not be.
+                rise = (self.factor[half] - self._maximum[half]) * tirx.const(_LOG2E, ACCUMULATOR)
+                store(self.factor, [half], self._cores.exp2(rise))
                 store(self.total, [half], self.total[half] * self.factor[half])
 
     def weigh(self, is_key: Callable[[int], Expr | bool] = lambda number: True) -> None:
@@ -78,7 +76,7 @@ class RowSoftmax:
         """
         log2e = tirx.const(_LOG2E, ACCUMULATOR)
         for half in HALVES:
-            store(self.factor, [half], self._origin[half])
+            store(self.factor, [half], self._maximum[half] * tirx.const(-_LOG2E, ACCUMULATOR))
             with when(tirx.abs(self._maximum[half]) > _FAR):
                 for number in self._numbers(half):
                     store(self._logits, [number], self._logits[number] - self._maximum[half])
@@ -94,11 +92,6 @@ class RowSoftmax:
         for half in HALVES:
             combine_lanes(self._frame, self.total[half], lambda a, b: a + b, self.total, half, lanes=4)
             store(self.total, [half], self._cores.reciprocal(self.total[half]))
-
-    def _set_origin(self, half: int) -> None:
-        # Half of the least number still is finite in powers of 2.
-        least = tirx.const(START / 2, ACCUMULATOR)
-        store(self._origin, [half], -tirx.max(self._maximum[half], least) * tirx.const(_LOG2E, ACCUMULATOR))
 
     def _numbers(self, half: int) -> list[int]:
         return [number for number in range(self._count) if number // 2 % 2 == half]
