@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,10 @@ CASES = {
     # Only moved keys; values with kernels of each head.
     "dilated-rows": learned((9, 10), (3, 1), 2, 8, dilation=(3, 1), key_kernel=0, key_bias=8, value_kernel=16),
 }
+
+
+def scaled(case: Case, scale: float) -> Case:
+    return dataclasses.replace(case, spec=dataclasses.replace(case.spec, scale=scale))
 
 
 @pytest.fixture(autouse=True)
@@ -195,8 +200,11 @@ def test_parts_of_wider_maps() -> None:
 
 
 def test_the_scale_comes_before_the_product() -> None:
-    """Of queries and keys, which would leave float16 without it. Powers of two, so that logits are exact."""
+    """Of queries and keys, which would leave float16 without it. Powers of two, so that logits are exact. A scale below
+    zero does, too.
+    """
     case = in_dtype(learned((4, 8), (3, 1), 1, 64, key_kernel=0, batch=1), "float16")
+    case = scaled(case, -case.spec.scale)
     for name in ("query", "key"):
         case.operands[name][:] = np.sign(case.operands[name]) * 512
     output, findings = run(case)
@@ -267,6 +275,9 @@ def test_what_it_takes_and_what_not() -> None:
     assert not takes_case(SMALL, "bfloat16", "sm_75")  # its tensor cores do not multiply it
     assert not takes_case(SLIDES["k3"], "float16", "sm_90")  # nothing learned
     assert not takes_case(learned((8, 8), (7, 7), 1, 8), "float16", "sm_90")  # 49 slots
+    assert takes_case(scaled(SMALL, -3.0), "float16", "sm_90")
+    for scale in (0.0, 1e-8, math.inf, math.nan):  # no power of two near it multiplies the queries
+        assert not takes_case(scaled(SMALL, scale), "float16", "sm_90")
     assert not takes_case(SLIDES["three-axes"], "float16", "sm_90")
     assert not takes(SMALL.spec, {n: o.shape for n, o in SMALL.operands.items()}, "float16", metal_target())
 

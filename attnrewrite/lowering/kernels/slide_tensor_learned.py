@@ -14,7 +14,7 @@ at which every key is 1; that of the value is where the output's sums begin.
 
 A threadgroup goes through chunks of channels: key, then value, staged in turn in the same shared memory, with kernels
 that stay there if they fit (slide_tensor_learned_staging.py). The query is multiplied by a power of two near the scale,
-so that products leave float16 only where those of the op's body do.
+so that its product with a key leaves float16 only where query x scale x key does.
 
 In a fragment, lane 4 g + t has rows g and g + 8, and columns 2 t and 2 t + 1 (tensor_core.py).
 """
@@ -74,7 +74,7 @@ class _LearnedKernel:
 
     def __init__(self, spec: SlideAttention, frame: Frame, tiling: LearnedTiling, run: int, cores: TensorCore) -> None:
         self.spec, self.frame, self.tiling, self.run, self.cores = spec, frame, tiling, run, cores
-        self.factor = 2.0 ** min(0, math.floor(math.log2(spec.scale))) if spec.scale > 0 else 1.0
+        self.factor = 2.0 ** min(0, math.floor(math.log2(abs(spec.scale))))
         self.staging = Staging(frame, tiling, cores, self.both(1.0) & 0xFFFF)
         rows, columns = tiling.reaches
         groups, tiles = spec.num_heads // tiling.heads, (rows.tiles, columns.tiles)

@@ -35,6 +35,9 @@ CHUNKS = (32, 16)
 # Instructions of a thread: for a query, per tap and channel; for an element of a map, and of a kernel, that is staged.
 PER_PRODUCT, PER_STAGED, PER_PARAMETER = 1.5, 1.3, 3.0
 
+# The least power of two near a scale that queries are multiplied by: the least normal number of float16.
+LEAST_SCALE = 2.0**-14
+
 # Images that a threadgroup goes through with the same kernels.
 MAX_RUN = 4
 
@@ -201,7 +204,7 @@ def takes(spec: SlideAttention, shapes: Mapping[str, Sequence[Any]], dtype: str,
     """Whether the tensor-core kernel computes this op; else `slide_gpu` does.
 
     It does for float16 from sm_75 on, and bfloat16 from sm_80 on; maps of two axes; key or value moved by kernels of at
-    most 32 slots.
+    most 32 slots; scales of either sign that are neither tiny nor infinite.
     """
     if not (OPERANDS.issuperset(shapes) and {"key_kernel", "value_kernel"} & set(shapes)):
         return False
@@ -209,6 +212,8 @@ def takes(spec: SlideAttention, shapes: Mapping[str, Sequence[Any]], dtype: str,
     if not (has_tensor_cores(target, dtype) and geometry.is_plain and geometry.border == "zero"):
         return False
     if len(geometry.feature_size) != 2 or geometry.keys_per_query > MAX_SLOTS:
+        return False
+    if not LEAST_SCALE <= abs(spec.scale) < math.inf:
         return False
     return tiling_of(spec, shapes, Limits.of(target)) is not None
 
