@@ -63,7 +63,8 @@ class _TensorKernel:
         self, spec: FlashWindowAttention, frame: Frame, tiling: TensorTiling, run: Expr | int, cores: TensorCore
     ) -> None:
         self.spec, self.frame, self.tiling, self.cores = spec, frame, tiling, cores
-        self.run, self.goes_on = (run, run > 1) if isinstance(run, int) else (T.bind(run), True)
+        self.run: Expr = run if isinstance(run, int) else T.bind(run)
+        self.goes_on = not isinstance(run, int) or run > 1
         groups = spec.num_heads // tiling.heads
         block = frame.z
         self.query_tile = tirx.const(0, "int32") if tiling.query_tiles == 1 else T.bind(block % tiling.query_tiles)
