@@ -34,9 +34,10 @@ MAX_HEAD_DIM = 128
 # Tiles of 8 keys at a time: their logits take four times as many registers.
 MAX_KEY_TILES = 10
 
-# With less than this, `slide_gpu` needs fewer instructions: 3 x 3 neighbours of 8 channels each take both about 520 for
-# 16 queries on sm_90, 5 x 5 about 770; of 4 channels it is 220 against 520.
-MIN_CHANNELS, MIN_PRODUCTS = 16, 144
+# With less than this, `slide_gpu` needs fewer instructions for 16 queries on sm_90, or as many: 3 x 3 neighbours of 8
+# and 16 channels take it 290 and 560, and this kernel 520 and 530; 5 x 5 neighbours of 8 channels 600 and 760; but
+# 7 x 7 of 8 channels 970 and 800.
+MIN_CHANNELS, MIN_PRODUCTS = 16, 450
 
 OPERANDS = frozenset({"query", "key", "value", "bias", "key_padding", "value_padding"})
 
