@@ -48,14 +48,17 @@ _OUTPUTS = '"+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])'
 
 
 def _mma(dtype: str) -> str:
+    # Volatile, for else a compiler may move it to where its result is used, which not all lanes may reach.
     short = {"float16": "f16", "bfloat16": "bf16"}[dtype]
     whole = f"""
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, "
-      "{{%0, %1, %2, %3}};" : {_OUTPUTS} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));"""
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : {_OUTPUTS} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));"""
     if dtype == "float16":
         halves = "".join(
             f"""
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{%0, %1, %2, %3}}, {{%4, %5}}, {{%6}}, {{%0, %1, %2, %3}};"
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5}}, {{%6}}, {{%0, %1, %2, %3}};"
       : {_OUTPUTS} : "r"(a[{2 * step}]), "r"(a[{2 * step + 1}]), "r"(b[{step}]));"""
             for step in range(2)
         )
