@@ -13,7 +13,7 @@ memory has the bias there, and -inf around it, so that keys of the slice which a
 Where key and value of all rows do not fit into shared memory, they come in bands of rows.
 
 A key or value that is infinite or NaN can make the results of all queries NaN whose slice it is in, though it is a
-neighbour of some of them alone.
+neighbour of some of them alone; so can a key whose product with a query is beyond float32.
 
 Letters: d and dv head_dim of query/key and of value; in a fragment, lane 4 g + t has columns 2 t and 2 t + 1 of rows g
 and g + 8 (tensor_core.py). Of a warp's queries rows g are the first row of the map, rows g + 8 the second.
