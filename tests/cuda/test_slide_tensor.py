@@ -198,7 +198,7 @@ def cases(draw: st.DrawFn) -> Case:
     if {*borders} == {"zero", "exclude"}:
         borders[0] = borders[1]
     offset = [
-        draw(st.integers(-d * (k - 1) if b == "exclude" else -9, 0 if b == "exclude" else 4))
+        -d * draw(st.integers(0, k - 1)) if b == "exclude" else draw(st.integers(-9, 4))
         for d, k, b in zip(dilations, kernel, borders, strict=True)
     ]
     # Inward, the neighbourhood fits; excluded, every query has a key.
