@@ -7,6 +7,7 @@ channels, one for each tap of each slot, as `ldmatrix` reads them. Both are stor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -17,6 +18,7 @@ from attnrewrite.lowering.kernels.gpu_builder import (
     Expr,
     Flat,
     Frame,
+    ceil_div,
     every,
     fill,
     registers,
@@ -36,6 +38,8 @@ from attnrewrite.lowering.kernels.tensor_core import COLUMNS, ELEMENT_BYTES, Ten
 # Elements of one store, and words.
 _OCTET = WORD_BYTES // ELEMENT_BYTES
 _WORDS = _OCTET // 2
+# Words of a map, at one or two pixels each, that a thread reads before it stores any of them.
+_READ_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -61,32 +65,59 @@ class Staging:
     # Maps.
 
     def stage_map(self, operand: str, place: Place, chunk: Expr) -> None:
-        """A chunk of the channels of key or value: the tile and its halo, zeros beyond the map."""
-        tiling, cores, lanes = self._tiling, self._cores, self._tiling.reaches[1].lanes
-        rows, columns = tiling.halo
-        buffer, channels = self._frame.operands[operand], self._parameters(operand).channels
-        height, width = (int(e) for e in buffer.shape[2:])
-        source = Run(buffer, lanes)
-        read = registers(2 * tiling.words * source.words, "uint32")
-        with spread(self._frame, tiling.heads * QUARTERS * rows * columns // lanes) as index:
-            head, row, run, quarter = unflatten(index, (tiling.heads, rows, columns // lanes, QUARTERS))
-            tile = zip(tiling.reaches, place.tile, (row, run * lanes), strict=True)
-            at, inside = zip(*(r.source(r.first_staged(start) + own) for r, start, own in tile), strict=True)
-            first = T.bind(chunk * tiling.chunk + quarter * 2)
-            plane = place.image * int(buffer.shape[1]) + (place.first_head + head) * channels + first
-            start = T.bind((plane * height + at[0]) * width + at[1])
-            fill(read, 2 * tiling.words * source.words, 0)
-            with when(every(inside)):
-                for number in range(2 * tiling.words):
-                    channel = number // 2 * COLUMNS + number % 2
-                    with when(True if channels % tiling.chunk == 0 else first + channel < channels):
-                        source.load(start + channel * (height * width), read, number * source.words)
-            for pixel in range(lanes):
-                pair = cores.seconds if pixel % 2 else cores.firsts
-                for word in range(tiling.words):
-                    low, high = (read[(2 * word + side) * source.words + pixel // 2] for side in (0, 1))
-                    store(self._packed, [word], pair(low, high))
-                self._store(self.pixel(head, quarter, row * columns + run * lanes + pixel), tiling.words)
+        """A chunk of the channels of key or value: the tile and its halo, zeros beyond the map.
+
+        A thread begins to read several runs of pixels before it stores the first, so that it waits once for all.
+        """
+        frame, tiling, lanes = self._frame, self._tiling, self._tiling.reaches[1].lanes
+        (rows, columns), threads = tiling.halo, math.prod(self._frame.threads)
+        source = Run(frame.operands[operand], lanes)
+        count = 2 * tiling.words * source.words
+        runs = tiling.heads * QUARTERS * rows * columns // lanes
+        own = ceil_div(runs, threads)
+        turns = ceil_div(own * count, _READ_AHEAD)
+        read = [registers(count, "uint32") for _ in range(ceil_div(own, turns))]
+        with T.serial(turns, unroll=False) as turn:
+            begun = []
+            for number, words in enumerate(read):
+                index = T.bind((turn * len(read) + number) * threads + frame.thread)
+                own_run = True if runs % (turns * len(read) * threads) == 0 else index < runs
+                head, row, run, quarter = unflatten(index, (tiling.heads, rows, columns // lanes, QUARTERS))
+                fill(words, count, 0)
+                with when(own_run):
+                    self._read(source, operand, place, chunk, (head, row, run * lanes, quarter), words)
+                begun.append((own_run, self.pixel(head, quarter, row * columns + run * lanes), words))
+            for own_run, pixel, words in begun:
+                with when(own_run):
+                    self._deal(words, lanes, pixel)
+
+    def _read(
+        self, source: Run, operand: str, place: Place, chunk: Expr, staged: tuple[Expr, ...], target: tirx.Buffer
+    ) -> None:
+        """A quarter of the channels of a run of pixels that are on the map. staged: its head, row, column, quarter."""
+        tiling, own, (head, row, column, quarter) = self._tiling, self._parameters(operand), staged
+        _, channels_of_all, height, width = self._frame.operands[operand].shape
+        height, width = int(height), int(width)
+        tile = zip(tiling.reaches, place.tile, (row, column), strict=True)
+        at, inside = zip(*(r.source(r.first_staged(start) + along) for r, start, along in tile), strict=True)
+        first = T.bind(chunk * tiling.chunk + quarter * 2)
+        plane = place.image * int(channels_of_all) + (place.first_head + head) * own.channels + first
+        start = T.bind((plane * height + at[0]) * width + at[1])
+        with when(every(inside)):
+            for number in range(2 * tiling.words):
+                channel = number // 2 * COLUMNS + number % 2
+                with when(True if own.channels % tiling.chunk == 0 else first + channel < own.channels):
+                    source.load(start + channel * (height * width), target, number * source.words)
+
+    def _deal(self, read: tirx.Buffer, lanes: int, first: Expr) -> None:
+        """Stores what was read of a run, pixel by pixel. first: where its first pixel goes."""
+        tiling, words = self._tiling, ceil_div(lanes, 2)
+        for pixel in range(lanes):
+            pair = self._cores.seconds if pixel % 2 else self._cores.firsts
+            for word in range(tiling.words):
+                low, high = (read[(2 * word + side) * words + pixel // 2] for side in (0, 1))
+                store(self._packed, [word], pair(low, high))
+            self._store(first + pixel * (tiling.chunk // QUARTERS), tiling.words)
 
     def pixel(self, head: Expr, quarter: Expr, position: Expr) -> Expr:
         """The element at which a lane's channels of a staged pixel begin."""
