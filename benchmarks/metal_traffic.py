@@ -28,8 +28,9 @@ from benchmarks.tables import table
 HEADS, HEAD_DIM = 3, 32
 CHANNELS = HEADS * HEAD_DIM
 OPSET = 17
-# Largest difference between a row's two forms, of the largest output: in float16 the original rounds between operators.
-SAME = {"float32": 1e-5, "float16": 1e-2}
+# Largest difference between a row's two forms, of the largest output: in float16 the original rounds between operators,
+# by which SAM's is off by 1.2e-2 (ours by 4e-4).
+SAME = {"float32": 1e-5, "float16": 2e-2}
 
 # Tokens, input and output channels of every linear layer of Swin-T at 224 x 224.
 SWIN_TINY = [
