@@ -219,7 +219,7 @@ def cases(draw: st.DrawFn) -> Case:
     return in_dtype(made, draw(st.sampled_from(["float16", "bfloat16"])))
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(cases())
 def test_any_geometry(case: Case) -> None:
     output, findings = run(case)
